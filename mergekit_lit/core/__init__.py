@@ -1,0 +1,1 @@
+"""The nouns that every layer speaks: parameters, experts, cards, records, registries, files."""

@@ -1,0 +1,234 @@
+"""This file is the nouns that every merge method speaks: Base, Expert, Experts, Merged."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.params import Params, names_under, with_prefix
+from mergekit_lit.core.structure import Structure, structure_from_json, structure_to_json
+from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
+
+
+@dataclass(frozen=True)
+class Base:
+    """A shared initialisation x0.
+
+    Attributes:
+        name: what cards call it.
+        backbone: architecture, by the name that builds it.
+        image_size: height and width of its input, in pixels.
+        params: the backbone's tensors, statistics and counters included.
+        structure: what each tensor is.
+        content: content hash of `params`.
+        facts: further facts, such as the tasks that it has seen and the accuracy reached there.
+    """
+
+    name: str
+    backbone: str
+    image_size: int
+    params: Params
+    structure: Structure
+    content: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A backbone fine-tuned on one task, with its head and card.
+
+    Attributes:
+        backbone: the tuned backbone's tensors, by the names of the base.
+        head: `weight` (C, d) and `bias` (C,).
+        structure: what each backbone tensor is.
+        card: the deterministic facts of its training.
+        path: the file that it came from, if any.
+    """
+
+    backbone: Params
+    head: Params
+    structure: Structure
+    card: Card
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The task, or the file's stem where the task is unknown."""
+        return self.card.task or (self.path.stem if self.path else "expert")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """T experts of one base: what a merge method takes.
+
+    Attributes:
+        base: the backbone's tensors at x0.
+        tuned: T sets of tensors with the names and shapes of `base`; may be read lazily.
+        structure: what each tensor is.
+        cards: T cards.
+        heads: T heads; empty mappings where unknown.
+        names: T task names, unique.
+        base_name: the base's name.
+        base_hash: the base's content hash.
+        backbone: the architecture.
+        image_size: height and width of the input, in pixels.
+    """
+
+    base: Params
+    tuned: Sequence[Params]
+    structure: Structure
+    cards: Sequence[Card]
+    heads: Sequence[Params]
+    names: Sequence[str]
+    base_name: str = ""
+    base_hash: str = ""
+    backbone: str = ""
+    image_size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tuned)
+
+    def merged_names(self) -> list[str]:
+        """Return the names that merging moves, sorted: neither statistics nor counters."""
+        return sorted(name for name in self.base if self.structure[name].is_merged)
+
+    def deltas(self, name: str) -> Tensor:
+        """Return tau_t = theta_t - theta_0 of one tensor, (T, *s), in float32 or better."""
+        base = self.base[name]
+        base = base if base.dtype == torch.float64 else base.float()
+        return torch.stack([tuned[name].to(base.dtype) - base for tuned in self.tuned])
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged model: shared tensors, and what each task keeps of its own.
+
+    Attributes:
+        shared: the backbone's tensors, statistics and counters included.
+        statistics: per task, BatchNorm statistics that replace the shared ones.
+        heads: per task, `weight` (C, d) and `bias` (C,).
+        structure: what each tensor is.
+        facts: method, config, tasks, coefficients, base, base_hash, backbone, image_size ...
+    """
+
+    shared: Params
+    structure: Structure
+    heads: Mapping[str, Params] = field(default_factory=dict)
+    statistics: Mapping[str, Params] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that have a head, in the order of the merge."""
+        return tuple(self.heads)
+
+    def for_task(self, name: str) -> dict[str, Tensor]:
+        """Return the plain backbone parameters for one task."""
+        return {**self.shared, **self.statistics.get(name, {})}
+
+
+def save_base(path: Path, base: Base, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a base into one file; floating-point tensors are cast to `dtype`."""
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in base.params.items()}
+    facts = {
+        "kind": "base",
+        "base": {"name": base.name, "backbone": base.backbone, "image_size": base.image_size},
+        "facts": dict(base.facts),
+        "structure": structure_to_json(base.structure),
+    }
+    write_tensors(path, with_prefix(tensors, "backbone."), facts)
+
+
+def save_expert(path: Path, expert: Expert) -> None:
+    """Write backbone, head, structure and card into one file, atomically."""
+    tensors = with_prefix(expert.backbone, "backbone.") | with_prefix(expert.head, "head.")
+    facts = {
+        "kind": "expert",
+        "card": expert.card.to_json(),
+        "structure": structure_to_json(expert.structure),
+    }
+    write_tensors(path, tensors, facts)
+
+
+def load_expert(path: Path) -> Expert:
+    """Open an expert file; its backbone is read tensor by tensor when asked for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no expert of ours, damaged, or a pickle.
+    """
+    file = TensorFile(path)
+    _expect_kind(file, "expert")
+    return Expert(
+        backbone=file.under("backbone."),
+        head=dict(file.under("head.")),
+        structure=structure_from_json(file.facts["structure"]),
+        card=Card.from_json(file.facts["card"]),
+        path=Path(path),
+    )
+
+
+def save_merged(path: Path, merged: Merged) -> None:
+    """Write shared tensors, per-task statistics and heads into one file, atomically."""
+    tensors = with_prefix(merged.shared, "shared.")
+    for task, statistics in merged.statistics.items():
+        tensors |= with_prefix(statistics, f"tasks/{task}/bn.")
+    for task, head in merged.heads.items():
+        tensors |= with_prefix(head, f"heads/{task}.")
+    facts = {
+        "kind": "merged",
+        "tasks": list(merged.heads),
+        "facts": dict(merged.facts),
+        "structure": structure_to_json(merged.structure),
+    }
+    write_tensors(path, tensors, facts)
+
+
+def load_merged(path: Path) -> Merged:
+    """Read what `save_merged` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no merged model of ours, damaged, or a pickle.
+    """
+    file = TensorFile(path)
+    _expect_kind(file, "merged")
+    tasks = file.facts["tasks"]
+    statistics = {task: _under(file, f"tasks/{task}/bn.") for task in tasks}
+    return Merged(
+        shared=_under(file, "shared."),
+        structure=structure_from_json(file.facts["structure"]),
+        heads={task: _under(file, f"heads/{task}.") for task in tasks},
+        statistics={task: tensors for task, tensors in statistics.items() if tensors},
+        facts=file.facts["facts"],
+    )
+
+
+def file_kind(path: Path) -> str:
+    """Return `base`, `expert`, `merged`, or `foreign` for tensors that others wrote."""
+    return str(TensorFile(path).facts.get("kind", "foreign"))
+
+
+def load_base_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a base file: its tensors in float32, and the facts of its header."""
+    file = TensorFile(path)
+    _expect_kind(file, "base")
+    return floats(_under(file, "backbone.")), file.facts
+
+
+def _under(file: TensorFile, prefix: str) -> dict[str, Tensor]:
+    return {short: file[name] for short, name in names_under(file, prefix).items()}
+
+
+def _expect_kind(file: TensorFile, kind: str) -> None:
+    found = file.facts.get("kind", "foreign")
+    if found != kind:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(
+            f"{str(file.path)!r} must be {article} {kind} file of mergekit-lit, but is of kind "
+            f"{found!r}. See what it holds: mergekit-lit card {file.path}"
+        )

@@ -1,0 +1,58 @@
+"""This file is what merge methods and their observers agree on: the forms and the protocol."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.structure import TensorInfo
+
+Form = Literal["linear", "kernel", "whole"]
+"""How a method is written.
+
+`linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
+`kernel`: f(slice, *, config) -> the step of one tensor, (*s).
+`whole`: f(experts, *, config) -> Merged.
+"""
+
+DataUse = Literal["none", "cards", "train", "val", "test-unlabelled"]
+"""What a method needs beside the experts' tensors."""
+
+BatchNormPolicy = Literal["base", "average", "recalibrate", "recalibrate-per-task"]
+"""Where the merged model's BatchNorm statistics come from."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One tensor of the merge: what a per-tensor kernel sees.
+
+    Attributes:
+        name: the tensor's name.
+        base: its value at x0, (*s).
+        deltas: tau_t, (T, *s), float32 or better.
+        info: what the tensor is.
+        stats: what the method's `prepare` function returned; empty without one.
+        seed: seed of the merge; draw from `core.seeds.generator(seed, name, expert)`.
+    """
+
+    name: str
+    base: Tensor
+    deltas: Tensor
+    info: TensorInfo
+    stats: Mapping[str, Any]
+    seed: int
+
+
+class MergeObserver(Protocol):
+    """Sees a merge from start to end, and may replace the deltas that the method gets."""
+
+    def on_merge_start(self, experts: Experts, method: str, config: Mapping[str, Any]) -> None:
+        """Called once, before any tensor is read."""
+
+    def on_merge_tensor(self, name: str, deltas: Tensor) -> Tensor | None:
+        """Called with tau_t (T, *s) of each tensor; return other deltas, or None to leave them."""
+
+    def on_merge_end(self, experts: Experts, merged: Merged) -> None:
+        """Called once, with the result."""

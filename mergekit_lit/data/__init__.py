@@ -1,0 +1,1 @@
+"""Suites of tasks: where images come from, how they are split, and how they are fed."""

@@ -1,0 +1,1 @@
+"""Thin Lightning shells: experts in training, merged models in evaluation, launching."""

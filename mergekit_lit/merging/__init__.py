@@ -1,0 +1,1 @@
+"""Merge methods, one pure function each, and the engine that runs them."""

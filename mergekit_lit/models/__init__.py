@@ -1,0 +1,1 @@
+"""Backbones, heads, shipped initialisations and the structure of a model."""

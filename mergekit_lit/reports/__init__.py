@@ -1,0 +1,1 @@
+"""Records read back: tables, figures and one self-contained page."""

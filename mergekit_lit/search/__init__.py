@@ -1,0 +1,1 @@
+"""What asks the stages more than once: coefficients chosen on validation data, the quickstart."""

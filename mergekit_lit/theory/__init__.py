@@ -1,0 +1,1 @@
+"""The mathematics of merging: travel, gradient noise, stability."""
