@@ -1,0 +1,107 @@
+"""What every test shares: one thread, no network, a guard on speed, and tiny experts."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+# Two threads on a busy machine were seen to be 20 times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import torch
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.structure import TensorInfo
+
+# An unmarked test may take 2 s of processor time; half again is left for slower machines.
+SLOWEST_UNMARKED_S = 3.0
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a slow unmarked test, by processor time: a busy machine must not fail it."""
+    start = time.process_time()
+    result = yield
+    spent = time.process_time() - start
+    if spent > SLOWEST_UNMARKED_S and item.get_closest_marker("slow") is None:
+        pytest.fail(f"took {spent:.1f} s of processor time: make it faster or mark it slow")
+    return result
+
+
+TINY_STRUCTURE = {
+    "stem.weight": TensorInfo("convolution", 0, "stem"),
+    "norm.weight": TensorInfo("norm", 0, "stem"),
+    "norm.running_mean": TensorInfo("statistic", 0, "stem"),
+    "norm.running_var": TensorInfo("statistic", 0, "stem"),
+    "norm.num_batches_tracked": TensorInfo("counter", 0, "stem"),
+    "block.weight": TensorInfo("linear", 1, "block"),
+    "block.bias": TensorInfo("linear", 1, "block"),
+    "token": TensorInfo("embedding", 1, "block"),
+    "logit_scale": TensorInfo("other", 1, "block"),
+}
+
+
+def tiny_base(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a base with tensors of 0, 1 and odd sizes, a convolution, and BatchNorm buffers."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "stem.weight": torch.randn(4, 3, 3, 3, generator=draw, dtype=torch.float64).to(dtype),
+        "norm.weight": torch.ones(4, dtype=dtype),
+        "norm.running_mean": torch.zeros(4, dtype=dtype),
+        "norm.running_var": torch.ones(4, dtype=dtype),
+        "norm.num_batches_tracked": torch.tensor(7),
+        "block.weight": torch.randn(7, 5, generator=draw, dtype=torch.float64).to(dtype),
+        "block.bias": torch.randn(7, generator=draw, dtype=torch.float64).to(dtype),
+        "token": torch.randn(1, 1, generator=draw, dtype=torch.float64).to(dtype),
+        "logit_scale": torch.tensor(2.5, dtype=dtype),
+    }
+
+
+def tiny_tuned(
+    base: dict[str, torch.Tensor], seed: int, size: float = 0.1
+) -> dict[str, torch.Tensor]:
+    """Return a tuned copy of `base`, moved by normal noise of the given size."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    tuned = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            tuned[name] = tensor + 10 * seed
+            continue
+        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+        moved = tensor.double() + size * noise
+        tuned[name] = (moved.abs() if name.endswith("running_var") else moved).to(tensor.dtype)
+    return tuned
+
+
+def make_tiny_experts(
+    count: int = 3, dtype: torch.dtype = torch.float64, size: float = 0.1
+) -> Experts:
+    """Return experts over `tiny_base`, with cards that hold a travel and heads of 2 classes."""
+    base = tiny_base(dtype)
+    return Experts(
+        base=base,
+        tuned=[tiny_tuned(base, seed, size) for seed in range(count)],
+        structure=TINY_STRUCTURE,
+        cards=[Card(task=f"task{i}", travel=1.0 + i, steps=10, lr=0.1) for i in range(count)],
+        heads=[{"weight": torch.zeros(2, 7), "bias": torch.zeros(2)} for _ in range(count)],
+        names=[f"task{i}" for i in range(count)],
+        base_name="tiny",
+        base_hash="0" * 64,
+        backbone="tiny",
+        image_size=8,
+    )
+
+
+@pytest.fixture
+def tiny_experts() -> Experts:
+    """Three float64 experts with tensors of every awkward size."""
+    return make_tiny_experts()
