@@ -1,0 +1,237 @@
+"""This file draws the figures of a report as SVG text: small panels that read at any width."""
+
+from collections.abc import Mapping, Sequence
+
+from mergekit_lit.reports.runs import Series
+from mergekit_lit.reports.svg import Scale, drawing, element, label, line, number
+from mergekit_lit.reports.tables import Score
+
+_WIDTH = 340.0
+_MAX_POINTS = 240
+
+
+def accuracy_panel(title: str, rows: Sequence[Score]) -> str:
+    """Draw one task: a dot a model on [0, 1], its 95 % interval, and its number.
+
+    A thin line marks the base and another the experts, so that each merge is seen between them.
+    """
+    top, step, left, right = 34.0, 21.0, 128.0, 286.0
+    bottom = top + step * len(rows)
+    x = Scale(0.0, 1.0, left, right)
+    marks = [_grid(x, [0.0, 0.25, 0.5, 0.75, 1.0], top - 8, bottom)]
+    marks += [
+        element(
+            "line",
+            x1=x(r.accuracy),
+            x2=x(r.accuracy),
+            y1=top - 8,
+            y2=bottom,
+            class_=f"guide {r.role}",
+        )
+        for r in rows
+        if r.role in ("base", "expert")
+    ]
+    for index, row in enumerate(rows):
+        marks.append(_dot(row, x, top + step * (index + 0.5)))
+    told = "; ".join(f"{row.model} {row.accuracy:.3f}" for row in rows)
+    return drawing(
+        label(title, 0, 14, class_="title"),
+        *marks,
+        width=_WIDTH,
+        height=bottom + 20,
+        title=f"Accuracy, {title}",
+        description=told,
+    )
+
+
+def training_panel(task: str, loss: Series, gradient: Series) -> str:
+    """Draw one expert's training: the loss above, the norm of its gradient below, by step."""
+    steps = [step for series in (loss, gradient) for step, _ in series]
+    x = Scale(min(steps), max(steps), 40.0, _WIDTH - 8)
+    parts = [label(task, 0, 14, class_="title")]
+    parts += _curve(loss, x, top=30.0, bottom=104.0, name="training loss, nats", class_="loss")
+    parts += _curve(gradient, x, top=134.0, bottom=208.0, name="gradient norm", class_="gradient")
+    parts += _below(x, 222)
+    parts.append(label("step", _WIDTH - 8, 234, class_="tick", anchor="end"))
+    last = f"loss {loss[-1][1]:.3f}" if loss else "loss not logged"
+    norm = f"gradient norm {gradient[-1][1]:.3f}" if gradient else "gradient norm not logged"
+    return drawing(
+        *parts,
+        width=_WIDTH,
+        height=238,
+        title=f"Training of {task}",
+        description=f"At step {max(steps)}: {last}, {norm}.",
+    )
+
+
+def coefficient_panel(title: str, curve: Sequence[tuple[float, float]], chosen: float) -> str:
+    """Draw accuracy on val by lambda, the choice marked; a dashed line is lambda 0, the base."""
+    values = [value for _, value in curve]
+    x = Scale(min(scale for scale, _ in curve), max(scale for scale, _ in curve), 40.0, _WIDTH - 12)
+    y = Scale(*_padded(values), 138.0, 30.0)
+    base = dict(curve).get(0.0)
+    parts = [label(title, 0, 14, class_="title"), *_rows(y, x.start, x.end)]
+    if base is not None:
+        parts.append(
+            element("line", x1=x.start, x2=x.end, y1=y(base), y2=y(base), class_="guide base")
+        )
+    parts.append(line([(x(scale), y(value)) for scale, value in curve], class_="curve merged"))
+    for scale, value in curve:
+        picked = scale == chosen
+        name = "dot merged" if picked else "dot minor merged"
+        parts.append(
+            element("circle", cx=x(scale), cy=y(value), r=5 if picked else 2.4, class_=name)
+        )
+    parts += _below(x, 154)
+    best = dict(curve)[chosen]
+    parts.append(
+        label(f"λ = {number(chosen)}: {best:.3f}", x.end, 14, class_="value", anchor="end")
+    )
+    return drawing(
+        *parts,
+        width=_WIDTH,
+        height=160,
+        title=f"Validation accuracy of {title} by coefficient",
+        description="; ".join(f"{number(scale)}: {value:.3f}" for scale, value in curve),
+    )
+
+
+def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> str:
+    """Draw the cosines between the experts' deltas as a map; the diagonal is 1 and left blank.
+
+    Colour says sign, depth says size, relative to the largest off the diagonal; up to 12 experts
+    the numbers stand in the cells.
+    """
+    count = len(names)
+    margin, cell = 112.0, min(44.0, 440.0 / max(count, 1))
+    size = margin + cell * count
+    others = [abs(cosine[i][j]) for i in range(count) for j in range(count) if i != j]
+    limit = max(others, default=0.0) or 1.0
+    parts = []
+    for i, name in enumerate(names):
+        middle = margin + cell * (i + 0.5)
+        parts.append(label(name, margin - 8, middle + 4, class_="label", anchor="end"))
+        turned = f"rotate(-45 {middle:.1f} {margin - 8:.1f})"
+        parts.append(
+            element("text", name, x=middle, y=margin - 8, class_="label", transform=turned)
+        )
+        for j in range(count):
+            corner = (margin + cell * j, margin + cell * i)
+            parts.append(_cell(cosine[i][j], limit, corner, cell, shown=count <= 12, own=i == j))
+    pairs = [
+        f"{names[i]} and {names[j]} {cosine[i][j]:.3f}" for i in range(count) for j in range(i)
+    ]
+    return drawing(
+        *parts,
+        width=size + 40,
+        height=size + 4,
+        title="Cosine between the deltas of each two experts",
+        description="; ".join(pairs),
+    )
+
+
+def thinned(series: Series) -> list[tuple[float, float]]:
+    """Return at most 240 points: the mean of each of as many equal stretches of the series."""
+    width = -(-len(series) // _MAX_POINTS) or 1
+    parts = [series[start : start + width] for start in range(0, len(series), width)]
+    return [
+        (sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part))
+        for part in parts
+    ]
+
+
+def smoothed(points: Sequence[tuple[float, float]], *, window: int) -> list[tuple[float, float]]:
+    """Return the centred moving mean over `window` points, over fewer at the ends."""
+    half = window // 2
+    found = []
+    for index, (position, _) in enumerate(points):
+        near = [value for _, value in points[max(0, index - half) : index + half + 1]]
+        found.append((position, sum(near) / len(near)))
+    return found
+
+
+def panels(drawings: Mapping[str, str]) -> str:
+    """Return drawings side by side, as many a line as the page is wide."""
+    inner = "".join(f"<div>{text}</div>" for text in drawings.values())
+    return f'<div class="panels">{inner}</div>'
+
+
+def _dot(row: Score, x: Scale, y: float) -> str:
+    whisker = ""
+    if row.interval is not None:
+        low, high = (x(min(max(bound, 0.0), 1.0)) for bound in row.interval)
+        whisker = element("line", x1=low, x2=high, y1=y, y2=y, class_=f"whisker {row.role}")
+    name = row.model if len(row.model) <= 20 else f"{row.model[:19]}…"
+    return "".join(
+        [
+            label(name, x.start - 10, y + 4, class_="label", anchor="end"),
+            whisker,
+            element("circle", cx=x(row.accuracy), cy=y, r=4.2, class_=f"dot {row.role}"),
+            label(f"{row.accuracy:.3f}", _WIDTH, y + 4, class_="value", anchor="end"),
+        ]
+    )
+
+
+def _curve(
+    series: Series, x: Scale, *, top: float, bottom: float, name: str, class_: str
+) -> list[str]:
+    """Return one plot: its caption, its grid, the raw values faint and their moving mean."""
+    parts = [label(name, x.start, top - 6, class_="tick")]
+    if not series:
+        return [*parts, label("not logged", x.start, (top + bottom) / 2, class_="tick")]
+    points = thinned(series)
+    y = Scale(0.0, max(value for _, value in points) * 1.05 or 1.0, bottom, top)
+    parts += _rows(y, x.start, x.end)
+    for drawn, style in ((points, "raw"), (smoothed(points, window=15), "curve")):
+        parts.append(line([(x(p), y(v)) for p, v in drawn], class_=f"{style} {class_}"))
+    return parts
+
+
+def _cell(
+    value: float, limit: float, corner: tuple[float, float], cell: float, *, shown: bool, own: bool
+) -> str:
+    left, top = corner
+    if own:
+        return element("rect", x=left, y=top, width=cell - 1, height=cell - 1, class_="cell own")
+    share = min(abs(value) / limit, 1.0)
+    sign = "positive" if value >= 0 else "negative"
+    box = element(
+        "rect",
+        x=left,
+        y=top,
+        width=cell - 1,
+        height=cell - 1,
+        class_=f"cell {sign}",
+        fill_opacity=0.06 + 0.94 * share,
+    )
+    if not shown:
+        return box
+    deep = "value on" if share > 0.55 else "value"
+    middle = (left + cell / 2, top + cell / 2 + 4)
+    return box + label(f"{value:.2f}", *middle, class_=f"{deep} small", anchor="middle")
+
+
+def _grid(x: Scale, ticks: Sequence[float], top: float, bottom: float) -> str:
+    return "".join(
+        element("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_="grid")
+        + label(number(tick), x(tick), bottom + 14, class_="tick", anchor="middle")
+        for tick in ticks
+    )
+
+
+def _rows(y: Scale, left: float, right: float) -> list[str]:
+    return [
+        element("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid")
+        + label(number(tick), left - 6, y(tick) + 4, class_="tick", anchor="end")
+        for tick in y.ticks(3)
+    ]
+
+
+def _below(x: Scale, y: float) -> list[str]:
+    return [label(number(tick), x(tick), y, class_="tick", anchor="middle") for tick in x.ticks(4)]
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = max(0.02, 0.08 * (high - low))
+    return max(0.0, low - margin), min(1.0, high + margin)
