@@ -93,8 +93,12 @@ class Experts:
         return len(self.tuned)
 
     def merged_names(self) -> list[str]:
-        """Return the names that merging moves, sorted: neither statistics nor counters."""
-        return sorted(name for name in self.base if self.structure[name].is_merged)
+        """Return the names that merging moves, sorted: no statistics, counters or integers."""
+        return sorted(
+            name
+            for name, tensor in self.base.items()
+            if self.structure[name].is_merged and tensor.is_floating_point()
+        )
 
     def deltas(self, name: str) -> Tensor:
         """Return tau_t = theta_t - theta_0 of one tensor, (T, *s), in float32 or better."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ Form = Literal["linear", "kernel", "whole"]
 """How a method is written.
 
 `linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
-`kernel`: f(slice, *, config) -> the step of one tensor, (*s).
+`kernel`: f(slice, *, config) -> the step of one tensor, (*s). It may declare `prepare`, a function
+    g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor first.
 `whole`: f(experts, *, config) -> Merged.
 """
 
@@ -45,8 +46,13 @@ class Slice:
     seed: int
 
 
+@runtime_checkable
 class MergeObserver(Protocol):
-    """Sees a merge from start to end, and may replace the deltas that the method gets."""
+    """Sees a merge from start to end, and may replace the deltas that the method gets.
+
+    Each tensor is shown once, before the method runs; deltas that an observer returns are held in
+    memory until the merge ends, and the next observer sees them.
+    """
 
     def on_merge_start(self, experts: Experts, method: str, config: Mapping[str, Any]) -> None:
         """Called once, before any tensor is read."""

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Registry(Generic[T]):
         self._entries: dict[str, Registered[T]] = {}
         self._loaded = False
 
-    def add(self, **facts: Any) -> Callable[[T], T]:
+    def add(self, **facts: Any) -> Callable[[F], F]:
         """Register the decorated function under its own name, and return it untouched.
 
         Raises:
             ValueError: the name is taken by another function.
         """
 
-        def register(function: T) -> T:
+        def register(function: F) -> F:
             name = function.__name__
             taken = self._entries.get(name)
             if taken is not None and taken.function.__module__ != function.__module__:
@@ -60,7 +61,9 @@ class Registry(Generic[T]):
                     f"The name of a {self._noun} must be free, but {name!r} is taken by "
                     f"{taken.function.__module__}. Rename yours."
                 )
-            self._entries[name] = Registered(name, function, MappingProxyType(dict(facts)))
+            # `add` keeps the decorated function's own type, which is narrower than T.
+            entry = Registered(name, cast("T", function), MappingProxyType(dict(facts)))
+            self._entries[name] = entry
             return function
 
         return register
@@ -88,9 +91,15 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         for entry_point in metadata.entry_points(group=self._group):
-            entry_point.load()
+            try:
+                entry_point.load()
+            except ImportError as error:
+                raise ValueError(
+                    f"The plug-in {entry_point.name!r} must be importable, but is not: {error}. "
+                    f"Mend or uninstall the package that brings {entry_point.value!r}."
+                ) from error
+        self._loaded = True
 
 
 def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,106 @@
+"""This file is a method's configuration: the keyword-only part of its signature, and its checks."""
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mergekit_lit.core.registry import Registered, unknown_name
+
+_UNIONS = (Union, types.UnionType)
+_SEQUENCES = (list, tuple, Sequence)
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only parameters, with annotations that are types and never text."""
+    hints = get_type_hints(function)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def parameter_help(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the text of each entry of the docstring's Args section, on one line."""
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?: .*\n?|\n(?= ))+)", text, flags=re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section.group(1), flags=re.MULTILINE)
+    return {name: " ".join(help_text.split()) for name, help_text in entries}
+
+
+def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every parameter of `method` with its value: what `config` gives, else the default.
+
+    Raises:
+        KeyError: an unknown parameter; the message offers the nearest.
+        ValueError: a parameter without a default is missing.
+        TypeError: a value of the wrong type, NaN or infinite.
+    """
+    known = parameters(method.function)
+    for name in config:
+        if name not in known:
+            raise KeyError(_unknown_parameter(method.name, name, known))
+    values = {name: parameter.default for name, parameter in known.items()} | dict(config)
+    for name, value in values.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"`{name}` of {method.name!r} must be given, but is not.")
+        annotation = known[name].annotation
+        if not accepts(annotation, value):
+            raise TypeError(
+                f"`{name}` of {method.name!r} must be {in_words(annotation)}, but is {value!r}."
+            )
+    return values
+
+
+def accepts(annotation: Any, value: object) -> bool:
+    """Return whether `value` is of the annotated type: a number must be finite and no bool."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in _UNIONS:
+        return any(accepts(argument, value) for argument in arguments)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin in _SEQUENCES:
+        return isinstance(value, (list, tuple)) and all(
+            accepts(arguments[0], item) for item in value
+        )
+    if annotation in (int, float):
+        return _is_number(value, annotation)
+    return isinstance(value, origin or annotation)
+
+
+def in_words(annotation: Any) -> str:
+    """Return what a message calls an annotated type."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in _UNIONS:
+        return " or ".join(in_words(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin in _SEQUENCES:
+        return f"a list (each item {in_words(arguments[0])})"
+    words = {
+        float: "a finite number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
+    return words.get(annotation, str(annotation))
+
+
+def _is_number(value: object, annotation: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and (annotation is float or isinstance(value, int))
+
+
+def _unknown_parameter(method: str, name: str, known: Mapping[str, object]) -> str:
+    if not known:
+        return f"{method!r} takes no parameters, but got {name!r}. Leave it out."
+    return unknown_name(f"parameter of {method!r}", name, known)

@@ -1,0 +1,248 @@
+"""This file is the merge engine: it alone iterates over tensors, whatever a method's form."""
+
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.merging import MergeObserver, Slice
+from mergekit_lit.core.params import Params, add, check_same_names_and_shapes
+from mergekit_lit.core.registry import MERGE_METHODS, Registered, unknown_name
+from mergekit_lit.merging.configuration import resolve
+
+POLICIES = ("average", "base")
+"""BatchNorm policies that need no images; `stages.merge` has those that do."""
+
+
+def merge(
+    experts: Experts,
+    method: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    batch_norm: str = "base",
+    observers: Sequence[MergeObserver] = (),
+    seed: int = 0,
+) -> Merged:
+    """Merge experts by a registered method.
+
+    theta = theta_0 + step(tau_1, ..., tau_T), over all floating-point tensors but BatchNorm's
+    statistics, in float32 or better and cast once to the base's dtypes. Integers are the base's.
+
+    Args:
+        experts: T experts of one base; never changed.
+        method: name of a registered method.
+        config: values for the method's parameters; the others keep their defaults.
+        batch_norm: statistics of `base`, or the `average` of the experts' with equal weights
+            (variances at least 0).
+        observers: see every tensor's deltas before the method does, in this order.
+        seed: of methods that draw at random.
+
+    Returns:
+        The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
+        for linear methods, base and base_hash, backbone, image_size, batch_norm, data and seed.
+
+    Raises:
+        KeyError: unknown method or parameter.
+        TypeError: a value of the wrong type, NaN or infinite.
+        ValueError: a value out of range, unknown policy, or a step that is not finite.
+    """
+    entry = MERGE_METHODS.get(method)
+    values = resolve(entry, config or {})
+    run = _form(entry)
+    _check_policy(batch_norm)
+    for observer in observers:
+        observer.on_merge_start(experts, method, values)
+    result = run(entry, _observed(experts, observers), values, seed)
+    merged = _complete(result, experts, batch_norm)
+    _check_result(method, merged.shared, experts.base)
+    facts = _facts(entry, experts, values) | {"batch_norm": batch_norm, "seed": seed}
+    merged = replace(merged, facts=facts | dict(result.facts))
+    for observer in observers:
+        observer.on_merge_end(experts, merged)
+    return merged
+
+
+def weighted_sum(coefficients: Tensor, deltas: Tensor) -> Tensor:
+    """Return sum_t lambda_t tau_t, (*s), of one tensor's deltas (T, *s), in their dtype."""
+    step = torch.zeros_like(deltas[0])
+    # One term after the other: a matrix product would round differently by number of threads.
+    for coefficient, delta in zip(coefficients, deltas, strict=True):
+        step = step + coefficient * delta
+    return step
+
+
+def _linear(
+    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], _seed: int
+) -> Merged:
+    coefficients: Tensor = entry.function(experts, **config)
+    if coefficients.shape != (len(experts),):
+        raise ValueError(
+            f"{entry.name!r} must return {len(experts)} coefficients, one per expert, but "
+            f"returned a tensor of shape {tuple(coefficients.shape)}."
+        )
+    steps = (
+        (name, weighted_sum(coefficients, experts.deltas(name))) for name in experts.merged_names()
+    )
+    facts = {"coefficients": coefficients.tolist()}
+    return Merged(shared=_moved(experts.base, steps), structure=experts.structure, facts=facts)
+
+
+def _kernel(
+    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], seed: int
+) -> Merged:
+    stats = _prepared(entry, experts, config)
+    steps = (
+        (
+            name,
+            entry.function(
+                Slice(name, experts.base[name], deltas, experts.structure[name], stats, seed),
+                **config,
+            ),
+        )
+        for name, deltas in _pairs(experts)
+    )
+    return Merged(shared=_moved(experts.base, steps), structure=experts.structure)
+
+
+def _whole(
+    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], _seed: int
+) -> Merged:
+    merged: Merged = entry.function(experts, **config)
+    return merged
+
+
+_Runner = Callable[[Registered[Any], Experts, Mapping[str, Any], int], Merged]
+_FORMS: dict[str, _Runner] = {"linear": _linear, "kernel": _kernel, "whole": _whole}
+
+
+def _form(entry: Registered[Any]) -> _Runner:
+    form = str(entry.facts.get("form"))
+    if form not in _FORMS:
+        raise ValueError(unknown_name(f"form (declared by {entry.name!r})", form, _FORMS))
+    return _FORMS[form]
+
+
+def _check_policy(batch_norm: str) -> None:
+    if batch_norm.startswith("recalibrate"):
+        raise ValueError(
+            f"`batch_norm` {batch_norm!r} needs images, which `merge` has not. "
+            "Merge with 'base', then call `mergekit_lit.stages.merge.recalibrate`."
+        )
+    if batch_norm not in POLICIES:
+        raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))
+
+
+def _pairs(experts: Experts) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the deltas (T, *s) of every merged tensor."""
+    for name in experts.merged_names():
+        yield name, experts.deltas(name)
+
+
+def _prepared(
+    entry: Registered[Any], experts: Experts, config: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return what a kernel's first pass over all tensors found, if it declares one."""
+    prepare = entry.facts.get("prepare")
+    if prepare is None:
+        return {}
+    wanted = signature(prepare).parameters
+    some = {name: value for name, value in config.items() if name in wanted}
+    stats: Mapping[str, Any] = prepare(_pairs(experts), **some)
+    return stats
+
+
+def _moved(base: Params, steps: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return base + step in the base's dtypes, in its order; tensors without a step stay."""
+    moved = dict(base)
+    for name, step in steps:
+        if step.shape != base[name].shape:
+            raise ValueError(
+                f"The step of {name!r} must have shape {tuple(base[name].shape)}, but has "
+                f"{tuple(step.shape)}."
+            )
+        moved |= add({name: base[name]}, {name: step})
+    return moved
+
+
+def _observed(experts: Experts, observers: Sequence[MergeObserver]) -> Experts:
+    """Show every tensor's deltas to the observers; return experts with the deltas they returned."""
+    replaced: list[dict[str, Tensor]] = [{} for _ in experts.tuned]
+    for name in experts.merged_names() if observers else ():
+        before = deltas = experts.deltas(name)
+        for observer in observers:
+            deltas = _shown(observer, name, deltas)
+        if deltas is before:
+            continue
+        for tensors, delta in zip(replaced, deltas, strict=True):
+            tensors[name] = experts.base[name].to(delta.dtype) + delta
+    if not replaced or not replaced[0]:
+        return experts
+    # ChainMap is typed for mutable mappings alone, but only ever writes to the first.
+    tuned = [
+        ChainMap(tensors, cast("MutableMapping[str, Tensor]", before))
+        for tensors, before in zip(replaced, experts.tuned, strict=True)
+    ]
+    return replace(experts, tuned=tuned)
+
+
+def _shown(observer: MergeObserver, name: str, deltas: Tensor) -> Tensor:
+    changed = observer.on_merge_tensor(name, deltas)
+    if changed is None:
+        return deltas
+    if changed.shape != deltas.shape:
+        raise ValueError(
+            f"{type(observer).__name__} must return deltas of {name!r} of shape "
+            f"{tuple(deltas.shape)}, but returned {tuple(changed.shape)}."
+        )
+    return changed
+
+
+def _complete(result: Merged, experts: Experts, batch_norm: str) -> Merged:
+    """Return the result with integers of the base, statistics by the policy, and every head."""
+    merged_names = set(experts.merged_names())
+    kept = {name: t for name, t in experts.base.items() if name not in merged_names}
+    if batch_norm == "average":
+        kept |= {name: _mean(experts, name) for name in kept if _is_statistic(experts, name)}
+    heads = result.heads or dict(zip(experts.names, experts.heads, strict=True))
+    return replace(result, shared={**result.shared, **kept}, heads=heads)
+
+
+def _is_statistic(experts: Experts, name: str) -> bool:
+    return experts.structure[name].kind == "statistic"
+
+
+def _mean(experts: Experts, name: str) -> Tensor:
+    """Return the mean over experts of one BatchNorm statistic; a variance is at least 0."""
+    mean = torch.stack([tuned[name].double() for tuned in experts.tuned]).mean(dim=0)
+    # A sum scaled like the weights can fall below 0, which BatchNorm turns into NaN.
+    mean = mean.clamp(min=0) if name.endswith("var") else mean
+    return mean.to(experts.base[name].dtype)
+
+
+def _check_result(method: str, shared: Params, base: Params) -> None:
+    check_same_names_and_shapes(shared, base, source=f"The result of {method!r}")
+    for name, tensor in shared.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"The result of {method!r} must be finite, but {name!r} is not in "
+                f"{tensor.dtype}. Merge with a smaller scale, or from a base in float32."
+            )
+
+
+def _facts(entry: Registered[Any], experts: Experts, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "method": entry.name,
+        "config": dict(config),
+        "data": entry.facts.get("data"),
+        "tasks": list(experts.names),
+        "coefficients": None,
+        "base": experts.base_name,
+        "base_hash": experts.base_hash,
+        "backbone": experts.backbone,
+        "image_size": experts.image_size,
+    }

@@ -1,0 +1,112 @@
+"""This file gathers experts from files, and refuses those that cannot be merged."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
+from mergekit_lit.core.params import Params, check_finite, check_same_names_and_shapes
+
+
+def load_experts(
+    paths: Sequence[Path], *, base: Base, allow_different_base: bool = False
+) -> Experts:
+    """Open expert files, check each against the base and the others, and return them together.
+
+    Every tensor is read once here, so that a damaged or diverged file is refused before anything
+    is computed; afterwards the tuned tensors are read again one by one when they are asked for.
+
+    Args:
+        paths: one file per expert, each of another task; their order is the order of the merge.
+        base: the initialisation that all of them were tuned from.
+        allow_different_base: take experts whose card names another base, or none.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no files; a file is damaged, a pickle, or no expert; names, shapes or number
+            types differ from the base's; a number is NaN or infinite; two experts of one task;
+            another base or image size.
+    """
+    if not paths:
+        raise ValueError("Merging needs at least one expert file, but got none.")
+    check_finite(base.params, source=f"The base {base.name!r}")
+    experts = [load_expert(Path(path)) for path in paths]
+    _check_tasks(experts)
+    for expert in experts:
+        if not allow_different_base:
+            _check_base(expert, base)
+        _check_image_size(expert, base)
+        _check_tensors(expert, base.params)
+    return Experts(
+        base=base.params,
+        tuned=[expert.backbone for expert in experts],
+        structure=base.structure,
+        cards=[expert.card for expert in experts],
+        heads=[expert.head for expert in experts],
+        names=[expert.name for expert in experts],
+        base_name=base.name,
+        base_hash=base.content,
+        backbone=base.backbone,
+        image_size=base.image_size,
+    )
+
+
+def in_memory(experts: Experts) -> Experts:
+    """Return the same experts with every tensor read, for merging them more than once."""
+    return replace(experts, tuned=[dict(tuned) for tuned in experts.tuned])
+
+
+def _check_tasks(experts: Sequence[Expert]) -> None:
+    """Refuse two experts of one task: what a task keeps of its own is stored by its name."""
+    seen: dict[str, Expert] = {}
+    for expert in experts:
+        if expert.name in seen:
+            raise ValueError(
+                f"Experts must be of different tasks, but {_file(seen[expert.name])} and "
+                f"{_file(expert)} are both of {expert.name!r}. Leave one of them out."
+            )
+        seen[expert.name] = expert
+
+
+def _check_base(expert: Expert, base: Base) -> None:
+    """Refuse an expert that was not tuned from this very base, as far as its card tells."""
+    card = expert.card
+    if card.base_hash == base.content:
+        return
+    if card.base_hash is None:
+        came = "its card names no base"
+    else:
+        came = f"it was tuned from {card.base or 'one'!r} ({card.base_hash[:12]})"
+    raise ValueError(
+        f"{_file(expert)} must be tuned from the base {base.name!r} ({base.content[:12]}), but "
+        f"{came}. Align the expert to this base first, or take it as it is with "
+        "`allow_different_base`."
+    )
+
+
+def _check_image_size(expert: Expert, base: Base) -> None:
+    size = expert.card.image_size
+    if size is not None and size != base.image_size:
+        raise ValueError(
+            f"{_file(expert)} must be tuned at the base's image size of {base.image_size}, but "
+            f"was tuned at {size}. Load the base at that size, or train the expert again."
+        )
+
+
+def _check_tensors(expert: Expert, base: Params) -> None:
+    """Read every tensor once and compare it with the base's."""
+    tensors = dict(expert.backbone)
+    source = f"Expert {_file(expert)}"
+    check_same_names_and_shapes(tensors, base, source=source)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != base[name].is_floating_point():
+            raise ValueError(
+                f"{source} must hold the base's kinds of numbers, but {name!r} is of "
+                f"{tensor.dtype} and there of {base[name].dtype}. Save it in floating point."
+            )
+    check_finite(tensors, source=source)
+    check_finite(expert.head, source=f"The head of {_file(expert)}")
+
+
+def _file(expert: Expert) -> str:
+    return repr(str(expert.path))

@@ -1,0 +1,46 @@
+"""This file is the table of merge methods that people and programs read."""
+
+import inspect
+from typing import Any
+
+from mergekit_lit.core.registry import MERGE_METHODS, Registered
+from mergekit_lit.merging.configuration import in_words, parameter_help, parameters
+
+
+def methods_table() -> list[dict[str, Any]]:
+    """Return one row of plain JSON values for every registered method, plug-ins included.
+
+    Each row holds `name`, `family`, `form`, `data`, `source`, `summary` and `parameters`: a list
+    of `name`, `type`, `default` (None also where one must be given), `required`, `help` and
+    `search` (the range to search, or None).
+    """
+    return [_row(method) for method in MERGE_METHODS]
+
+
+def _row(method: Registered[Any]) -> dict[str, Any]:
+    declared = {key: method.facts.get(key) for key in ("family", "form", "data", "source")}
+    return {
+        "name": method.name,
+        **declared,
+        "summary": method.summary,
+        "parameters": _parameter_rows(method),
+    }
+
+
+def _parameter_rows(method: Registered[Any]) -> list[dict[str, Any]]:
+    described = parameter_help(method.function)
+    search = method.facts.get("search", {})
+    rows = []
+    for name, parameter in parameters(method.function).items():
+        required = parameter.default is inspect.Parameter.empty
+        rows.append(
+            {
+                "name": name,
+                "type": in_words(parameter.annotation),
+                "default": None if required else parameter.default,
+                "required": required,
+                "help": described.get(name, ""),
+                "search": list(search[name]) if name in search else None,
+            }
+        )
+    return rows
