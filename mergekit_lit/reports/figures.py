@@ -1,6 +1,7 @@
 """This file draws the figures of a report as SVG text: small panels that read at any width."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 
 from mergekit_lit.reports.runs import Series
 from mergekit_lit.reports.svg import Scale, drawing, element, label, line, number
@@ -15,7 +16,7 @@ def accuracy_panel(title: str, rows: Sequence[Score]) -> str:
 
     A thin line marks the base and another the experts, so that each merge is seen between them.
     """
-    top, step, left, right = 34.0, 21.0, 128.0, 286.0
+    top, step, left, right = 34.0, 21.0, 140.0, 290.0
     bottom = top + step * len(rows)
     x = Scale(0.0, 1.0, left, right)
     marks = [_grid(x, [0.0, 0.25, 0.5, 0.75, 1.0], top - 8, bottom)]
@@ -49,16 +50,16 @@ def training_panel(task: str, loss: Series, gradient: Series) -> str:
     steps = [step for series in (loss, gradient) for step, _ in series]
     x = Scale(min(steps), max(steps), 40.0, _WIDTH - 8)
     parts = [label(task, 0, 14, class_="title")]
-    parts += _curve(loss, x, top=30.0, bottom=104.0, name="training loss, nats", class_="loss")
-    parts += _curve(gradient, x, top=134.0, bottom=208.0, name="gradient norm", class_="gradient")
-    parts += _below(x, 222)
-    parts.append(label("step", _WIDTH - 8, 234, class_="tick", anchor="end"))
+    parts += _curve(loss, x, top=42.0, bottom=112.0, name="training loss, nats", class_="loss")
+    parts += _curve(gradient, x, top=142.0, bottom=212.0, name="gradient norm", class_="gradient")
+    parts += _below(x, 227)
+    parts.append(label("step", _WIDTH - 8, 239, class_="tick", anchor="end"))
     last = f"loss {loss[-1][1]:.3f}" if loss else "loss not logged"
     norm = f"gradient norm {gradient[-1][1]:.3f}" if gradient else "gradient norm not logged"
     return drawing(
         *parts,
         width=_WIDTH,
-        height=238,
+        height=243,
         title=f"Training of {task}",
         description=f"At step {max(steps)}: {last}, {norm}.",
     )
@@ -103,28 +104,27 @@ def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> st
     the numbers stand in the cells.
     """
     count = len(names)
-    margin, cell = 112.0, min(44.0, 440.0 / max(count, 1))
-    size = margin + cell * count
+    left, top, cell = 112.0, 84.0, min(44.0, 440.0 / max(count, 1))
     others = [abs(cosine[i][j]) for i in range(count) for j in range(count) if i != j]
     limit = max(others, default=0.0) or 1.0
     parts = []
     for i, name in enumerate(names):
-        middle = margin + cell * (i + 0.5)
-        parts.append(label(name, margin - 8, middle + 4, class_="label", anchor="end"))
-        turned = f"rotate(-45 {middle:.1f} {margin - 8:.1f})"
+        across, down = left + cell * (i + 0.5), top + cell * (i + 0.5)
+        turned = f"rotate(-45 {across:.1f} {top - 8:.1f})"
+        parts.append(label(name, left - 8, down + 4, anchor="end"))
         parts.append(
-            element("text", name, x=middle, y=margin - 8, class_="label", transform=turned)
+            element("text", escape(name), x=across, y=top - 8, class_="label", transform=turned)
         )
         for j in range(count):
-            corner = (margin + cell * j, margin + cell * i)
+            corner = (left + cell * j, top + cell * i)
             parts.append(_cell(cosine[i][j], limit, corner, cell, shown=count <= 12, own=i == j))
     pairs = [
         f"{names[i]} and {names[j]} {cosine[i][j]:.3f}" for i in range(count) for j in range(i)
     ]
     return drawing(
         *parts,
-        width=size + 40,
-        height=size + 4,
+        width=left + cell * count + 40,
+        height=top + cell * count + 4,
         title="Cosine between the deltas of each two experts",
         description="; ".join(pairs),
     )
@@ -208,7 +208,9 @@ def _cell(
         return box
     deep = "value on" if share > 0.55 else "value"
     middle = (left + cell / 2, top + cell / 2 + 4)
-    return box + label(f"{value:.2f}", *middle, class_=f"{deep} small", anchor="middle")
+    return box + label(
+        f"{round(value, 2) + 0.0:.2f}", *middle, class_=f"{deep} small", anchor="middle"
+    )
 
 
 def _grid(x: Scale, ticks: Sequence[float], top: float, bottom: float) -> str:

@@ -43,7 +43,8 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) 
         f'<th scope="col"{_class(word=word)}><button>{escaped(name)}</button></th>'
         for name, word in zip(columns, words, strict=True)
     )
-    body = "".join(f"<tr>{_row(row, words)}</tr>" for row in held)
+    noted = [any(row[index].note for row in held) for index in range(len(columns))]
+    body = "".join(f"<tr>{_row(row, words, noted)}</tr>" for row in held)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(caption)}">'
         f'<table class="sortable"><caption>{escaped(caption)}</caption>'
@@ -84,15 +85,18 @@ def escaped(text: str) -> str:
     return html.escape(str(text))
 
 
-def _row(row: Sequence[Cell], words: Sequence[bool]) -> str:
+def _row(row: Sequence[Cell], words: Sequence[bool], noted: Sequence[bool]) -> str:
+    cells = zip(row, words, noted, strict=True)
     return "".join(
-        _cell(cell, first=index == 0, word=words[index]) for index, cell in enumerate(row)
+        _cell(cell, first=index == 0, word=word, noted=with_note)
+        for index, (cell, word, with_note) in enumerate(cells)
     )
 
 
-def _cell(cell: Cell, *, first: bool, word: bool) -> str:
-    value = "" if word else _attribute("data-value", "" if cell.value is None else f"{cell.value}")
-    note = f"<i>{escaped(cell.note)}</i>" if cell.note else ""
+def _cell(cell: Cell, *, first: bool, word: bool, noted: bool) -> str:
+    """Return one cell; where the column has notes, an empty one keeps the numbers in line."""
+    value = "" if word or cell.value is None else f' data-value="{cell.value}"'
+    note = f"<i>{escaped(cell.note)}</i>" if noted else ""
     tag, scope = ("th", ' scope="row"') if first else ("td", "")
     return f"<{tag}{scope}{_class(word=word)}{value}>{escaped(cell.text)}{note}</{tag}>"
 

@@ -116,7 +116,7 @@ def _key_figures(averages: Sequence[Score]) -> str:
     shown = [roles[role] for role in ("base", "merged", "expert") if role in roles]
     items = "".join(
         f'<li class="{row.role}"><b>{row.accuracy:.3f}</b>'
-        f"<span>{escaped(row.model)} {tables.interval(row.interval)}</span></li>"
+        f"<span>{escaped(row.model)}<br>{tables.interval(row.interval)}</span></li>"
         for row in shown
     )
     return f'<ul class="key">{items}</ul>' if items else ""
@@ -149,20 +149,20 @@ def _results(record: Record) -> str:
 def _mean_table(averages: Sequence[Score], split: str) -> str:
     columns = (
         "model",
-        "data used",
-        "λ",
         "mean accuracy",
         "normalised",
+        "λ",
+        "data used",
         "cross-entropy",
         "calibration error",
     )
     rows = [
         [
             Cell(row.model),
-            Cell(tables.DATA_WORDS.get(row.data or "", row.data or "")),
-            Cell("" if row.scale is None else f"{row.scale:g}", row.scale),
             measured(row.accuracy, row.interval),
             measured(row.normalised, row.normalised_interval),
+            Cell("" if row.scale is None else f"{row.scale:g}", row.scale),
+            Cell(tables.DATA_WORDS.get(row.data or "", row.data or "")),
             measured(row.loss),
             measured(row.calibration_error),
         ]

@@ -6,8 +6,11 @@ for (const heading of document.querySelectorAll("table.sortable thead th")) {
     const table = heading.closest("table");
     const column = [...heading.parentNode.children].indexOf(heading);
     const rows = [...table.tBodies[0].rows];
-    const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
-    const numeric = rows.every((row) => value(row) === "" || !Number.isNaN(Number(value(row))));
+    const numeric = !heading.classList.contains("text");
+    const value = (row) => {
+      const cell = row.cells[column];
+      return numeric ? (cell.dataset.value ?? "") : cell.textContent.trim();
+    };
     const before = heading.getAttribute("aria-sort");
     const up = before ? before === "descending" : !numeric;
     const order = (a, b) =>
