@@ -1,1 +1,95 @@
-"""The command line."""
+"""The command line: `main` picks a command, runs it, and tells errors in one line."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from mergekit_lit.core.registry import unknown_name
+
+COMMANDS: Final = {
+    "quickstart": "Train 8 experts, merge them, score them and write a report: the whole path.",
+    "train": "Fine-tune one expert, or one a task.",
+    "merge": "Merge experts of one base into one model.",
+    "evaluate": "Score base, experts and merged models on the tasks of a suite.",
+    "report": "Write the page of a run folder: tables and figures from its records.",
+    "card": "Print what a file holds: kind, card, structure, method.",
+    "tasks": "List suites and tasks: sizes, source, licence, whether they are here.",
+    "methods": "List the merge methods and their parameters.",
+    "doctor": "Check data, versions, devices, disk and W&B, and say how to mend each.",
+    "run": "Start a script, or one of these commands, in several processes.",
+}
+"""Every command and what it does; the module of the same name holds its `run(argv)`."""
+
+# Ctrl-C and a closed pipe, as shells count them: 128 + the signal's number.
+_INTERRUPTED, _BROKEN_PIPE, _WRONG_INPUT = 130, 141, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Errors of input are told in one line on stderr, with exit code 2; MERGEKIT_LIT_TRACEBACK=1
+    shows where they come from.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SystemExit as request:
+        return request.code if isinstance(request.code, int) else int(request.code is not None)
+    except KeyboardInterrupt:
+        print("mergekit-lit: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has left; point stdout elsewhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("MERGEKIT_LIT_TRACEBACK") == "1":
+            raise
+        print(f"mergekit-lit: error: {one_line(error)}", file=sys.stderr)
+        return _WRONG_INPUT
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, and without the quotes that KeyError adds."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from importlib import metadata
+
+        print(f"mergekit-lit {metadata.version('mergekit-lit')}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise ValueError(unknown_name("command", name, COMMANDS))
+    module = "launch" if name == "run" else name
+    code: int = importlib.import_module(f"mergekit_lit.cli.{module}").run(arguments[1:])
+    return code
+
+
+def _help() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mergekit-lit COMMAND [options]",
+            "",
+            "Fine-tune experts, merge them, evaluate and explain the result.",
+            "",
+            *lines,
+            "",
+            "Each command explains its parameters: mergekit-lit COMMAND --help",
+            "Parameters come from flags (--key value) or files (--config FILE.yaml, repeatable);",
+            "a YAML key is the name of a flag, and flags win.",
+        ]
+    )

@@ -1,0 +1,216 @@
+"""This file turns flags and YAML files into typed parameters: one hop from key to parameter.
+
+jsonargparse does the typing. Here stands what a user expects around it: flags win over files in any
+order, a bare `--resume` means true, `--steps 100,200` is a list, files can be named without a flag,
+and an unknown key is told with its nearest right one.
+"""
+
+import json
+from argparse import Action, ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from mergekit_lit.cli.messages import told, unknown_key
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user wrote, before any typing.
+
+    Attributes:
+        options: (key, text) of each flag in order; None where a flag has no value.
+        configs: files of `--config`, in order.
+        positionals: arguments without a flag.
+    """
+
+    options: list[tuple[str, str | None]] = field(default_factory=list)
+    configs: list[str] = field(default_factory=list)
+    positionals: list[str] = field(default_factory=list)
+
+
+def command_parser(name: str, summary: str, *, usage: str = "[options]") -> ArgumentParser:
+    """Return the parser of one command, with `--config` and without parameters yet."""
+    parser = ArgumentParser(
+        prog=f"mergekit-lit {name}",
+        usage=f"mergekit-lit {name} {usage}",
+        description=summary,
+        # Interpolations are resolved after all files and flags; plain `omegaconf` would be stale.
+        parser_mode="omegaconf+",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of parameters; repeatable, later ones win."
+    )
+    return parser
+
+
+def add_parameters(
+    parser: ArgumentParser, function: Callable[..., Any], *, skip: set[str] | None = None
+) -> list[str]:
+    """Make each parameter of a function a flag, explained by its docstring, and return the keys."""
+    added = parser.add_function_arguments(function, skip=set(skip or ()), fail_untyped=False)
+    return list(added)
+
+
+def parse(
+    parser: ArgumentParser, argv: Sequence[str], *, positional: str | None = None
+) -> Namespace:
+    """Return the typed parameters of `argv`.
+
+    Args:
+        parser: the command's parser.
+        argv: what follows the command's name.
+        positional: the key that arguments without a flag go to.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, a missing one; in one line.
+        SystemExit: help was asked for, and printed.
+    """
+    given = read(parser, argv)
+    for path in given.configs:
+        check_keys(parser, load_yaml(path), source=f"{path}: ")
+    arguments = [f"--config={path}" for path in given.configs]
+    if given.positionals:
+        arguments.append(_positional(parser, positional, given.positionals))
+    arguments += [f"--{key}" if text is None else f"--{key}={text}" for key, text in given.options]
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(told(parser, str(error))) from None
+    namespace.pop("config", None)
+    return namespace
+
+
+def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
+    """Sort the words of a command line into flags, files and the rest.
+
+    Raises:
+        ValueError: an unknown flag, or one without its value.
+    """
+    given = Given()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        key, plus = (key[:-1], "+") if key.endswith("+") else (key, "")
+        # `key=value` without dashes is what a W&B agent passes with ${args_no_hyphens}.
+        if not word.startswith("-") and not (equals and _action(parser, key)):
+            given.positionals.append(word)
+            continue
+        if word == "-h":
+            key = "help"
+        action = _action(parser, key)
+        if action is None:
+            raise ValueError(unknown_key(parser, key))
+        value = text if equals else _next_value(action, key, words)
+        if key == "config" and value is not None:
+            given.configs.append(value)
+        else:
+            given.options.append((key + plus, _as_list(action, value) if not plus else value))
+    return given
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read one file of parameters, interpolations as they stand.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No file {path!r}.")
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path!r} must be a YAML file, but is not: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path!r} must be a YAML mapping, but is a {type(value).__name__}.")
+    return value
+
+
+def check_keys(
+    parser: ArgumentParser, values: dict[str, Any], *, source: str = "", above: str = ""
+) -> None:
+    """Refuse keys that are no parameters.
+
+    Raises:
+        ValueError: names the first unknown key, the nearest right one, and the source.
+    """
+    for key, value in values.items():
+        name = f"{above}{key}".removesuffix("+")
+        if isinstance(value, dict) and _is_group(parser, name):
+            check_keys(parser, value, source=source, above=f"{name}.")
+        elif _action(parser, name) is None:
+            raise ValueError(unknown_key(parser, name, source=source))
+
+
+def _action(parser: ArgumentParser, key: str) -> Action | None:
+    """Return the action of a key; for a key inside a class or a dict, that of the outer one."""
+    actions: dict[str, Action] = parser._option_string_actions
+    if f"--{key}" in actions:
+        return actions[f"--{key}"]
+    outer = key.rpartition(".")[0]
+    while outer:
+        if f"--{outer}" in actions and not _is_group(parser, outer):
+            return actions[f"--{outer}"]
+        outer = outer.rpartition(".")[0]
+    return None
+
+
+def _is_group(parser: ArgumentParser, key: str) -> bool:
+    """Whether the key is a group of parameters, such as `data` or `trainer`."""
+    return any(action.dest.startswith(f"{key}.") for action in parser._actions if _takes(action))
+
+
+def _takes(action: Action) -> bool:
+    return not action.dest.endswith(".help")
+
+
+def _next_value(action: Action, key: str, words: list[str]) -> str | None:
+    """Take the flag's value off the rest of the line; None where it has none."""
+    if action.nargs == 0 or key == "print_config":
+        return None
+    if key.endswith(".help"):
+        return words.pop(0) if words and not words[0].startswith("-") else None
+    if getattr(action, "_typehint", None) is bool:
+        return words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+    if not words or words[0].startswith("--"):
+        raise ValueError(f"`{key}` must be followed by a value: --{key} VALUE.")
+    return words.pop(0)
+
+
+def _as_list(action: Action, text: str | None) -> str | None:
+    """Return `[a,b]` for `a,b` where the parameter is a list of plain values."""
+    if text is None or text.lstrip().startswith("[") or text in ("null", ""):
+        return text
+    kinds = _kinds(getattr(action, "_typehint", None))
+    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]
+    plain = all(item in (int, float, str, Path, ...) for kind in lists for item in get_args(kind))
+    if not lists or not plain or str in kinds or "${" in text:
+        return text
+    return f"[{text}]"
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _positional(parser: ArgumentParser, key: str | None, words: list[str]) -> str:
+    action = _action(parser, key) if key else None
+    if key is None or action is None:
+        raise ValueError(f"Every argument must be a flag, but {words[0]!r} is none.")
+    if any(get_origin(kind) in (list, tuple) for kind in _kinds(getattr(action, "_typehint", 0))):
+        return f"--{key}={json.dumps(words)}"
+    if len(words) > 1:
+        raise ValueError(f"`{key}` must be one argument, but {len(words)} came: {words}.")
+    return f"--{key}={words[0]}"
