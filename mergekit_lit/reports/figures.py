@@ -1,5 +1,6 @@
 """This file draws the figures of a report as SVG text: small panels that read at any width."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -66,7 +67,7 @@ def training_panel(task: str, loss: Series, gradient: Series) -> str:
 
 
 def coefficient_panel(title: str, curve: Sequence[tuple[float, float]], chosen: float) -> str:
-    """Draw accuracy on val by lambda, the choice marked; a dashed line is lambda 0, the base."""
+    """Draw the score on val by lambda, the choice marked; a dashed line is lambda 0, the base."""
     values = [value for _, value in curve]
     x = Scale(min(scale for scale, _ in curve), max(scale for scale, _ in curve), 40.0, _WIDTH - 12)
     y = Scale(*_padded(values), 138.0, 30.0)
@@ -92,12 +93,12 @@ def coefficient_panel(title: str, curve: Sequence[tuple[float, float]], chosen: 
         *parts,
         width=_WIDTH,
         height=160,
-        title=f"Validation accuracy of {title} by coefficient",
+        title=f"Validation score of {title} by coefficient",
         description="; ".join(f"{number(scale)}: {value:.3f}" for scale, value in curve),
     )
 
 
-def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> str:
+def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float | None]]) -> str:
     """Draw the cosines between the experts' deltas as a map; the diagonal is 1 and left blank.
 
     Colour says sign, depth says size, relative to the largest off the diagonal; up to 12 experts
@@ -105,7 +106,8 @@ def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> st
     """
     count = len(names)
     left, top, cell = 112.0, 84.0, min(44.0, 440.0 / max(count, 1))
-    others = [abs(cosine[i][j]) for i in range(count) for j in range(count) if i != j]
+    known = [[math.nan if value is None else value for value in row] for row in cosine]
+    others = [abs(known[i][j]) for i in range(count) for j in range(i) if cosine[i][j] is not None]
     limit = max(others, default=0.0) or 1.0
     parts = []
     for i, name in enumerate(names):
@@ -117,10 +119,8 @@ def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float]]) -> st
         )
         for j in range(count):
             corner = (left + cell * j, top + cell * i)
-            parts.append(_cell(cosine[i][j], limit, corner, cell, shown=count <= 12, own=i == j))
-    pairs = [
-        f"{names[i]} and {names[j]} {cosine[i][j]:.3f}" for i in range(count) for j in range(i)
-    ]
+            parts.append(_cell(known[i][j], limit, corner, cell, shown=count <= 12, own=i == j))
+    pairs = [f"{names[i]} and {names[j]} {known[i][j]:.3f}" for i in range(count) for j in range(i)]
     return drawing(
         *parts,
         width=left + cell * count + 40,
@@ -191,7 +191,7 @@ def _cell(
     value: float, limit: float, corner: tuple[float, float], cell: float, *, shown: bool, own: bool
 ) -> str:
     left, top = corner
-    if own:
+    if own or math.isnan(value):  # an expert that did not move has no direction
         return element("rect", x=left, y=top, width=cell - 1, height=cell - 1, class_="cell own")
     share = min(abs(value) / limit, 1.0)
     sign = "positive" if value >= 0 else "negative"

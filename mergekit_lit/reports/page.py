@@ -73,7 +73,7 @@ def report_page(run: Run, *, title: str) -> str:
     body = [_opening(title, scored)]
     body += [_results(record) for record in scored]
     body += [_coefficients(record) for record in run.records]
-    body += [_geometry(record) for record in run.records]
+    body += [_geometry(run.records)]
     body += [_training(run), section("What each number means", definitions(MEANINGS))]
     body += [_provenance(run.records)]
     files = resources.files("mergekit_lit.reports") / "files"
@@ -193,7 +193,9 @@ def _coefficients(record: Record) -> str:
     curves = record.metrics.get("coefficients", {})
     drawn = {
         name: figures.coefficient_panel(
-            name, list(zip(curve["scale"], curve["accuracy"], strict=True)), curve["chosen"]
+            name,
+            list(zip(curve["scale"], curve["normalised_accuracy"], strict=True)),
+            curve["chosen"],
         )
         for name, curve in curves.items()
     }
@@ -202,24 +204,31 @@ def _coefficients(record: Record) -> str:
     return section(
         "How λ was chosen",
         paragraph(
-            "Mean accuracy on validation images by the length λ of the merged step; the dashed "
-            "line is λ = 0, the base. The large dot is the choice."
+            "Mean normalised accuracy on validation images by the length λ of the merged step; the "
+            "dashed line is λ = 0, the base. The large dot is the choice."
         ),
         figures.panels(drawn),
     )
 
 
-def _geometry(record: Record) -> str:
-    found = record.metrics.get("geometry")
+def _geometry(records: Sequence[Record]) -> str:
+    """Return the section of the newest merge that watched the experts' deltas."""
+    seen = [record.metrics.get("observers", {}).get("DeltaGeometry") for record in records]
+    found = [geometry for geometry in seen if geometry]
     if not found:
         return ""
-    names, cosine = found["names"], found["cosine"]
-    norms = zip(names, found["norms"], strict=True)
+    names, overall = found[-1]["experts"], found[-1]["global"]
+    norms = zip(names, overall["norms"], strict=True)
     body = [[Cell(name), measured(norm, digits=4)] for name, norm in norms]
+    cancelled = overall.get("cancellation")
+    lost = "" if cancelled is None else f" A plain sum of the deltas loses {cancelled:.0%} of all "
     return section(
         "How the experts' deltas lie to each other",
-        paragraph("Cosine between the deltas of each two experts, over all merged weights."),
-        f'<div class="single">{figures.cosine_figure(names, cosine)}</div>',
+        paragraph(
+            "Cosine between the deltas of each two experts, over all merged weights."
+            + (lost and f"{lost}movement, where they pull against each other.")
+        ),
+        f'<div class="single">{figures.cosine_figure(names, overall["cosine"])}</div>',
         folded("Lengths of the deltas", table("L2 norm of each delta", ("expert", "norm"), body)),
     )
 

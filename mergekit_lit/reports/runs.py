@@ -66,6 +66,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
     series: dict[str, Series] = {}
     try:
         for row in read(path):
+            if row["step"] in (None, ""):  # a row that belongs to no step
+                continue
             step = int(float(row["step"]))
             for name, value in row.items():
                 number = _number(value)

@@ -10,6 +10,12 @@ from mergekit_lit.core.records import Record
 
 TASKS = ("digits", "letters", "<b>odd & name</b>")
 
+GEOMETRY = {
+    "norms": [1.0, 2.0, 0.0],
+    "cosine": [[1.0, 0.1, None], [0.1, 1.0, None], [None, None, None]],
+    "cancellation": 0.25,
+}
+
 
 def measures(accuracy, *, normalised=None, n=100):
     return {
@@ -47,13 +53,13 @@ def make_evaluation(*, merged=(0.6, 0.5, 0.4), warnings=()):
             "models": models,
             "warnings": list(warnings),
             "coefficients": {
-                "average": {"scale": [0.0, 0.5, 1.0], "accuracy": [0.3, 0.5, 0.4], "chosen": 0.5}
+                "average": {
+                    "scale": [0.0, 0.5, 1.0],
+                    "normalised_accuracy": [0.3, 0.5, 0.4],
+                    "chosen": 0.5,
+                }
             },
-            "geometry": {
-                "names": list(TASKS),
-                "norms": [1.0, 2.0, 3.0],
-                "cosine": [[1.0, 0.1, -0.2], [0.1, 1.0, 0.05], [-0.2, 0.05, 1.0]],
-            },
+            "observers": {"DeltaGeometry": {"experts": list(TASKS), "global": GEOMETRY}},
         },
         git_commit="abc123",
         versions={"torch": "2"},
