@@ -1,0 +1,325 @@
+"""This file is the merge stage: expert files in, one merged model with its record out."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.experts import Base, Experts, Merged, load_expert, save_merged
+from mergekit_lit.core.files import file_hash
+from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
+from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.core.seeds import generator
+from mergekit_lit.data.splits import Images, SplitOptions
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.passes import inputs
+from mergekit_lit.merging.configuration import resolve
+from mergekit_lit.merging.engine import merge
+from mergekit_lit.merging.gather import load_experts
+from mergekit_lit.models.backbones import Backbone, load_base
+from mergekit_lit.models.statistics import estimate_statistics, has_statistics
+
+# Batches of BatchNorm's re-estimation: large enough that each shows most classes of its task.
+_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is merged how.
+
+    Attributes:
+        method: name of a registered merge method.
+        config: values for the method's parameters; the others keep their defaults.
+        batch_norm: the merged model's BatchNorm statistics: the `base`'s, the `average` of the
+            experts', or estimated again on training images of all tasks together (`recalibrate`)
+            or of each task for itself (`recalibrate-per-task`).
+        seed: of methods that draw at random, and of the images that statistics are estimated on.
+    """
+
+    method: str = "average"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    batch_norm: BatchNormPolicy = "base"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Where the images come from on which BatchNorm statistics are estimated again.
+
+    Attributes:
+        suite: name of a suite, or a folder of tasks.
+        root: where the data sets lie; `$MERGEKIT_LIT_DATA` by default.
+        options: how val and reserve were carved out of train when the experts were trained.
+        images: largest number of training images of one task, at least 2.
+    """
+
+    suite: str
+    root: Path | None = None
+    options: SplitOptions = field(default_factory=SplitOptions)
+    images: int = 512
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What one merge wrote.
+
+    Attributes:
+        path: the merged model.
+        record_path: its record, beside it.
+        record: the same, in memory.
+    """
+
+    path: Path
+    record_path: Path
+    record: Record
+
+
+def merge_files(
+    experts: Sequence[Path],
+    *,
+    out: Path,
+    recipe: Recipe | None = None,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    calibration: Calibration | None = None,
+    observers: Sequence[MergeObserver] = (),
+) -> MergeResult:
+    """Merge expert files into one file, with a record beside it; write both or neither.
+
+    Args:
+        experts: one file per expert, each of another task, all of one base.
+        out: the merged model's file, ending in `.safetensors`.
+        recipe: method, its configuration, BatchNorm policy and seed; the plain average by default.
+        base: spec of the base, as `load_base` takes it; the one that the first card names by
+            default.
+        allow_different_base: take experts whose card names another base, or none.
+        calibration: images for the `recalibrate` policies.
+        observers: see every tensor's deltas; what their `to_json` returns goes to the record.
+
+    Raises:
+        FileNotFoundError: an expert is missing.
+        KeyError: unknown method, parameter, suite or task.
+        TypeError: a parameter of the wrong type.
+        ValueError: experts that cannot be merged, or a value out of range.
+        OSError: `out` cannot be written.
+    """
+    watch = Stopwatch()
+    recipe = recipe or Recipe()
+    paths = [Path(path) for path in experts]
+    out = _checked_out(Path(out), paths)
+    _check_recipe(recipe, calibration)
+    backbone, loaded = load_base_of(paths, base)
+    gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
+    images = _images(gathered, recipe, calibration)
+    merged = merge_recipe(gathered, recipe, backbone, images, observers=observers)
+    save_merged(out, merged)
+    record = watch.finish(_record(recipe, calibration, paths, out, merged, observers))
+    record_path = out.with_suffix(".record.json")
+    record.write(record_path)
+    return MergeResult(out, record_path, record)
+
+
+def merge_recipe(
+    experts: Experts,
+    recipe: Recipe,
+    backbone: Backbone,
+    images: Mapping[str, Images],
+    *,
+    observers: Sequence[MergeObserver] = (),
+) -> Merged:
+    """Merge in memory by a recipe; nothing is read from or written to disk.
+
+    Args:
+        experts: T experts of one base.
+        recipe: method, its configuration, BatchNorm policy and seed.
+        backbone: a module of the experts' architecture; never changed.
+        images: training images of each task, for the `recalibrate` policies alone.
+        observers: see every tensor's deltas.
+
+    Raises:
+        KeyError: unknown method, parameter or policy, or a task without images.
+        TypeError: a parameter of the wrong type.
+        ValueError: a value out of range.
+    """
+    later = recipe.batch_norm.startswith("recalibrate")
+    merged = merge(
+        experts,
+        recipe.method,
+        config=recipe.config,
+        batch_norm="base" if later else recipe.batch_norm,
+        observers=observers,
+        seed=recipe.seed,
+    )
+    if not later:
+        return merged
+    per_task = recipe.batch_norm == "recalibrate-per-task"
+    return recalibrate(merged, images, backbone=backbone, per_task=per_task, seed=recipe.seed)
+
+
+def recalibrate(
+    merged: Merged,
+    images: Mapping[str, Images],
+    *,
+    backbone: Backbone,
+    per_task: bool,
+    seed: int = 0,
+) -> Merged:
+    """Estimate BatchNorm statistics of a merged model again, on unlabelled training images.
+
+    Args:
+        merged: the model; never changed. Without BatchNorm it is returned with the same tensors.
+        images: images of each task of `merged`; labels are not looked at.
+        backbone: a module of the architecture; never changed.
+        per_task: statistics for each task, from its images alone; else one set, from all images.
+        seed: of the order of the images.
+
+    Raises:
+        KeyError: a task has no entry in `images`.
+        ValueError: a task has fewer than 2 images.
+    """
+    policy = "recalibrate-per-task" if per_task else "recalibrate"
+    facts = {**merged.facts, "batch_norm": policy}
+    if not has_statistics(merged.structure):
+        return replace(merged, facts=facts)
+    pools = {task: _pool(task, images) for task in merged.tasks}
+    module = copy.deepcopy(backbone)
+    module.load_state_dict(dict(merged.shared))
+    if per_task:
+        statistics = {
+            task: estimate_statistics(module, _batches(module, [pool], seed))
+            for task, pool in pools.items()
+        }
+        return replace(merged, statistics=statistics, facts=facts)
+    pooled = estimate_statistics(module, _batches(module, list(pools.values()), seed))
+    return replace(merged, shared={**merged.shared, **pooled}, statistics={}, facts=facts)
+
+
+def calibration_images(
+    tasks: Sequence[str], calibration: Calibration, *, seed: int = 0
+) -> dict[str, Images]:
+    """Return at most `calibration.images` training images of each task, drawn by `seed`.
+
+    Raises:
+        KeyError: an unknown suite or task.
+        ValueError: fewer than 2 images are asked for.
+    """
+    if calibration.images < 2:
+        raise ValueError(
+            f"`images` must be at least 2, to have a variance, but is {calibration.images}."
+        )
+    suite = load_suite(calibration.suite, root=calibration.root)
+    chosen = {}
+    for name in tasks:
+        train = suite.task(name).load(calibration.options, root=calibration.root).train
+        draw = generator(seed, "calibration", name)
+        positions = torch.randperm(len(train), generator=draw)[: calibration.images]
+        chosen[name] = train.subset(positions.sort().values.numpy())
+    return chosen
+
+
+def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Backbone, Base]:
+    """Return the base that `base` names, or else the one that the first expert's card names.
+
+    Raises:
+        FileNotFoundError: the first expert is missing.
+        ValueError: there is no expert, or its card names no base.
+    """
+    if not experts:
+        raise ValueError("Merging needs at least one expert file, but got none.")
+    card = load_expert(experts[0]).card
+    spec = base or card.base
+    if spec is None:
+        raise ValueError(
+            f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
+        )
+    return load_base(spec, image_size=card.image_size)
+
+
+def _checked_out(out: Path, experts: Sequence[Path]) -> Path:
+    """Return `out` if it can be the result's name and is none of the inputs."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"`out` must end in .safetensors, but is {str(out)!r}.")
+    if out.is_dir():
+        raise ValueError(f"`out` must name a file, but {str(out)!r} is a folder.")
+    if out.resolve() in {path.resolve() for path in experts}:
+        raise ValueError(f"`out` must be a new file, but {str(out)!r} is one of the experts.")
+    return out
+
+
+def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
+    """Refuse, before anything is read, unknown names and values, and a policy without images."""
+    resolve(MERGE_METHODS.get(recipe.method), recipe.config)
+    known = get_args(BatchNormPolicy)
+    if recipe.batch_norm not in known:
+        raise KeyError(unknown_name("BatchNorm policy", recipe.batch_norm, known))
+    if recipe.batch_norm.startswith("recalibrate") and calibration is None:
+        raise ValueError(
+            f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
+            "from, but got none. Name the suite, or use 'base' or 'average'."
+        )
+
+
+def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> dict[str, Images]:
+    """Return the images that the recipe needs; none where it needs none."""
+    needed = recipe.batch_norm.startswith("recalibrate") and has_statistics(experts.structure)
+    if calibration is None or not needed:
+        return {}
+    return calibration_images(experts.names, calibration, seed=recipe.seed)
+
+
+def _pool(task: str, images: Mapping[str, Images]) -> Images:
+    if task not in images:
+        raise KeyError(unknown_name("task with images", task, images))
+    if len(images[task]) < 2:
+        raise ValueError(
+            f"Task {task!r} must have at least 2 images to estimate statistics on, but has "
+            f"{len(images[task])}."
+        )
+    return images[task]
+
+
+def _batches(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterator[Tensor]:
+    """Yield the images of all pools in one seeded order, each batch a mixture of the pools."""
+    owner = torch.repeat_interleave(torch.tensor([len(pool) for pool in pools]))
+    place = torch.cat([torch.arange(len(pool)) for pool in pools])
+    order = torch.randperm(len(owner), generator=generator(seed, "recalibrate"))
+    # Sizes that differ by at most one: a last batch of one image would have no variance.
+    for batch in order.tensor_split(-(-len(order) // _BATCH)):
+        parts = [place[batch[owner[batch] == t]].numpy() for t in range(len(pools))]
+        yield torch.cat(
+            [
+                inputs(backbone, torch.from_numpy(pool.x[part]))
+                for pool, part in zip(pools, parts, strict=True)
+                if len(part)
+            ]
+        )
+
+
+def _record(
+    recipe: Recipe,
+    calibration: Calibration | None,
+    experts: Sequence[Path],
+    out: Path,
+    merged: Merged,
+    observers: Sequence[MergeObserver],
+) -> Record:
+    seen = {type(o).__name__: o.to_json() for o in observers if hasattr(o, "to_json")}
+    return Record(
+        stage="merge",
+        name=out.stem,
+        config={
+            "experts": [str(path) for path in experts],
+            "recipe": asdict(recipe) | {"config": merged.facts["config"]},
+            "calibration": asdict(calibration) if calibration else None,
+            "base": merged.facts["base"],
+        },
+        inputs={str(path): file_hash(path) for path in experts},
+        seeds={"merge": recipe.seed},
+        metrics={"merged": dict(merged.facts), "observers": seen},
+        outputs=[str(out)],
+    )
