@@ -1,0 +1,100 @@
+"""This file writes experts while they are trained: one file with structure and card each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.core.params import check_finite, with_prefix
+from mergekit_lit.core.tensorfiles import floats
+from mergekit_lit.lit.card import expert_card
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.heads import head_layer
+from mergekit_lit.lit.passes import score, statistics_of
+
+
+class ExpertExport(Callback):
+    """Writes `<out>/<name>.safetensors` after the last step, or one file after each of `steps`.
+
+    Where BatchNorm trained on batch statistics, its running statistics lag behind the weights: the
+    file holds those of the final weights instead, estimated on all training images. The card's
+    losses and accuracies are measured in eval mode with exactly what the file holds, its path
+    constants come from every callback of the Trainer that has a method `card_facts()`. List this
+    callback after those. The training is not disturbed: the same run gives the same bytes.
+    """
+
+    def __init__(self, out: Path, *, steps: Sequence[int] = (), name: str | None = None) -> None:
+        """Choose where to write.
+
+        Args:
+            out: folder of the expert files.
+            steps: step counts K after which an expert is written; empty for the last step alone.
+            name: stem of the file; None for the task's name. Several `steps` add `-step<K>`.
+        """
+        self.out = Path(out)
+        self.steps = tuple(steps)
+        self.name = name
+
+    def path(self, task: str, step: int) -> Path:
+        """Return the file of the expert of `task` after `step` steps."""
+        suffix = f"-step{step}" if len(self.steps) > 1 else ""
+        return self.out / f"{self.name or task}{suffix}.safetensors"
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write the expert after a step whose count was asked for."""
+        step = trainer.global_step
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or step not in (self.steps or (trainer.max_steps,)):
+            return
+        if not isinstance(pl_module, ExpertModule):
+            raise TypeError(
+                f"ExpertExport must watch an ExpertModule, but got {type(pl_module).__name__}. "
+                "Leave it out of `trainer.callbacks`."
+            )
+        if trainer.is_global_zero:
+            save_expert(self.path(pl_module.data.task, step), expert_of(pl_module, trainer))
+        trainer.strategy.barrier("ExpertExport")
+
+
+def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
+    """Return the expert as it stands: weights, fresh statistics, head and card.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    data = module.data.task_data
+    params = floats({name: t.detach().clone() for name, t in module.backbone.state_dict().items()})
+    head = floats({name: t.detach().clone() for name, t in module.head.state_dict().items()})
+    weights = with_prefix(params, "backbone.") | with_prefix(head, "head.")
+    check_finite(weights, source=f"Expert {data.name!r} after {trainer.global_step} steps")
+    plain = module.plain_backbone(params)
+    if module.norm_statistics == "train":
+        params = {**params, **statistics_of(plain, data.train)}
+        plain.load_state_dict(params)
+    layer = head_layer(head, trained=False).to(module.device)
+    card = expert_card(
+        module,
+        trainer=trainer,
+        train=score(plain, layer, data.train),
+        val=score(plain, layer, data.val),
+        measured=_measured(trainer),
+    )
+    return Expert(backbone=params, head=head, structure=module.structure, card=card)
+
+
+def _measured(trainer: Trainer) -> dict[str, float | None]:
+    """Return what the other callbacks know for the card."""
+    facts: dict[str, float | None] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it untyped
+        if hasattr(callback, "card_facts"):
+            facts.update(callback.card_facts())
+    return facts

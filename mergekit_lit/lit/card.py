@@ -1,0 +1,74 @@
+"""This file fills in an expert's card from the run that made it."""
+
+from collections.abc import Mapping
+
+from lightning.pytorch import Trainer
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.passes import Score
+
+
+def expert_card(
+    module: ExpertModule,
+    *,
+    trainer: Trainer,
+    train: Score,
+    val: Score,
+    measured: Mapping[str, float | None],
+) -> Card:
+    """Return the card of the expert as it stands after `trainer.global_step` steps.
+
+    Args:
+        module: the module that was trained.
+        trainer: its Trainer, attached to the data.
+        train: loss and accuracy on the training images.
+        val: loss and accuracy on the validation images.
+        measured: path constants by the names of the card's fields.
+    """
+    optimization, data = module.optimization, module.data
+    is_sgd = optimization.optimizer == "sgd"
+    horizon = trainer.max_steps if optimization.horizon_matters else None
+    clips = trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm")
+    facts = {
+        **_data_facts(data),
+        "base": module.base.name,
+        "base_hash": module.base.content,
+        "backbone": module.base.backbone,
+        "image_size": module.base.image_size,
+        "optimizer": optimization.optimizer,
+        "lr": optimization.lr,
+        "momentum": optimization.momentum if is_sgd else None,
+        "betas": None if is_sgd else optimization.betas,
+        "weight_decay": optimization.weight_decay,
+        "schedule": optimization.schedule,
+        "warmup_steps": optimization.warmup_steps,
+        "schedule_steps": horizon,
+        "steps": trainer.global_step,
+        "batch": data.batch * trainer.accumulate_grad_batches,
+        "label_smoothing": module.label_smoothing,
+        "clip_norm": float(trainer.gradient_clip_val) if clips else None,
+        "precision": str(trainer.precision),
+        "norm_statistics": module.norm_statistics,
+        "head": module.head_kind,
+        "seed": module.seed,
+        "train_loss": train.loss,
+        "train_accuracy": train.accuracy,
+        "val_loss": val.loss,
+        "val_accuracy": val.accuracy,
+    }
+    return Card.from_json({**measured, **facts})
+
+
+def _data_facts(data: TaskDataModule) -> dict[str, str | int | None]:
+    task = data.task_data
+    return {
+        "task": task.name,
+        "suite": task.suite,
+        "classes": len(task.classes),
+        "split_hash": task.split_hash,
+        "n": len(task.train),
+        "replaced": task.replaced,
+        "neighbour_seed": data.neighbour_seed if task.replaced else None,
+    }

@@ -1,0 +1,226 @@
+"""This file is the fine-tuning of one expert: what a Trainer moves, and how."""
+
+from typing import Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mergekit_lit.core.params import Params
+from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.core.seeds import derive_seed
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.heads import (
+    fitted_head,
+    head_kind,
+    head_layer,
+    needs_features,
+    unfitted_head,
+)
+from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
+from mergekit_lit.lit.passes import features_of, inputs, statistics_of
+from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
+
+Batch = tuple[Tensor, Tensor, Tensor]
+NormStatistics = Literal["train", "frozen"]
+
+
+class ExpertModule(LightningModule):
+    """Fine-tunes a base on one task; the head stands outside the merge.
+
+    Before the first step the BatchNorm statistics are estimated on the task's training images and
+    the head is fitted under them, so that head fit and evaluation treat BatchNorm alike; training
+    starts from there. Whatever is drawn at random in a forward pass (dropout, augmentation) is
+    keyed by (seed, step, slot), the slot counting micro-batches over accumulation and processes.
+
+    Attributes:
+        base: x0.
+        backbone: the network that is tuned.
+        head: the linear layer of the task, after `setup`.
+        structure: what each backbone tensor is.
+        optimization: optimizer and schedule.
+        head_kind: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
+        norm_statistics: `train` or `frozen`.
+        seed: the seed of everything random.
+    """
+
+    head: nn.Linear
+
+    # Each argument is one flag of the command line, hence so many.
+    def __init__(  # noqa: PLR0913
+        self,
+        base: str = "resnet",
+        *,
+        image_size: int | None = None,
+        head: str = "frozen-ncm",
+        optimizer: OptimizerName = "sgd",
+        lr: float = 0.03,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        schedule: ScheduleName = "cosine",
+        warmup_steps: int = 20,
+        label_smoothing: float = 0.0,
+        norm_statistics: NormStatistics = "train",
+        compile: bool = False,  # noqa: A002 (the user's word for torch.compile)
+        seed: int = 0,
+    ) -> None:
+        """Load the base; the head waits for the data.
+
+        Args:
+            base: `resnet` or `vit` (shipped), any timm or torchvision encoder, or a base file.
+            image_size: height and width of the input, in pixels; None for the base's own.
+            head: `trained`; or frozen: `frozen-probe`, `frozen-ncm` or `embeddings:FILE`.
+            optimizer: `sgd`, `adam` or `adamw`.
+            lr: peak learning rate, positive.
+            momentum: momentum of `sgd`, in [0, 1).
+            betas: decay rates of `adam` and `adamw`, each in [0, 1).
+            weight_decay: coefficient, at least 0; coupled for `sgd` and `adam`, decoupled for
+                `adamw`.
+            schedule: `constant`, `cosine` or `linear`, after the warm-up. Only `constant` serves
+                several step counts from one run.
+            warmup_steps: steps of linear warm-up, less than the number of steps.
+            label_smoothing: share of the label's mass spread over all classes, in [0, 1).
+            norm_statistics: `train` uses batch statistics in BatchNorm; `frozen` those of the
+                training images at the base, throughout.
+            compile: whether torch.compile runs the backbone.
+            seed: seed of the data order, the augmentation, dropout and a trained head.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.optimization = Optimization(
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            betas=(betas[0], betas[1]),
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+        )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must lie in [0, 1), but is {label_smoothing!r}.")
+        if norm_statistics not in ("train", "frozen"):
+            raise ValueError(unknown_name("norm_statistics", norm_statistics, ("frozen", "train")))
+        self.head_kind = head_kind(head)
+        self.head_spec, self.label_smoothing, self.seed = head, label_smoothing, seed
+        self.norm_statistics, self.compiles = norm_statistics, compile
+        self.backbone, self.base = load_base(base, image_size=image_size)
+        self.structure = self.base.structure
+
+    @property
+    def data(self) -> TaskDataModule:
+        """The data module of the Trainer.
+
+        Raises:
+            TypeError: the Trainer has another kind.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it untyped
+        if not isinstance(data, TaskDataModule):
+            raise TypeError(
+                f"ExpertModule must be trained on a TaskDataModule, but got {type(data).__name__}. "
+                "Pass trainer.fit(module, datamodule=TaskDataModule(...))."
+            )
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Put the base back, estimate its BatchNorm statistics and fit the head under them."""
+        if stage != "fit" and hasattr(self, "head"):
+            return
+        device = self.trainer.strategy.root_device
+        start = self.plain_backbone(self.base.params, device)
+        start.load_state_dict(
+            {**start.state_dict(), **statistics_of(start, self.data.task_data.train)}
+        )
+        self.head = head_layer(self._head(start), trained=self.head_kind == "trained")
+        self.backbone.load_state_dict(start.state_dict())
+        if self.compiles:
+            self.backbone.compile()
+
+    def plain_backbone(self, params: Params, device: torch.device | None = None) -> Backbone:
+        """Return a second backbone in eval mode that holds `params`, never compiled or wrapped."""
+        plain = build_backbone(self.base.backbone, image_size=self.base.image_size)
+        plain.load_state_dict(dict(params))
+        return plain.to(device or self.device).eval()
+
+    def train(self, mode: bool = True) -> "ExpertModule":  # noqa: FBT001 (torch's signature)
+        """Set the mode; BatchNorm stays in eval mode where its statistics are frozen."""
+        super().train(mode)
+        if self.norm_statistics == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, C) of uint8 images (B, H, W, 3)."""
+        return cast("Tensor", self.head(self.backbone(inputs(self.backbone, x))))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch."""
+        x, y, _ = batch
+        step, slot = self.trainer.global_step, self._slot(batch_idx)
+        torch.manual_seed(derive_seed(self.seed, "forward", step, slot))
+        x = self.data.augmented(x, step, slot, seed=self.seed)
+        loss = cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
+        if (step + 1) % self.trainer.log_every_n_steps == 0:
+            self._report(loss, step)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's)
+        """Log cross-entropy and accuracy on the validation images."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's)
+        """Log cross-entropy and accuracy on the test images."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer over what is trained, and its schedule over K steps."""
+        optimizer = self.optimization.build(p for p in self.parameters() if p.requires_grad)
+        scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _head(self, start: Backbone) -> Params:
+        """Return the head's parameters at x0, its BatchNorm statistics already in `start`."""
+        classes = self.data.task_data.classes
+        if needs_features(self.head_spec):
+            features, labels = features_of(start, self.data.task_data.train)
+            return fitted_head(self.head_spec, features, labels, classes=len(classes))
+        return unfitted_head(
+            self.head_spec, features=start.features, classes=classes, seed=self.seed
+        )
+
+    def _slot(self, batch_idx: int) -> int:
+        """Return which micro-batch of its step this one is, over accumulation and processes."""
+        trainer = self.trainer
+        return (batch_idx % trainer.accumulate_grad_batches) * trainer.world_size + (
+            trainer.global_rank
+        )
+
+    def _report(self, loss: Tensor, step: int) -> None:
+        """Log the loss and the learning rate; refuse a loss that is no number."""
+        value = loss.detach()
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"The loss must be finite, but is {float(value)} at step {step} of task "
+                f"{self.data.task!r}. Train with a lower `lr` (now {self.optimization.lr:g}), more "
+                f"`warmup_steps` (now {self.optimization.warmup_steps}) or "
+                "`trainer.gradient_clip_val`."
+            )
+        self.log("train/loss", value)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        x, y, _ = batch
+        logits = self(x).float()
+        values = {
+            f"{split}/loss": cross_entropy(logits, y),
+            f"{split}/accuracy": (logits.argmax(1) == y).float().mean(),
+        }
+        self.log_dict(values, batch_size=len(y), sync_dist=True)

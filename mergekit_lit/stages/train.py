@@ -1,0 +1,248 @@
+"""This file is the first stage: one task in, its expert files and record out."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from mergekit_lit.callbacks.expert_export import ExpertExport
+from mergekit_lit.callbacks.gradient_noise import GradientNoise
+from mergekit_lit.callbacks.gradient_norm import GradientNorm
+from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint, check_resumable
+from mergekit_lit.callbacks.path_length import PathLength
+from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.records import Record, Stopwatch, plain
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.launch import check_world_size, trainer_arguments
+from mergekit_lit.lit.loggers import LoggerKind, log_results, make_loggers
+
+_DEFAULTS: Mapping[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
+_LOG_EVERY = 10
+
+# What this stage decides itself, and the argument of `train_expert` that says it.
+_TAKEN = {
+    "max_steps": "steps",
+    "max_epochs": "steps",
+    "callbacks": "callbacks",
+    "logger": "loggers",
+    "enable_checkpointing": "checkpoint_every",
+}
+
+# Trainer arguments that change the weights' path: a resumed run must have the same ones.
+_TRAJECTORY = (
+    "accumulate_grad_batches",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "precision",
+)
+
+_NOT_ACTIONABLE = (
+    # The loader starts at the right micro-batch by itself.
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+    # Images are held in memory as uint8: there are no workers to add.
+    ".*does not have many workers.*",
+    # lightning 2.6 with torch >= 2.13: its pytree shim uses a deprecated isinstance check.
+    ".*LeafSpec.*",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one run of training made.
+
+    Attributes:
+        experts: expert files, in the order of their step counts.
+        record_path: the record's file.
+        record: configuration, cards, seconds ...
+    """
+
+    experts: tuple[Path, ...]
+    record_path: Path
+    record: Record
+
+
+# Each argument is one flag of the command line, hence so many.
+def train_expert(  # noqa: PLR0913
+    *,
+    data: TaskDataModule,
+    model: ExpertModule,
+    steps: Sequence[int],
+    out: Path,
+    trainer: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: LoggerKind | Sequence[Logger] = "csv",
+    resume: bool = False,
+    name: str | None = None,
+    checkpoint_every: int = 200,
+) -> TrainResult:
+    """Fine-tune one expert and write its files.
+
+    Writes `<out>/<name>.safetensors` (`<name>-step<K>.safetensors` for several K),
+    `<name>.record.json`, `logs/<name>/metrics.csv` and `metrics.jsonl`, and while it runs
+    `checkpoints/<name>/last.ckpt`. A run that was killed goes on with `resume` and, on the CPU,
+    ends with the same bytes.
+
+    Args:
+        data: the task.
+        model: the base and how to tune it.
+        steps: step counts K after which an expert is written; several only under a constant
+            schedule, where they share one trajectory.
+        out: folder of the run.
+        trainer: arguments of Lightning's Trainer, such as `devices` or `gradient_clip_val`.
+        callbacks: further callbacks.
+        loggers: `csv`, `wandb` (offline) or `wandb-online`, or loggers.
+        resume: whether to go on from the last checkpoint; a finished run is left as it is.
+        name: stem of the files; None for the task's name.
+        checkpoint_every: steps between two checkpoints; 0 for none.
+
+    Raises:
+        ValueError: an argument is out of range, or the run diverged.
+    """
+    stopwatch = Stopwatch()
+    name = name or data.task
+    chosen = _checked_steps(steps, model)
+    data.setup("fit")
+    config = _config(data, model, chosen, trainer or {})
+    record_path = Path(out) / f"{name}.record.json"
+    finished = _finished(record_path, config) if resume else None
+    if finished:
+        return finished
+    export = ExpertExport(Path(out), steps=chosen, name=name)
+    last = LastCheckpoint(
+        Path(out) / "checkpoints" / name / "last.ckpt", every=checkpoint_every, config=config
+    )
+    if isinstance(loggers, str):
+        loggers = make_loggers(loggers, Path(out) / "logs" / name, name=name, config=config)
+    with _quiet():
+        observers = [GradientNorm(), PathLength(), GradientNoise(), *callbacks, export, last]
+        fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
+        resumable = resume and check_resumable(last.path, config)
+        fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
+    experts = tuple(export.path(data.task, step) for step in chosen)
+    record = _record(name, config, data, model, experts)
+    if fitter.is_global_zero:
+        stopwatch.finish(record).write(record_path)
+        last.remove()
+        _tell(loggers, experts)
+    return TrainResult(experts, record_path, record)
+
+
+def _checked_steps(steps: Sequence[int], model: ExpertModule) -> tuple[int, ...]:
+    """Return the step counts in ascending order, each once."""
+    chosen = tuple(sorted(set(steps)))
+    if not chosen or chosen[0] < 1:
+        raise ValueError(f"`steps` must be step counts of at least 1, but are {list(steps)!r}.")
+    schedule = model.optimization.schedule
+    if len(chosen) > 1 and model.optimization.horizon_matters:
+        raise ValueError(
+            f"`steps` must be one number under the {schedule!r} schedule, whose path depends on "
+            f"its length, but are {list(chosen)!r}. Train once per length, or use the schedule "
+            "'constant'."
+        )
+    return chosen
+
+
+def _trainer(
+    arguments: Mapping[str, Any], steps: int, *, callbacks: list[Callback], logger: Any
+) -> Trainer:
+    """Return the Trainer, in agreement with the launcher."""
+    for taken in sorted(set(arguments) & set(_TAKEN)):
+        raise ValueError(
+            f"`trainer.{taken}` must be left out: `{_TAKEN[taken]}` says it. Remove it."
+        )
+    defaults = {**_DEFAULTS, "log_every_n_steps": min(_LOG_EVERY, steps)}
+    trainer = Trainer(
+        **{**defaults, **trainer_arguments(arguments)},
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=list(logger),
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    check_world_size(trainer)
+    return trainer
+
+
+def _config(
+    data: TaskDataModule, model: ExpertModule, steps: Sequence[int], trainer: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what decides the weights' path, as plain values."""
+    return dict(
+        plain(
+            {
+                "data": {**data.hparams, "split_hash": data.task_data.split_hash},
+                "model": {**model.hparams, "base_hash": model.base.content},
+                "steps": list(steps),
+                "trainer": {key: trainer.get(key) for key in _TRAJECTORY},
+            }
+        )
+    )
+
+
+def _finished(record_path: Path, config: Mapping[str, Any]) -> TrainResult | None:
+    """Return the result of a run with the same configuration that has ended, if there is one."""
+    if not record_path.is_file():
+        return None
+    record = Record.read(record_path)
+    experts = tuple(record_path.parent / name for name in record.outputs)
+    if record.config != config or not all(path.is_file() for path in experts):
+        return None
+    return TrainResult(experts, record_path, record)
+
+
+def _record(
+    name: str,
+    config: Mapping[str, Any],
+    data: TaskDataModule,
+    model: ExpertModule,
+    experts: Sequence[Path],
+) -> Record:
+    task = data.task_data
+    return Record(
+        stage="train",
+        name=name,
+        config=config,
+        inputs={
+            model.base.name: model.base.content,
+            f"{task.suite}/{task.name}": task.split_hash,
+        },
+        seeds={
+            "seed": model.seed,
+            "split_seed": data.options.seed,
+            "neighbour_seed": data.neighbour_seed,
+        },
+        outputs=[path.name for path in experts],
+    )
+
+
+def _tell(loggers: Sequence[Logger], experts: Sequence[Path]) -> None:
+    """Hand the last expert's card and the files to the loggers that keep results."""
+    card = load_expert(experts[-1]).card.to_json()
+    log_results(loggers, summary=card, files=experts, metadata=card)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what Lightning says that the user cannot act on."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _NOT_ACTIONABLE:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        log.setLevel(level)
