@@ -14,7 +14,8 @@ Form = Literal["linear", "kernel", "whole"]
 
 `linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
 `kernel`: f(slice, *, config) -> the step of one tensor, (*s). It may declare `prepare`, a function
-    g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor first.
+    g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor
+    first, in as many passes as it likes.
 `whole`: f(experts, *, config) -> Merged.
 """
 

@@ -104,7 +104,7 @@ def _kernel(
                 **config,
             ),
         )
-        for name, deltas in _pairs(experts)
+        for name, deltas in _Pairs(experts)
     )
     return Merged(shared=_moved(experts.base, steps), structure=experts.structure)
 
@@ -137,10 +137,15 @@ def _check_policy(batch_norm: str) -> None:
         raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))
 
 
-def _pairs(experts: Experts) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the deltas (T, *s) of every merged tensor."""
-    for name in experts.merged_names():
-        yield name, experts.deltas(name)
+class _Pairs(Iterable[tuple[str, Tensor]]):
+    """The name and the deltas (T, *s) of every merged tensor, as often as they are asked for."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._experts.merged_names():
+            yield name, self._experts.deltas(name)
 
 
 def _prepared(
@@ -152,7 +157,7 @@ def _prepared(
         return {}
     wanted = signature(prepare).parameters
     some = {name: value for name, value in config.items() if name in wanted}
-    stats: Mapping[str, Any] = prepare(_pairs(experts), **some)
+    stats: Mapping[str, Any] = prepare(_Pairs(experts), **some)
     return stats
 
 
