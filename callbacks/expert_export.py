@@ -11,7 +11,7 @@ from mergekit_lit.core.params import check_finite, with_prefix
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.lit.card import expert_card
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.lit.heads import head_layer
+from mergekit_lit.lit.heads import Head
 from mergekit_lit.lit.passes import score, statistics_of
 
 
@@ -80,7 +80,7 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
     if module.norm_statistics == "train":
         params = {**params, **statistics_of(plain, data.train)}
         plain.load_state_dict(params)
-    layer = head_layer(head, trained=False).to(module.device)
+    layer = Head(head, trained=False).to(module.device)
     card = expert_card(
         module,
         trainer=trainer,

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import numpy as np
 import torch
 
 from mergekit_lit.core.cards import Card
@@ -105,3 +106,23 @@ def make_tiny_experts(
 def tiny_experts() -> Experts:
     """Three float64 experts with tensors of every awkward size."""
     return make_tiny_experts()
+
+
+@pytest.fixture
+def make_experts() -> Callable[..., Experts]:
+    """`make_tiny_experts`, for tests that need another number, dtype or size of experts."""
+    return make_tiny_experts
+
+
+@pytest.fixture(scope="session")
+def tiny_suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with two learnable tasks of 3 classes: 120 training and 30 test images of 8 x 8."""
+    folder = tmp_path_factory.mktemp("tiny_suite")
+    for seed, name in enumerate(("dots", "stripes")):
+        draw = np.random.default_rng(seed)
+        y = np.arange(150) % 3
+        patterns = draw.integers(60, 200, (3, 8, 8, 3))
+        x = (patterns[y] + draw.integers(-55, 56, (150, 8, 8, 3))).astype(np.uint8)
+        split = (np.arange(150) >= 120).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", x=x, y=y, split=split, classes=np.array(["a", "b", "c"]))
+    return str(folder)

@@ -5,7 +5,7 @@ from typing import Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,15 +13,9 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.lit.data import TaskDataModule
-from mergekit_lit.lit.heads import (
-    fitted_head,
-    head_kind,
-    head_layer,
-    needs_features,
-    unfitted_head,
-)
+from mergekit_lit.lit.heads import Head, head_at, head_kind
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
-from mergekit_lit.lit.passes import features_of, inputs, statistics_of
+from mergekit_lit.lit.passes import inputs, statistics_of
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +33,7 @@ class ExpertModule(LightningModule):
     Attributes:
         base: x0.
         backbone: the network that is tuned.
-        head: the linear layer of the task, after `setup`.
+        head: the task's classifier, after `setup`.
         structure: what each backbone tensor is.
         optimization: optimizer and schedule.
         head_kind: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
@@ -47,7 +41,7 @@ class ExpertModule(LightningModule):
         seed: the seed of everything random.
     """
 
-    head: nn.Linear
+    head: Head
 
     # Each argument is one flag of the command line, hence so many.
     def __init__(  # noqa: PLR0913
@@ -129,12 +123,11 @@ class ExpertModule(LightningModule):
         """Put the base back, estimate its BatchNorm statistics and fit the head under them."""
         if stage != "fit" and hasattr(self, "head"):
             return
-        device = self.trainer.strategy.root_device
-        start = self.plain_backbone(self.base.params, device)
-        start.load_state_dict(
-            {**start.state_dict(), **statistics_of(start, self.data.task_data.train)}
-        )
-        self.head = head_layer(self._head(start), trained=self.head_kind == "trained")
+        data = self.data.task_data
+        start = self.plain_backbone(self.base.params, self.trainer.strategy.root_device)
+        start.load_state_dict({**start.state_dict(), **statistics_of(start, data.train)})
+        head = head_at(start, data, self.head_spec, seed=self.seed)
+        self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
         if self.compiles:
             self.backbone.compile()
@@ -185,16 +178,6 @@ class ExpertModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def _head(self, start: Backbone) -> Params:
-        """Return the head's parameters at x0, its BatchNorm statistics already in `start`."""
-        classes = self.data.task_data.classes
-        if needs_features(self.head_spec):
-            features, labels = features_of(start, self.data.task_data.train)
-            return fitted_head(self.head_spec, features, labels, classes=len(classes))
-        return unfitted_head(
-            self.head_spec, features=start.features, classes=classes, seed=self.seed
-        )
 
     def _slot(self, batch_idx: int) -> int:
         """Return which micro-batch of its step this one is, over accumulation and processes."""

@@ -1,71 +1,70 @@
-"""This file is the head of a task: how each kind is made from the base's features."""
+"""This file is the head of a task: how each kind is made, and the layer that holds it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import unknown_name
-from mergekit_lit.models.heads import fit_ncm, fit_probe, load_embeddings, trained_init
+from mergekit_lit.data.splits import TaskData
+from mergekit_lit.lit.passes import features_of
+from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.models.heads import (
+    apply_head,
+    fit_ncm,
+    fit_probe,
+    load_embeddings,
+    trained_init,
+)
 
-HEADS = ("trained", "frozen-probe", "frozen-ncm", "embeddings")
 _EMBEDDINGS = "embeddings:"
+_FITTED = {"frozen-ncm": fit_ncm, "frozen-probe": fit_probe}
+
+
+class Head(nn.Module):
+    """A linear classifier on features, or on their cosines where it has a scale."""
+
+    def __init__(self, params: Params, *, trained: bool) -> None:
+        """Hold a copy of `params`, with a gradient if the head is trained."""
+        super().__init__()
+        self.weight = nn.Parameter(params["weight"].clone(), requires_grad=trained)
+        self.bias = nn.Parameter(params["bias"].clone(), requires_grad=trained)
+        if "scale" in params:
+            self.register_buffer("scale", params["scale"].clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B, C) of features (B, d)."""
+        return apply_head({**dict(self.named_parameters()), **dict(self.named_buffers())}, features)
 
 
 def head_kind(head: str) -> str:
-    """Return the kind of a head as a card tells it: `embeddings:FILE` is of kind `embeddings`.
+    """Return a head's kind as cards tell it: that of `embeddings:FILE` is `embeddings`.
 
     Raises:
-        ValueError: no such kind.
-    """
-    kind = "embeddings" if head.startswith(_EMBEDDINGS) else head
-    if kind not in HEADS or head == "embeddings":
-        known = [*(name for name in HEADS if name != "embeddings"), "embeddings:FILE"]
-        raise ValueError(unknown_name("head", head, known))
-    return kind
-
-
-def needs_features(head: str) -> bool:
-    """Return whether the head is fitted to the features of the training images."""
-    return head in ("frozen-probe", "frozen-ncm")
-
-
-def fitted_head(
-    head: str, features: Tensor | None, labels: Tensor | None, *, classes: int
-) -> Params:
-    """Return `weight` (C, d) and `bias` (C,) of a frozen head fitted at the base.
-
-    Args:
-        head: `frozen-probe` or `frozen-ncm`.
-        features: features of the training images at x0, (N, d).
-        labels: their labels, (N,).
-        classes: C.
-    """
-    fit = fit_ncm if head == "frozen-ncm" else fit_probe
-    return fit(features, labels, classes)
-
-
-def unfitted_head(head: str, *, features: int, classes: Sequence[str], seed: int) -> Params:
-    """Return `weight` (C, d) and `bias` (C,) of a head that needs no features.
-
-    Args:
-        head: `trained` or `embeddings:FILE`.
-        features: d.
-        classes: names of the C classes.
-        seed: seed of the initialisation of a trained head.
+        KeyError: no such kind.
     """
     if head.startswith(_EMBEDDINGS):
-        return load_embeddings(Path(head.removeprefix(_EMBEDDINGS)), classes)
-    return trained_init(features, len(classes), seed)
+        return "embeddings"
+    known = ("trained", *_FITTED)
+    if head not in known:
+        raise KeyError(unknown_name("head", head, (*known, "embeddings:FILE")))
+    return head
 
 
-def head_layer(params: Params, *, trained: bool) -> nn.Linear:
-    """Return the linear layer that holds `params`, without a gradient unless it is trained."""
-    classes, features = params["weight"].shape
-    layer = nn.Linear(features, classes)
-    with torch.no_grad():
-        layer.weight.copy_(params["weight"])
-        layer.bias.copy_(params["bias"])
-    return layer.requires_grad_(trained)
+def head_at(backbone: Backbone, data: TaskData, head: str, *, seed: int) -> dict[str, Tensor]:
+    """Return `weight` (C, d) and `bias` (C,) of a task's head at the base.
+
+    Args:
+        backbone: the base, its BatchNorm statistics those of the task.
+        data: the task.
+        head: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings:FILE`.
+        seed: seed of the initialisation of a trained head.
+    """
+    classes = len(data.classes)
+    if head in _FITTED:
+        features, labels = features_of(backbone, data.train)
+        return _FITTED[head](features, labels, classes)
+    if head.startswith(_EMBEDDINGS):
+        path = Path(head.removeprefix(_EMBEDDINGS))
+        return load_embeddings(path, classes, features=backbone.features)
+    return trained_init(backbone.features, classes, seed)
