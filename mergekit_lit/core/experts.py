@@ -206,7 +206,7 @@ def load_merged(path: Path) -> Merged:
     return Merged(
         shared=_under(file, "shared."),
         structure=structure_from_json(file.facts["structure"]),
-        heads={task: _under(file, f"heads/{task}.") for task in tasks},
+        heads={task: _head(file, task) for task in tasks},
         statistics={task: tensors for task, tensors in statistics.items() if tensors},
         facts=file.facts["facts"],
     )
@@ -226,6 +226,12 @@ def load_base_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _under(file: TensorFile, prefix: str) -> dict[str, Tensor]:
     return {short: file[name] for short, name in names_under(file, prefix).items()}
+
+
+def _head(file: TensorFile, task: str) -> dict[str, Tensor]:
+    """Return `weight` and `bias` of one task; a dot left over belongs to a longer task's name."""
+    tensors = names_under(file, f"heads/{task}.")
+    return {short: file[name] for short, name in tensors.items() if "." not in short}
 
 
 def _expect_kind(file: TensorFile, kind: str) -> None:

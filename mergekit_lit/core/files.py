@@ -76,7 +76,9 @@ def file_hash(path: Path) -> str:
 def _told(error: OSError, path: Path) -> OSError:
     """Return the error with a message that says which file and why, of the same class."""
     reason = error.strerror or str(error)
-    return type(error)(f"Could not write {str(path)!r}: {reason}. Nothing was left half-written.")
+    told = type(error)(f"Could not write {str(path)!r}: {reason}. Nothing was left half-written.")
+    told.errno = error.errno
+    return told
 
 
 def _sync(path: Path) -> None:

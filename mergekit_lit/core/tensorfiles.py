@@ -1,6 +1,9 @@
 """This file reads and writes named tensors: safetensors with facts and checksums in the header."""
 
+import errno
 import json
+import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,8 +25,11 @@ def write_tensors(path: Path, tensors: Params, facts: Mapping[str, Any]) -> None
     """Write tensors and JSON facts into one safetensors file, atomically and reproducibly.
 
     The header holds a CRC-32 of each tensor and of the facts, so that a flipped bit is noticed.
+
+    Raises:
+        OSError: the file cannot be written (full disk, read-only folder).
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _separate(tensors)
     text = json.dumps(facts, sort_keys=True, allow_nan=False)
     header = {
         "facts": text,
@@ -31,7 +37,10 @@ def write_tensors(path: Path, tensors: Params, facts: Mapping[str, Any]) -> None
         "crc32": {name: zlib.crc32(tensor_bytes(plain[name])) for name in sorted(plain)},
     }
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        try:
+            save_file(plain, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        except SafetensorError as error:
+            raise _system_error(error) from error
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -127,6 +136,18 @@ def floats(params: Params) -> dict[str, Tensor]:
     return {name: t.float() if t.dtype in half else t for name, t in params.items()}
 
 
+def _separate(tensors: Params) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors that share no memory, which safetensors would refuse."""
+    separate: dict[str, Tensor] = {}
+    owned: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if place in owned else plain
+        owned.add(place)
+    return separate
+
+
 def _refuse_pickle(path: Path) -> None:
     """Refuse what torch.save or pickle wrote: reading it can run code."""
     if not path.is_file():
@@ -138,6 +159,14 @@ def _refuse_pickle(path: Path) -> None:
             f"{str(path)!r} must be a safetensors file, but is a pickle, which can run code when "
             "read. Convert it where you trust it: safetensors.torch.save_file(state_dict, path)."
         )
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """Return the operating system's error, which safetensors gives as text, such as a full disk."""
+    code = re.search(r"os error (\d+)", str(error))
+    if code is None:
+        return OSError(errno.EIO, str(error))
+    return OSError(int(code.group(1)), os.strerror(int(code.group(1))))
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
