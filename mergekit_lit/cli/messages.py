@@ -8,6 +8,14 @@ from jsonargparse import ArgumentParser
 _KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)$', re.DOTALL)
 _EXPECTED = re.compile(r"Expected an? (?P<kind>.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 _VALUE = re.compile(r"(?:Got value|Given value): (?P<value>.*)", re.DOTALL)
+# Names of Lightning's Trainer that are ours to decide, and what says them here.
+_ELSEWHERE = {
+    "trainer.enable_checkpointing": "checkpoint_every",
+    "trainer.logger": "logger",
+    "trainer.max_epochs": "steps",
+    "trainer.max_steps": "steps",
+    "trainer.default_root_dir": "out",
+}
 _PROBLEM = re.compile(r"Problem with given class_path '[^']+':\s*(?P<why>[^\n]+)")
 
 
@@ -24,7 +32,7 @@ def unknown_key(parser: ArgumentParser, key: str, *, source: str = "") -> str:
         for option in parser._option_string_actions
         if option.startswith("--") and not option.endswith(("+", ".help"))
     )
-    near = _nearest(key, known)
+    near = _ELSEWHERE.get(key) or _nearest(key, known)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"{source}No parameter named {key!r}.{hint} All of them: {parser.prog} --help"
 
@@ -33,9 +41,8 @@ def told(parser: ArgumentParser, message: str) -> str:
     """Return jsonargparse's message in this project's words."""
     required = re.search(r"arguments are required: (.*)", message)
     if required:
-        keys = required[1].split(", ")
-        flags = " ".join(f"--{key} ..." for key in keys)
-        return f"`{'`, `'.join(keys)}` must be given: {flags}. See: {parser.prog} --help"
+        keys = "`, `".join(required[1].split(", "))
+        return f"`{keys}` must be given, as a flag or in a file. See: {parser.prog} --help"
     found = _KEY.match(message)
     if not found:
         return " ".join(message.split())

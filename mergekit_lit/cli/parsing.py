@@ -5,6 +5,7 @@ order, a bare `--resume` means true, `--steps 100,200` is a list, files can be n
 and an unknown key is told with its nearest right one.
 """
 
+import collections.abc
 import json
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from mergekit_lit.cli.messages import told, unknown_key
+
+_LISTS = (list, tuple, collections.abc.Sequence)
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,16 @@ def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
     return given
 
 
+def values_of(argv: Sequence[str], key: str) -> list[str]:
+    """Return what is given for one key, in order, without a parser: for a first pass."""
+    values = []
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, text = word.removeprefix("--").partition("=")
+        if name == key and (equals or word.startswith("--")):
+            values.append(text if equals else after)
+    return values
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     """Read one file of parameters, interpolations as they stand.
 
@@ -193,7 +206,7 @@ def _as_list(action: Action, text: str | None) -> str | None:
     if text is None or text.lstrip().startswith("[") or text in ("null", ""):
         return text
     kinds = _kinds(getattr(action, "_typehint", None))
-    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]
+    lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
     plain = all(item in (int, float, str, Path, ...) for kind in lists for item in get_args(kind))
     if not lists or not plain or str in kinds or "${" in text:
         return text
@@ -209,7 +222,7 @@ def _positional(parser: ArgumentParser, key: str | None, words: list[str]) -> st
     action = _action(parser, key) if key else None
     if key is None or action is None:
         raise ValueError(f"Every argument must be a flag, but {words[0]!r} is none.")
-    if any(get_origin(kind) in (list, tuple) for kind in _kinds(getattr(action, "_typehint", 0))):
+    if any(get_origin(kind) in _LISTS for kind in _kinds(getattr(action, "_typehint", 0))):
         return f"--{key}={json.dumps(words)}"
     if len(words) > 1:
         raise ValueError(f"`{key}` must be one argument, but {len(words)} came: {words}.")

@@ -16,7 +16,11 @@ from mergekit_lit.core.files import write_text
 
 
 def config_texts(
-    parser: ArgumentParser, argv: Sequence[str], namespace: Namespace
+    parser: ArgumentParser,
+    argv: Sequence[str],
+    namespace: Namespace,
+    *,
+    positional: str | None = None,
 ) -> dict[str, str]:
     """Return the YAML of the unresolved and of the resolved parameters, by file ending.
 
@@ -24,9 +28,10 @@ def config_texts(
         parser: the command's parser.
         argv: what the user wrote.
         namespace: what `parse` made of it.
+        positional: the key that arguments without a flag went to.
     """
     resolved = yaml.safe_load(parser.dump(namespace, skip_unset=False))
-    unresolved = _with_interpolations(resolved, _as_written(parser, argv))
+    unresolved = _with_interpolations(resolved, _as_written(parser, argv, positional))
     return {
         ".yaml": yaml.safe_dump(unresolved, sort_keys=False),
         ".resolved.yaml": yaml.safe_dump(resolved, sort_keys=False),
@@ -39,7 +44,9 @@ def write_config(texts: dict[str, str], stem: Path) -> None:
         write_text(stem.with_name(stem.name + ending), text)
 
 
-def _as_written(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def _as_written(
+    parser: ArgumentParser, argv: Sequence[str], positional: str | None
+) -> dict[str, Any]:
     """Return what files and flags say, later over earlier, flags last, nothing resolved."""
     given = read(parser, argv)
     written: dict[str, Any] = {}
@@ -50,6 +57,8 @@ def _as_written(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         written = _merged(written, nested)
+    if positional and given.positionals:
+        written[positional] = given.positionals
     return written
 
 

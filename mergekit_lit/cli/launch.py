@@ -1,0 +1,156 @@
+"""This file starts several processes: `mergekit-lit run`, and `lightning run`, which we ship.
+
+Lightning renamed `lightning run` to `fabric run` and dropped it in 2.5.1; lightning-sdk may install
+a `lightning` of its own over ours. `mergekit-lit run` is the spelling that nothing can overwrite.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from mergekit_lit.cli import COMMANDS, one_line
+from mergekit_lit.core.registry import unknown_name
+
+_PRECISIONS = ("64-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+_LIGHTNING_USAGE = (
+    "usage: lightning run [model] [--devices N] SCRIPT|COMMAND ...  (other commands of `lightning` "
+    "need lightning-sdk: pip install lightning-sdk)"
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Start a script or a command of ours in as many processes as there are devices.
+
+    The processes learn of each other as under torchrun; scripts find the choice in LT_* (Fabric)
+    and PL_TRAINER_* (a default Trainer), our commands through `lit.launch.trainer_arguments`.
+
+    Raises:
+        FileNotFoundError: the target is neither a file nor a command.
+        ValueError: devices that are no devices.
+    """
+    options = _parser().parse_args(list(argv))
+    target = _target(options.target)
+    for name, value in _environment(options).items():
+        os.environ[name] = value
+    return _torchrun([*_placement(options), *target, *options.arguments])
+
+
+def lightning_main(argv: Sequence[str] | None = None) -> int:
+    """Answer `lightning run [model] ...`, and hand everything else to lightning-sdk."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"] and arguments[1:2] not in (["job"], ["mmt"]):
+        rest = arguments[2:] if arguments[1:2] == ["model"] else arguments[1:]
+        try:
+            return run(rest)
+        except SystemExit as request:
+            return request.code if isinstance(request.code, int) else 2
+        except (ValueError, OSError) as error:
+            print(f"lightning run: error: {one_line(error)}", file=sys.stderr)
+            return 2
+    return _lightning_sdk()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mergekit-lit run",
+        description="Start a script, or a command of mergekit-lit, in several processes.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--devices", default="1", help="processes on this machine: 2, a list such as 0,1, or auto")
+    add("--accelerator", choices=("auto", "cpu", "gpu", "cuda", "mps"), help="kind of device")
+    add("--strategy", help="how the processes work together, such as ddp or fsdp; ddp by default")
+    add("--precision", choices=_PRECISIONS, help="precision of the arithmetic; 32-true by default")
+    add("--num-nodes", type=int, default=1, help="number of machines")
+    add("--node-rank", type=int, default=0, help="which machine this is, from 0")
+    add("--main-address", default="127.0.0.1", help="address of machine 0")
+    add("--main-port", type=int, default=29400, help="free port of machine 0; for several machines")
+    add("target", metavar="SCRIPT|COMMAND", help="a Python file, or train, evaluate, ...")
+    add("arguments", nargs=argparse.REMAINDER, help="what the script or command gets")
+    return parser
+
+
+def _target(target: str) -> list[str]:
+    """Return torchrun's words for the target."""
+    if target in COMMANDS:
+        return ["-m", "mergekit_lit", target]
+    if not Path(target).is_file():
+        raise FileNotFoundError(
+            f"No script {target!r}. {unknown_name('command', target, COMMANDS)}"
+        )
+    return [target]
+
+
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    """Return LT_* as `fabric run` sets them, and PL_TRAINER_* for Trainers without arguments."""
+    chosen = {
+        "DEVICES": options.devices,
+        "NUM_NODES": str(options.num_nodes),
+        "ACCELERATOR": options.accelerator,
+        "STRATEGY": options.strategy,
+        "PRECISION": options.precision,
+    }
+    values = {name: value for name, value in chosen.items() if value is not None}
+    prefixed = {f"LT_{name}": value for name, value in values.items()}
+    prefixed |= {f"PL_TRAINER_{name}": value for name, value in values.items()}
+    # One thread a process unless the user says otherwise: spinning threads slow each other down.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {**prefixed, "LT_CLI_USED": "1", "OMP_NUM_THREADS": threads}
+
+
+def _placement(options: argparse.Namespace) -> list[str]:
+    """Return torchrun's flags; one machine needs no port of its own."""
+    processes = f"--nproc_per_node={_processes(options.devices, options.accelerator)}"
+    if options.num_nodes == 1:
+        return ["--standalone", processes]
+    return [
+        processes,
+        f"--nnodes={options.num_nodes}",
+        f"--node_rank={options.node_rank}",
+        f"--master_addr={options.main_address}",
+        f"--master_port={options.main_port}",
+    ]
+
+
+def _processes(devices: str, accelerator: str | None) -> int:
+    """Return how many processes `devices` asks for."""
+    if devices in ("auto", "-1"):
+        import torch
+
+        return max(1, torch.cuda.device_count()) if accelerator != "cpu" else 1
+    chosen = [part for part in devices.split(",") if part]
+    if all(part.isdigit() for part in chosen) and chosen and devices != "0":
+        return len(chosen) if "," in devices else int(devices)
+    raise ValueError(
+        f"`devices` must be a number from 1, a list such as 0,1, or auto, but is {devices!r}."
+    )
+
+
+def _torchrun(arguments: list[str]) -> int:
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The processes tell their own errors; the launcher's account of them would hide those.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    try:
+        torchrun.main(arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def _lightning_sdk() -> int:
+    """Run the `lightning` command of lightning-sdk, or say what we have."""
+    try:
+        scripts = metadata.distribution("lightning-sdk").entry_points
+    except metadata.PackageNotFoundError:
+        print(_LIGHTNING_USAGE, file=sys.stderr)
+        return 2
+    (command,) = scripts.select(group="console_scripts", name="lightning")
+    code = command.load()()
+    return code if isinstance(code, int) else 0

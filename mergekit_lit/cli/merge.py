@@ -1,0 +1,156 @@
+"""This file is `mergekit-lit merge`: expert files in, one merged model out.
+
+It is parsed in two passes: the first finds the method, the second knows that method's own flags.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.output import print_json, print_table
+from mergekit_lit.cli.parsing import add_parameters, command_parser, load_yaml, parse, values_of
+from mergekit_lit.cli.saving import config_texts, write_config
+from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
+from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.data.splits import SplitOptions
+from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, merge_files
+
+_USAGE = "EXPERT ... --out FILE [--method NAME [its flags]] [options]"
+
+
+# Each argument is one flag of the command line, hence so many.
+def merge(  # noqa: PLR0913
+    experts: list[Path],
+    *,
+    out: Path,
+    method: str = "average",
+    batch_norm: BatchNormPolicy = "base",
+    seed: int = 0,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    callbacks: list[MergeObserver] | None = None,
+    json: bool = False,
+) -> None:
+    """Merge experts.
+
+    Args:
+        experts: one file per expert, each of another task, all of one base.
+        out: the merged model's file, ending in .safetensors; its record is written beside it.
+        method: how to merge; `mergekit-lit methods` lists them, and `--method NAME --help` shows
+            the flags of one.
+        batch_norm: BatchNorm statistics of the merged model: the `base`'s, the `average` of the
+            experts', or estimated again on training images of `data.suite`, for all tasks
+            together (`recalibrate`) or for each (`recalibrate-per-task`).
+        seed: seed of methods that draw at random, and of the images for statistics.
+        base: the base, if not the one that the first card names.
+        allow_different_base: whether to take experts whose card names another base, or none.
+        callbacks: observers of the merge by class path, such as
+            `mergekit_lit.callbacks.DeltaGeometry`; they see the deltas and may change them.
+        json: whether to print the record as JSON.
+    """
+
+
+def calibration(
+    *,
+    suite: str | None = None,
+    root: Path | None = None,
+    images: int = 512,
+    n: int | None = None,
+    train_share: float = 1.0,
+    val_share: float = 0.1,
+    reserve: int = 64,
+    split_seed: int = 0,
+) -> Calibration | None:
+    """Say where the images for BatchNorm statistics come from.
+
+    Args:
+        suite: suite, or folder of tasks, whose training images the `recalibrate` policies use.
+        root: folder of the downloaded data sets; null for the default one.
+        images: largest number of training images of one task, at least 2.
+        n: number of training samples that the experts used; null for all.
+        train_share: share of the training samples that the experts used, in (0, 1].
+        val_share: share of the training samples carved out for validation, in [0, 1).
+        reserve: training samples carved out that no run trains on.
+        split_seed: seed of the carve-outs and the subset.
+    """
+    if suite is None:
+        return None
+    splits = SplitOptions(
+        val_share=val_share, reserve=reserve, train_share=train_share, n=n, seed=split_seed
+    )
+    return Calibration(suite=suite, root=root, options=splits, images=images)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    chosen = MERGE_METHODS.get(_method(argv))
+    flags = list(parameters(chosen.function))
+    parser = _parser(chosen.function, flags)
+    namespace = parse(parser, argv, positional="experts")
+    texts = config_texts(parser, argv, namespace, positional="experts")
+    result = _merged(parser, namespace, flags)
+    write_config(texts, result.path.with_suffix(".config"))
+    if namespace.json:
+        print_json(vars(result.record))
+    else:
+        _print(result)
+    return 0
+
+
+def _method(argv: Sequence[str]) -> str:
+    """Return the method that the flags name, or else the last file that names one."""
+    name = "average"
+    for path in values_of(argv, "config"):
+        name = str(load_yaml(path).get("method", name))
+    return [name, *values_of(argv, "method")][-1]
+
+
+def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParser:
+    """Return the parser of `merge` with the flags of one method."""
+    parser = command_parser("merge", COMMANDS["merge"], usage=_USAGE)
+    ours = add_parameters(parser, merge, skip=set(flags) & {"seed"})
+    clash = sorted(set(ours) & set(flags))
+    if clash:
+        raise ValueError(
+            f"Parameters of {function.__name__!r} must not be named like those of `merge`, but "
+            f"{clash[0]!r} is. Rename it."
+        )
+    parser.add_function_arguments(calibration, "data")
+    positional = set(inspect.signature(function).parameters) - set(flags)
+    add_parameters(parser, function, skip=positional)
+    return parser
+
+
+def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) -> MergeResult:
+    made = parser.instantiate(namespace)
+    recipe = Recipe(
+        method=made.method,
+        config={flag: made[flag] for flag in flags},
+        batch_norm=made.batch_norm,
+        seed=made.seed,
+    )
+    return merge_files(
+        made.experts,
+        out=made.out,
+        recipe=recipe,
+        base=made.base,
+        allow_different_base=made.allow_different_base,
+        calibration=calibration(**vars(made.data)),
+        observers=made.callbacks or (),
+    )
+
+
+def _print(result: MergeResult) -> None:
+    facts = result.record.metrics["merged"]
+    coefficients = facts.get("coefficients") or [None] * len(facts["tasks"])
+    rows = [
+        {"task": task, "coefficient": coefficient}
+        for task, coefficient in zip(facts["tasks"], coefficients, strict=True)
+    ]
+    print_table(rows, {"task": "task", "coefficient": "coefficient"})
+    print(f"{facts['method']}, BatchNorm {facts['batch_norm']}: {result.path}")

@@ -1,0 +1,15 @@
+"""This file is `mergekit-lit quickstart`: the whole path in one command."""
+
+from collections.abc import Sequence
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.search.quickstart import run_quickstart
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = command_parser("quickstart", COMMANDS["quickstart"])
+    add_parameters(parser, run_quickstart)
+    run_quickstart(**vars(parse(parser, argv)))
+    return 0

@@ -1,0 +1,43 @@
+"""This file is `mergekit-lit tasks`: every task, and where its images are or would come from."""
+
+from collections.abc import Sequence
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.output import print_json, print_table
+from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+
+_HEADINGS = {
+    "name": "task",
+    "suites": "suites",
+    "classes": "classes",
+    "train": "train",
+    "test": "test",
+    "kind": "kind",
+    "licence": "licence",
+    "present": "here",
+    "source": "source",
+}
+
+
+def tasks(*, suite: list[str] | None = None, json: bool = False) -> None:
+    """List suites and tasks.
+
+    Args:
+        suite: names of suites, or folders of your own tasks; null for all suites.
+        json: whether to print JSON, which says more of each task.
+    """
+    from mergekit_lit.data.listing import tasks_table
+
+    rows = tasks_table(*(suite or ()))
+    if json:
+        print_json(rows)
+        return
+    print_table(rows, _HEADINGS)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = command_parser("tasks", COMMANDS["tasks"], usage="[SUITE ...] [--json]")
+    add_parameters(parser, tasks)
+    tasks(**vars(parse(parser, argv, positional="suite")))
+    return 0

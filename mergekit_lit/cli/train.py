@@ -1,0 +1,138 @@
+"""This file is `mergekit-lit train`: one expert, or one a task, in turn or side by side."""
+
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.output import is_first_process, print_json, print_table
+from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.saving import config_texts, write_config
+from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
+from mergekit_lit.core.experts import load_expert
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.loggers import LoggerKind
+from mergekit_lit.stages.train import train_expert
+
+_GIVEN_APART = {"data", "model", "trainer", "callbacks", "loggers", "name"}
+
+
+class SaveConfig(Callback):
+    """Writes the configuration when training really starts, so that bad input leaves no files."""
+
+    def __init__(self, texts: dict[str, str], stem: Path) -> None:
+        self._texts, self._stem = texts, stem
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Write both files."""
+        if trainer.is_global_zero:
+            write_config(self._texts, self._stem)
+
+
+def options(
+    *, seed: int | None = None, logger: LoggerKind = "csv", jobs: int = 1, json: bool = False
+) -> None:
+    """Say how the run is made.
+
+    Args:
+        seed: short for `model.seed`: the seed of data order, augmentation and dropout.
+        logger: `csv` (with JSON lines, always written), `wandb` (offline) or `wandb-online`.
+        jobs: processes that train tasks side by side, with one thread each, at least 1.
+        json: whether to print the cards as JSON.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = _parser()
+    namespace = parse(parser, argv)
+    if namespace.jobs < 1:
+        raise ValueError(f"`jobs` must be at least 1, but is {namespace.jobs}.")
+    tasks = _tasks(namespace)
+    texts = config_texts(parser, argv, namespace)
+    if namespace.jobs > 1 and len(tasks) > 1:
+        files = _side_by_side(argv, tasks, texts, jobs=min(namespace.jobs, len(tasks)))
+    else:
+        files = [file for task in tasks for file in _train_one(parser, namespace, task, texts)]
+    if is_first_process():
+        _print_cards(files, json=namespace.json)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("train", COMMANDS["train"], usage="--out FOLDER --steps K [options]")
+    parser.add_class_arguments(TaskDataModule, "data")
+    parser.add_class_arguments(ExpertModule, "model")
+    add_trainer(parser)
+    add_parameters(parser, train_expert, skip=_GIVEN_APART)
+    add_parameters(parser, options)
+    return parser
+
+
+def _tasks(namespace: Namespace) -> list[str]:
+    """Return the tasks that `data.task` names: one, several after commas, or `all`."""
+    suite = load_suite(namespace.data.suite, root=namespace.data.root)
+    if namespace.data.task == "all":
+        return list(suite.names)
+    names = [name.strip() for name in namespace.data.task.split(",")]
+    return [suite.task(name).name for name in names]
+
+
+def _train_one(
+    parser: ArgumentParser, namespace: Namespace, task: str, texts: dict[str, str]
+) -> list[Path]:
+    """Train one task's expert, or experts, and return the files."""
+    chosen = namespace.clone()
+    chosen.data.task = task
+    if chosen.seed is not None:
+        chosen.model.seed = chosen.seed
+    made = parser.instantiate(chosen)
+    trainer, callbacks = explicit(vars(made.trainer))
+    # A bar is for people; it would fill a log file.
+    trainer.setdefault("enable_progress_bar", sys.stderr.isatty() and made.jobs == 1)
+    stage = {key: made[key] for key in inspect.signature(train_expert).parameters if key in made}
+    stage |= {
+        "trainer": trainer,
+        "callbacks": [*callbacks, SaveConfig(texts, Path(made.out) / "config")],
+        "loggers": made.logger,
+    }
+    with misconfiguration_told():
+        return list(train_expert(**stage).experts)
+
+
+def _side_by_side(
+    argv: Sequence[str], tasks: Sequence[str], texts: dict[str, str], *, jobs: int
+) -> list[Path]:
+    """Train the tasks in a pool of processes; the first error ends it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(_train_in_worker, list(argv), task, texts) for task in tasks]
+        try:
+            return [file for run in runs for file in run.result()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train_in_worker(argv: list[str], task: str, texts: dict[str, str]) -> list[Path]:
+    parser = _parser()
+    return _train_one(parser, parse(parser, argv), task, texts)
+
+
+def _print_cards(files: Sequence[Path], *, json: bool) -> None:
+    cards = [{"file": str(file), **load_expert(file).card.to_json()} for file in files]
+    if json:
+        print_json(cards)
+        return
+    headings = {"task": "task", "steps": "steps", "train_loss": "train loss"}
+    headings |= {"val_loss": "val loss", "val_accuracy": "val accuracy", "file": "file"}
+    print_table(cards, headings)
