@@ -153,8 +153,10 @@ def _refuse_pickle(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"No file {str(path)!r}.")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:1] == b"\x80" or start[:2] == b"PK":
+        start = file.read(9)
+    # A safetensors file starts with 8 bytes of length, which may be any, and a JSON object.
+    is_json = start[8:] == b"{"
+    if not is_json and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise ValueError(
             f"{str(path)!r} must be a safetensors file, but is a pickle, which can run code when "
             "read. Convert it where you trust it: safetensors.torch.save_file(state_dict, path)."
