@@ -1,1 +1,1 @@
-"""Backbones, heads, shipped initialisations and the structure of a model."""
+"""Backbones by name, their structure and norm statistics, and heads: torch, timm, torchvision."""

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable
 
 import torchvision
-from timm.layers import Attention
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -107,8 +106,9 @@ def _heads(encoder: nn.Module) -> dict[str, int]:
     """Return the number of attention heads of each block."""
     heads = {}
     for name, module in encoder.named_modules():
-        if isinstance(module, (Attention, nn.MultiheadAttention)):
-            heads[name.rpartition(".")[0]] = int(module.num_heads)
+        block, _, layer = name.rpartition(".")
+        if layer in ("attn", "self_attention"):
+            heads[block] = int(getattr(module, "num_heads", 1))
     return heads
 
 

@@ -78,15 +78,14 @@ def fit_probe(
     standard = (f - centre) / spread
     weight = torch.zeros(classes, f.shape[1], dtype=f.dtype, requires_grad=True)
     bias = torch.zeros(classes, dtype=f.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
     )
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
+    def objective() -> float:
         loss = cross_entropy(standard @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
+        return float(loss.detach())
 
     with torch.enable_grad():
         optimizer.step(objective)
