@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from mergekit_lit.core.records import Record, plain
 from mergekit_lit.reports import figures, tables
+from mergekit_lit.reports.commands import command_line
 from mergekit_lit.reports.markup import (
     Cell,
     block,
@@ -75,7 +75,7 @@ def report_page(run: Run, *, title: str) -> str:
     body += [_coefficients(record) for record in run.records]
     body += [_geometry(run.records)]
     body += [_training(run), section("What each number means", definitions(MEANINGS))]
-    body += [_provenance(run.records)]
+    body += [_provenance(run)]
     files = resources.files("mergekit_lit.reports") / "files"
     style, script = ((files / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return (
@@ -86,17 +86,6 @@ def report_page(run: Run, *, title: str) -> str:
         f"<title>{escaped(title)}</title>\n<style>\n{style}</style></head>\n"
         f"<body><main>{''.join(body)}</main>\n<script>\n{script}</script></body></html>\n"
     )
-
-
-def command_line(record: Record) -> str:
-    """Return the command that makes the record again, from its resolved configuration."""
-    given = record.config.get("command")
-    if isinstance(given, str):
-        return given
-    words = [
-        f"--{name} {_word(value)}" for name, value in _flat(record.config) if value is not None
-    ]
-    return " ".join(["mergekit-lit", record.stage, *words])
 
 
 def _opening(title: str, scored: Sequence[Record]) -> str:
@@ -259,37 +248,21 @@ def _training(run: Run) -> str:
     )
 
 
-def _provenance(records: Sequence[Record]) -> str:
+def _provenance(run: Run) -> str:
     parts = []
-    for record in records:
+    for record in run.records:
         facts = {
-            "command": command_line(record),
+            "command": command_line(record, out=str(run.folder)),
             "commit": record.git_commit or "unknown",
             "seeds": ", ".join(f"{name} {seed}" for name, seed in record.seeds.items()) or "none",
             "versions": ", ".join(f"{name} {text}" for name, text in record.versions.items()),
             "finished": f"{record.finished}, after {record.seconds:.1f} s",
         }
         told = block(json.dumps(plain(record.config), indent=2, sort_keys=True))
-        last = record is records[-1]
+        last = record is run.records[-1]
         parts.append(folded(f"{record.stage}: {record.name}", definitions(facts), told, open_=last))
     return section("Where the numbers come from", *parts)
 
 
 def _first(series: Mapping[str, Series], names: Sequence[str]) -> Series:
     return next((series[name] for name in names if name in series), [])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of a nested configuration by dotted name."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            leaves += _flat(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", value))
-    return leaves
-
-
-def _word(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(plain(value))
-    return f"'{text}'" if any(mark in text for mark in " *?[{'\"") else text

@@ -4,9 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mergekit_lit.core.records import Record
 from mergekit_lit.reports import figures, tables
-from mergekit_lit.reports.page import MEANINGS, command_line, report_page
+from mergekit_lit.reports.page import MEANINGS, report_page
 from mergekit_lit.reports.runs import read_run
 from mergekit_lit.reports.svg import Scale
 from mergekit_lit.stages.report import build_report
@@ -119,10 +118,3 @@ def test_ticks_are_round_and_inside():
     assert Scale(0.0, 199.0, 0, 1).ticks(4) == pytest.approx([0, 50, 100, 150])
     assert Scale(2.0, 2.0, 0, 1).ticks(4) == [2.0]
     assert Scale(0.0, 1.5, 10, 40)(0.5) == pytest.approx(20)
-
-
-def test_command_line_is_rebuilt_from_the_configuration():
-    config = {"data": {"suite": "tiny", "n": None}, "tasks": ["a", "b"], "lr": 0.1}
-    record = Record(stage="evaluate", name="x", config=config)
-    expected = 'mergekit-lit evaluate --data.suite tiny --tasks \'["a", "b"]\' --lr 0.1'
-    assert command_line(record) == expected

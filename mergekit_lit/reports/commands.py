@@ -1,0 +1,92 @@
+"""This file writes the command that makes a record again, from its resolved configuration."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mergekit_lit.core.records import Record, plain
+
+# The split's seed has another name on the command line, where `seed` is the training's.
+_RENAMED = {"seed": "split_seed"}
+_HASHES = ("split_hash", "base_hash")
+
+
+def command_line(record: Record, *, out: str = "FOLDER") -> str:
+    """Return a command line that makes the record again, quoted for a shell.
+
+    Args:
+        record: of any stage; a stage that is not known is written flag by flag.
+        out: the folder to write to, where the record does not know it.
+    """
+    write = _STAGES.get(record.stage, _plain_words)
+    return shlex.join(["mergekit-lit", record.stage, *write(record, out)])
+
+
+def _train_words(record: Record, out: str) -> list[str]:
+    kept = {
+        group: {name: value for name, value in values.items() if name not in _HASHES}
+        for group, values in record.config.items()
+        if isinstance(values, Mapping)
+    }
+    return [*_flags(kept), *_flags({"steps": record.config.get("steps"), "out": out})]
+
+
+def _merge_words(record: Record, _: str) -> list[str]:
+    config = record.config
+    recipe = config["recipe"]
+    flags = {
+        "out": record.outputs[0] if record.outputs else None,
+        "method": recipe["method"],
+        "batch_norm": recipe["batch_norm"],
+        "seed": recipe["seed"],
+        "base": config["base"],
+        **recipe["config"],
+    }
+    calibration = config.get("calibration") or {}
+    data = {name: value for name, value in calibration.items() if name != "options"}
+    options = calibration.get("options", {})
+    data |= {_RENAMED.get(name, name): value for name, value in options.items()}
+    return [*map(str, config["experts"]), *_flags(flags), *_flags({"data": data})]
+
+
+def _evaluate_words(record: Record, _: str) -> list[str]:
+    apart = ("models", "batch_norm", "trainer")
+    data = {name: value for name, value in record.config.items() if name not in apart}
+    rest = {name: record.config.get(name) for name in ("batch_norm", "trainer")}
+    seed = {"seed": record.seeds.get("intervals")}
+    models = [str(model) for model in record.config.get("models", ())]
+    return [*models, *_flags({"data": data, **rest, **seed})]
+
+
+def _plain_words(record: Record, _: str) -> list[str]:
+    return _flags(record.config)
+
+
+_STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
+    "train": _train_words,
+    "merge": _merge_words,
+    "evaluate": _evaluate_words,
+}
+
+
+def _flags(config: Mapping[str, Any]) -> list[str]:
+    """Return `--name value` for every leaf that is not null."""
+    return [
+        word
+        for name, value in _leaves(config)
+        if value is not None
+        for word in (f"--{name}", _text(value))
+    ]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(plain(value))

@@ -1,0 +1,185 @@
+"""This file is the whole path in one call: experts trained, merged, scored and reported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.core.registry import MERGE_METHODS, Registered
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.suite_data import MergeDataModule
+from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.reports import tables
+from mergekit_lit.search.coefficients import Choice
+from mergekit_lit.search.crew import Crew, Message
+from mergekit_lit.search.display import Display, results
+from mergekit_lit.search.stations import Made, Plan, merge_one, train_one
+from mergekit_lit.stages.evaluate import evaluate_files
+from mergekit_lit.stages.report import build_report
+
+# Chosen on validation images; see experiments/README.md.
+_LR = {"resnet": 0.03, "vit": 0.01}
+_OTHER_LR = 0.01
+_BATCH = 32
+_WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What a quickstart made.
+
+    Attributes:
+        record: every number, with its configuration.
+        record_path: the same as a file.
+        report_path: the page, self-contained.
+        experts: the expert files, in the order of the tasks.
+        merged: the merged model of each method.
+    """
+
+    record: Record
+    record_path: Path
+    report_path: Path
+    experts: tuple[Path, ...]
+    merged: dict[str, Path]
+
+
+def run_quickstart(
+    *,
+    backbone: str = "resnet",
+    out: Path = Path("runs/quickstart"),
+    suite: str = "embedded8",
+    steps: int = 200,
+    lr: float | None = None,
+    seed: int = 0,
+    jobs: int = 2,
+    quiet: bool = False,
+) -> QuickstartResult:
+    """Fine-tune an expert for each task, merge them by every method at hand, score and report.
+
+    Heads are frozen nearest class means; BatchNorm statistics are estimated per task on training
+    images for base, experts and merges alike. Each method's scale is chosen on validation images;
+    test images are used once, for the scores.
+
+    Args:
+        backbone: `resnet` or `vit` (shipped), or any other base.
+        out: folder of the run: experts, `merged/`, `logs/`, `record.json` and `report.html`.
+        suite: name of a suite, or a folder with the user's own tasks.
+        steps: optimizer steps of each expert, at least 1.
+        lr: peak learning rate of SGD with momentum; None for what suits the backbone.
+        seed: seed of the data split, the order of images and all else.
+        jobs: worker processes of one thread each; 1 runs everything in this process.
+        quiet: whether to draw no progress and print no table.
+
+    Raises:
+        KeyError: an unknown suite or backbone.
+        ValueError: an argument out of range, or an expert that diverged.
+    """
+    watch = Stopwatch()
+    plan = _plan(backbone, suite, Path(out), seed=seed, steps=steps, lr=lr)
+    console = Console(quiet=quiet)
+    methods = [method.name for method in methods_at_hand()]
+    with Display(console) as display, Crew(jobs, listen=_drawer(display)) as crew:
+        for task in plan.tasks:
+            display.show(task, 0, plan.steps, "waiting")
+        experts = crew.run(train_one, [(plan, task) for task in plan.tasks])
+        made = crew.run(merge_one, [(plan, method) for method in methods])
+        display.show("test images", 0, 1)
+        scored = _score(plan, made)
+        display.show("test images", 1, 1)
+    record = watch.finish(_record(plan, scored, made, jobs))
+    record_path = plan.out / "record.json"
+    record.write(record_path)
+    report = build_report(plan.out, title=_title(plan))
+    console.print(results(record))
+    console.print(f"{record.seconds:.0f} s. Report: {report}", highlight=False)
+    merged = {merge.method: merge.path for merge in made}
+    return QuickstartResult(record, record_path, report, tuple(experts), merged)
+
+
+def methods_at_hand() -> list[Registered[Any]]:
+    """Return the methods that need only experts and their cards, and whose config has defaults."""
+    return [
+        method
+        for method in MERGE_METHODS
+        if method.facts.get("data") in ("none", "cards")
+        and all(p.default is not p.empty for p in parameters(method.function).values())
+    ]
+
+
+def _plan(backbone: str, suite: str, out: Path, *, seed: int, steps: int, lr: float | None) -> Plan:
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, but is {steps!r}.")
+    return Plan(
+        backbone=backbone,
+        suite=suite,
+        tasks=load_suite(suite).names,
+        out=out,
+        seed=seed,
+        steps=steps,
+        lr=_LR.get(backbone, _OTHER_LR) if lr is None else lr,
+        batch=_BATCH,
+        warmup_steps=min(_WARMUP_STEPS, steps // 2),
+    )
+
+
+def _drawer(display: Display) -> Any:
+    """Return the function that draws what the crew tells."""
+
+    def draw(message: Message) -> None:
+        _, name, done, total, note = message
+        display.show(name, done, total, note)
+
+    return draw
+
+
+def _score(plan: Plan, made: list[Made]) -> Record:
+    """Evaluate base, experts and merges on the test images, all with statistics made alike."""
+    models = [plan.backbone, *plan.expert_paths(), *(merge.path for merge in made)]
+    data = MergeDataModule(plan.suite, tasks=plan.tasks, split="test", split_seed=plan.seed)
+    return evaluate_files(
+        models,
+        data=data,
+        batch_norm="recalibrate-per-task",
+        trainer={"accelerator": "cpu", "devices": 1},
+        seed=plan.seed,
+    )
+
+
+def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
+    said = tables.verdict(tables.scores(scored))
+    return Record(
+        stage="quickstart",
+        name=f"quickstart of {plan.backbone}",
+        config={
+            "backbone": plan.backbone,
+            "out": str(plan.out),
+            "suite": plan.suite,
+            "steps": plan.steps,
+            "lr": plan.lr,
+            "seed": plan.seed,
+            "jobs": jobs,
+        },
+        inputs=scored.inputs,
+        seeds={"seed": plan.seed},
+        metrics={
+            **scored.metrics,
+            "coefficients": {m.method: _curve(m.choice) for m in made if m.choice},
+            "observers": {"DeltaGeometry": made[0].geometry} if made else {},
+            "ordered": None if said is None else said[0],
+        },
+        outputs=[str(path) for path in (*plan.expert_paths(), *(merge.path for merge in made))],
+    )
+
+
+def _curve(choice: Choice) -> dict[str, Any]:
+    return {
+        "scale": list(choice.scales),
+        "normalised_accuracy": list(choice.values),
+        "chosen": choice.chosen,
+    }
+
+
+def _title(plan: Plan) -> str:
+    return f"{len(plan.tasks)} {plan.backbone} experts of {plan.suite}, merged"

@@ -1,0 +1,169 @@
+"""This file is the quickstart's work: what its crew does for one expert, and for one merge."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
+from mergekit_lit.callbacks.progress import Progress
+from mergekit_lit.core.experts import Merged, load_expert
+from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.data.splits import SplitOptions, TaskData
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.evaluation import Model
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.recalibration import calibration_images
+from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.search.coefficients import SCALE, Choice, choose, scale_grid
+from mergekit_lit.search.crew import tell
+from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.stages.merge import (
+    Calibration,
+    Recipe,
+    load_base_of,
+    merge_files,
+    merge_recipe,
+)
+from mergekit_lit.stages.train import train_expert
+
+# Images of a task on which a candidate's BatchNorm statistics are estimated; the final merge takes
+# as many as base and experts do.
+_SEARCH_IMAGES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the quickstart does, in full.
+
+    Attributes:
+        backbone: spec of the base.
+        suite: name of the suite.
+        tasks: its tasks.
+        out: folder of the run.
+        seed: seed of the split, the order and all else.
+        steps: optimizer steps of each expert.
+        lr: peak learning rate.
+        batch: samples in one step.
+        warmup_steps: steps of linear warm-up; a cosine to 0 follows.
+    """
+
+    backbone: str
+    suite: str
+    tasks: tuple[str, ...]
+    out: Path
+    seed: int
+    steps: int
+    lr: float
+    batch: int
+    warmup_steps: int
+
+    @property
+    def split(self) -> SplitOptions:
+        """How each task is carved, alike for training, search and evaluation."""
+        return SplitOptions(seed=self.seed)
+
+    def expert_paths(self) -> list[Path]:
+        """Return the file of each expert, in the order of the tasks."""
+        return [self.out / f"{task}.safetensors" for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class Made:
+    """One merge: its file, the search for its scale, and how the experts' deltas lie."""
+
+    method: str
+    path: Path
+    choice: Choice | None
+    geometry: Mapping[str, Any]
+
+
+def train_one(job: tuple[Plan, str]) -> Path:
+    """Fine-tune the expert of one task; tells (`expert`, task, steps done, steps, loss)."""
+    plan, task = job
+
+    def report(done: int, total: int, loss: float | None) -> None:
+        tell("expert", task, done, total, "" if loss is None else f"loss {loss:.3f}")
+
+    result = train_expert(
+        data=TaskDataModule(plan.suite, task, batch=plan.batch, split_seed=plan.split.seed),
+        model=ExpertModule(
+            plan.backbone,
+            head="frozen-ncm",
+            lr=plan.lr,
+            schedule="cosine",
+            warmup_steps=plan.warmup_steps,
+            seed=plan.seed,
+        ),
+        steps=[plan.steps],
+        out=plan.out,
+        trainer={"accelerator": "cpu", "devices": 1, "log_every_n_steps": 2},
+        callbacks=[Progress(report)],
+        checkpoint_every=0,
+    )
+    return result.experts[0]
+
+
+def merge_one(job: tuple[Plan, str]) -> Made:
+    """Choose a method's scale on val and merge; tells (`merge`, method, done, all, note)."""
+    plan, method = job
+    grid = scale_grid(MERGE_METHODS.get(method))
+    choice = _search(plan, method, grid) if grid else None
+    geometry = DeltaGeometry()
+    recipe = _recipe(method, choice.chosen if choice else None)
+    result = merge_files(
+        plan.expert_paths(),
+        out=plan.out / "merged" / f"{method}.safetensors",
+        recipe=recipe,
+        base=plan.backbone,
+        calibration=Calibration(suite=plan.suite, options=plan.split),
+        observers=[geometry],
+    )
+    note = f"scale {choice.chosen:g}" if choice else ""
+    tell("merge", method, len(grid) + 1, len(grid) + 1, note)
+    return Made(method, result.path, choice, geometry.to_json())
+
+
+def _search(plan: Plan, method: str, grid: Sequence[float]) -> Choice:
+    """Choose the scale on the validation images of all tasks; test images are never touched."""
+    paths = plan.expert_paths()
+    backbone, base = load_base_of(paths, plan.backbone)
+    experts = in_memory(load_experts(paths, base=base))
+    suite = load_suite(plan.suite)
+    data = [suite.task(task).load(plan.split) for task in plan.tasks]
+    images = {
+        task.name: calibration_images(task.train, task.name, count=_SEARCH_IMAGES) for task in data
+    }
+
+    def score(scales: Sequence[float]) -> list[float]:
+        candidates = {}
+        for done, scale in enumerate(scales):
+            tell("merge", method, done, len(scales) + 1, f"trying scale {scale:g}")
+            candidates[f"{scale}"] = merge_recipe(experts, _recipe(method, scale), backbone, images)
+        return _val_scores(backbone, candidates, paths, data)
+
+    return choose(grid, score)
+
+
+def _val_scores(
+    backbone: Backbone,
+    candidates: Mapping[str, Merged],
+    experts: Sequence[Path],
+    data: Sequence[TaskData],
+) -> list[float]:
+    """Return each candidate's accuracy on val over the experts', averaged over the tasks.
+
+    Where an expert has no image right the ratio is undefined, and plain accuracy takes its place.
+    """
+    models: dict[str, Model] = {"experts": [load_expert(path) for path in experts], **candidates}
+    table = evaluate_models(backbone, models, data, split="val", batch_norm="stored")
+    rows = [table[name]["mean"] for name in candidates]
+    known = all(row["normalised_accuracy"] is not None for row in rows)
+    return [row["normalised_accuracy" if known else "accuracy"] for row in rows]
+
+
+def _recipe(method: str, scale: float | None) -> Recipe:
+    config = {} if scale is None else {SCALE: scale}
+    return Recipe(method=method, config=config, batch_norm="recalibrate-per-task")
