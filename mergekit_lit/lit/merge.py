@@ -1,0 +1,193 @@
+"""This file is evaluation under a Trainer: every model on every task, exact over processes."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.merging import MergeObserver
+from mergekit_lit.core.params import Params
+from mergekit_lit.lit.evaluation import (
+    Entry,
+    EvaluationBatchNorm,
+    Model,
+    entries_for,
+    experts_of,
+    heads_of,
+    observe,
+)
+from mergekit_lit.lit.passes import inputs
+from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
+from mergekit_lit.lit.suite_data import MergeDataModule
+from mergekit_lit.merging.engine import merge
+from mergekit_lit.models.backbones import Backbone
+
+_LOGGED = ("accuracy", "loss", "calibration_error")
+
+
+@dataclass(frozen=True)
+class PendingMerge:
+    """A merge yet to be made, in sight of the Trainer's merge callbacks.
+
+    Attributes:
+        experts: what is merged.
+        method: name of the merge method.
+        config: its configuration.
+        batch_norm: `base` or `average`.
+        seed: seed of the merge.
+    """
+
+    experts: Experts
+    method: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    batch_norm: str = "base"
+    seed: int = 0
+
+
+class MergeModule(LightningModule):
+    """Evaluates a base, experts and merged models on every task of a `MergeDataModule`.
+
+    `trainer.test(module, data)` logs `accuracy/<model>/<task>` and, for each measure, the mean
+    `accuracy/<model>`; `results()` has everything, with intervals. Pending merges are
+    made in `setup`, in sight of the Trainer's callbacks: those that have the methods of
+    `core.merging.MergeObserver` are called, and may change the deltas.
+
+    Attributes:
+        models: the models by name, pending merges made by `setup`.
+        outcomes: after the test, what each model did on each image, by model and task.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        models: Mapping[str, Model | PendingMerge],
+        *,
+        heads: Mapping[str, Params] | None = None,
+        batch_norm: EvaluationBatchNorm = "recalibrate-per-task",
+        seed: int = 0,
+    ) -> None:
+        """Hold what is to be evaluated; models are never changed.
+
+        Args:
+            backbone: the models' architecture; its own values are not used.
+            models: models by name; a sequence of experts is one model, each on its own task.
+            heads: heads of the bases by task; the experts' by default.
+            batch_norm: BatchNorm statistics of bases and experts, `stored` or
+                `recalibrate-per-task`; merged models carry theirs.
+            seed: seed of the intervals.
+        """
+        super().__init__()
+        # A process may hold fewer batches of a small task than others, or none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.backbone = copy.deepcopy(backbone).requires_grad_(requires_grad=False)
+        self.models = dict(models)
+        self.heads = heads
+        self.batch_norm: EvaluationBatchNorm = batch_norm
+        self.seed = seed
+        self.log_of_outcomes = OutcomeLog()
+        self.outcomes: dict[str, dict[str, Outcomes]] = {}
+        self._entries: list[Entry] = []
+        self._task = -1
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Make the merges that are still pending."""
+        # Lightning's callback connector sets the attribute, unknown to type checkers.
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        observers = [callback for callback in callbacks if isinstance(callback, MergeObserver)]
+        for name, model in self.models.items():
+            if isinstance(model, PendingMerge):
+                self.models[name] = _merged(model, observers)
+
+    def on_test_start(self) -> None:
+        """Forget an earlier test."""
+        self.log_of_outcomes.reset()
+        self._task = -1
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Load the models of a task with its first batch, in place of the last task's."""
+        if dataloader_idx == self._task:
+            return
+        models = self._models()
+        self._entries = entries_for(
+            models,
+            self._data().task_data[dataloader_idx],
+            self.backbone,
+            heads=self.heads if self.heads is not None else heads_of(models),
+            batch_norm=self.batch_norm,
+        )
+        self._task = dataloader_idx
+
+    def test_step(
+        self,
+        batch: tuple[Tensor, Tensor, Tensor],
+        batch_idx: int,  # noqa: ARG002 (Lightning's signature)
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score one batch of one task with every model."""
+        x, labels, position = batch
+        images = inputs(self.backbone, x)
+        for entry in self._entries:
+            cell = self._cell(entry.model, dataloader_idx)
+            outcomes = observe(self.backbone, entry, images, labels)
+            self.log_of_outcomes.update(cell, position, outcomes)
+
+    def on_test_epoch_end(self) -> None:
+        """Gather the outcomes of all processes and log their means."""
+        tasks = [data.name for data in self._data().task_data]
+        gathered = self.log_of_outcomes.outcomes()
+        self.outcomes = {}
+        for cell, outcomes in gathered.items():
+            model, task = divmod(cell, len(tasks))
+            self.outcomes.setdefault(list(self.models)[model], {})[tasks[task]] = outcomes
+        self._entries = []
+        for name, table in self.results().items():
+            self._log_table(name, table)
+
+    def results(self) -> dict[str, Any]:
+        """Return the score table of the last test: `lit.scores.score_table`."""
+        experts = {
+            task: outcomes
+            for name, by_task in self.outcomes.items()
+            for task, outcomes in by_task.items()
+            if experts_of({name: self._models()[name]})
+        }
+        return score_table(self.outcomes, experts=experts, seed=self.seed)
+
+    def _log_table(self, name: str, table: Mapping[str, Any]) -> None:
+        # Every process holds the same numbers; `sync_dist` keeps Lightning from warning of it.
+        values = {f"{measure}/{name}": table["mean"][measure] for measure in _LOGGED}
+        values |= {
+            f"accuracy/{name}/{task}": row["accuracy"] for task, row in table["tasks"].items()
+        }
+        self.log_dict(values, sync_dist=True)
+
+    def _models(self) -> dict[str, Model]:
+        """Return the models, which are merged by now."""
+        return cast("dict[str, Model]", self.models)
+
+    def _cell(self, model: str, task: int) -> int:
+        return list(self.models).index(model) * len(self._data().task_data) + task
+
+    def _data(self) -> MergeDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, MergeDataModule):
+            raise TypeError(
+                f"MergeModule must be tested on a MergeDataModule, but got {type(data).__name__}. "
+                "Call trainer.test(module, datamodule=MergeDataModule(...))."
+            )
+        return data
+
+
+def _merged(pending: PendingMerge, observers: list[MergeObserver]) -> Merged:
+    return merge(
+        pending.experts,
+        pending.method,
+        config=pending.config,
+        batch_norm=pending.batch_norm,
+        observers=observers,
+        seed=pending.seed,
+    )
