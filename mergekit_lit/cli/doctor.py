@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -123,11 +124,10 @@ def check_wandb() -> Iterator[Row]:
     """Yield W&B's state. It is never needed, so that it is never broken."""
     from mergekit_lit.lit.loggers import wandb_key
 
-    try:
-        key = wandb_key()
-    except ModuleNotFoundError:
+    if find_spec("wandb") is None:
         yield _row("wandb", "warning", "not installed", "pip install wandb, if you want it")
         return
+    key = wandb_key()
     mode = os.environ.get("WANDB_MODE", "unset")
     state = "API key found" if key else "no API key: offline only, later `wandb sync`"
     what = f"wandb {metadata.version('wandb')}, {state}, WANDB_MODE {mode!r}"

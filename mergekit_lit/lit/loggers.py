@@ -6,8 +6,11 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -175,6 +178,8 @@ def _finish_wandb(
 
 def _prepare_wandb(*, online: bool) -> None:
     """Settle W&B's mode before it is first imported, so that it can neither prompt nor wait."""
+    if find_spec("wandb") is None:
+        raise ModuleNotFoundError("Logging to W&B needs it installed: pip install wandb")
     if not online:
         if os.environ.get("WANDB_MODE") != "disabled":
             os.environ["WANDB_MODE"] = "offline"
@@ -188,18 +193,14 @@ def _prepare_wandb(*, online: bool) -> None:
 
 
 def wandb_key() -> bool:
-    """Return whether W&B would find an API key, without asking anyone.
-
-    Raises:
-        ModuleNotFoundError: W&B is not installed.
-    """
+    """Return whether W&B would find an API key: WANDB_API_KEY, or the netrc of `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     try:
-        import wandb
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Logging to W&B needs it installed: pip install wandb") from None
-    return bool(wandb.api.api_key)
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
