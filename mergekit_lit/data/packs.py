@@ -1,0 +1,102 @@
+"""This file reads the small tasks that ship inside the package."""
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mergekit_lit.data.splits import Images, Pool, to_rgb
+
+PACK_FOLDER = Path(__file__).parent / "files"
+SIDE = 32
+
+EMBEDDED8 = (
+    "mnist",
+    "fashion",
+    "silhouettes",
+    "digits",
+    "photo_textures",
+    "letters",
+    "traffic_signs",
+    "clipart",
+)
+EMBEDDED20 = (
+    *EMBEDDED8,
+    "hiragana",
+    "digits_print",
+    "greek",
+    "cyrillic",
+    "katakana",
+    "hebrew",
+    "thai",
+    "arabic",
+    "hand_signs",
+    "emoji_nature",
+    "emoji_places",
+    "emoji_style",
+)
+SOURCES = (
+    "emoji_groups",
+    "emoji_symbols",
+    "emoji_objects",
+    "emoji_faces",
+    "emoji_food",
+    "flags",
+)
+# File stem -> its tasks. embedded20 needs both of the first two files.
+PACKS = {"embedded8": EMBEDDED8, "embedded20": EMBEDDED20[8:], "sources": SOURCES}
+
+
+def pack_path(task: str) -> Path:
+    """Return the file that holds a shipped task."""
+    return next(PACK_FOLDER / f"{pack}.npz" for pack, tasks in PACKS.items() if task in tasks)
+
+
+@cache
+def read_packed(task: str) -> Pool:
+    """Read one shipped task, decoded once a process: 32 x 32 RGB, train and test.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data files.
+    """
+    path = pack_path(task)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The package must hold {path.name!r}, but it is missing. Install mergekit-lit again, "
+            "or make the file: python experiments/data/pack_embedded.py"
+        )
+    with np.load(path, allow_pickle=False) as file:
+        y, split, classes = (file[f"{task}.{key}"] for key in ("y", "split", "classes"))
+        if f"{task}.sheet" in file:
+            x = _cut(file[f"{task}.sheet"].tobytes(), len(y))
+        else:
+            x = to_rgb(enlarge(file[f"{task}.x"]))
+    x.setflags(write=False)
+    train, test = (np.flatnonzero(split == part) for part in (0, 1))
+    labels = y.astype(np.int64)
+    return Pool(
+        train=Images(x[train], labels[train]),
+        test=Images(x[test], labels[test]),
+        classes=tuple(str(name) for name in classes),
+    )
+
+
+def enlarge(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return grey images at 32 x 32: bicubic for smaller ones, the same array otherwise."""
+    if x.shape[1] == SIDE:
+        return x
+    size = (SIDE, SIDE)
+    return np.stack(
+        [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in x]
+    )
+
+
+def _cut(sheet: bytes, count: int) -> np.ndarray[Any, Any]:
+    """Return the first `count` images of a square sheet, row by row."""
+    pixels = np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB"))
+    side = pixels.shape[0] // SIDE
+    cells = pixels.reshape(side, SIDE, side, SIDE, 3).swapaxes(1, 2)
+    return np.ascontiguousarray(cells.reshape(-1, SIDE, SIDE, 3)[:count])

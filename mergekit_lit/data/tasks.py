@@ -1,0 +1,112 @@
+"""This file holds the noun Task: what is known of a task before its images are read."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mergekit_lit.data.splits import Pool, SplitOptions, TaskData, carve
+
+ROOT_VARIABLE = "MERGEKIT_LIT_DATA"
+
+
+class Reader(Protocol):
+    """Reads a task's pool; `size` bounds the side of decoded images, None keeps the task's own."""
+
+    def __call__(self, root: Path, *, size: int | None, download: bool) -> Pool:
+        """Read the pool."""
+
+
+class Finder(Protocol):
+    """Tells whether a task's images are on disk, without reading them."""
+
+    def __call__(self, root: Path) -> bool:
+        """Tell whether the images are under `root`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One classification task, and how its images are found and read.
+
+    Attributes:
+        name: unique in its suite.
+        suite: the suite's name.
+        classes: C, number of classes.
+        train: size of the official training pool, before anything is carved.
+        test: size of the official test set.
+        image_size: height and width of the decoded images, in pixels.
+        kind: `photographs`, `scans`, `masks of photographs`, `drawings` or `renderings`.
+        source: where the images come from.
+        licence: under which they may be used.
+        where: what to do to have them here.
+        read: reads the pool.
+        found: tells whether it can be read.
+        seen_by: shipped bases whose pretraining saw this task or drawings of it.
+        root: folder of the data sets; None for the default one.
+    """
+
+    name: str
+    suite: str
+    classes: int
+    train: int
+    test: int
+    image_size: int
+    kind: str
+    source: str
+    licence: str
+    where: str
+    read: Reader
+    found: Finder
+    seen_by: tuple[str, ...] = ()
+    root: Path | None = None
+
+    def present(self, root: Path | None = None) -> bool:
+        """Tell whether the images are here; reads none of them."""
+        return self.found(data_root(root or self.root))
+
+    def pool(
+        self, root: Path | None = None, *, size: int | None = None, download: bool = False
+    ) -> Pool:
+        """Read the official training pool and test set.
+
+        Raises:
+            FileNotFoundError: the images are not here and `download` is False.
+            ValueError: they are damaged, or not what they must be.
+        """
+        folder = data_root(root or self.root)
+        if not download and not self.found(folder):
+            raise FileNotFoundError(
+                f"Task {self.name!r} must lie under {str(folder)!r}, but is not there. {self.where}"
+            )
+        return self.read(folder, size=size, download=download)
+
+    def load(
+        self,
+        options: SplitOptions | None = None,
+        root: Path | None = None,
+        *,
+        size: int | None = None,
+        download: bool = False,
+    ) -> TaskData:
+        """Read the task and carve it.
+
+        Args:
+            options: shares, sizes and seed of the carving; None for the defaults.
+            root: folder of the data sets; None for the default one.
+            size: largest side of the decoded images, in pixels; None keeps the task's own.
+            download: whether missing images may be fetched.
+
+        Raises:
+            FileNotFoundError: the images are not here and `download` is False.
+            ValueError: they are damaged, or an option is out of range.
+        """
+        pool = self.pool(root, size=size, download=download)
+        return carve(pool, options or SplitOptions(), name=self.name, suite=self.suite)
+
+
+def data_root(root: Path | None = None) -> Path:
+    """Return the folder of the data sets: given, $MERGEKIT_LIT_DATA, or the user's cache."""
+    if root is not None:
+        return Path(root)
+    named = os.environ.get(ROOT_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "mergekit-lit" / "data"
