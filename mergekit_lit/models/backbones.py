@@ -202,7 +202,10 @@ def _build_timm(name: str, image_size: int | None) -> Backbone:
     try:
         encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0, **sized)
     except (AssertionError, TypeError) as error:
-        raise ValueError(f"{name!r} cannot be built for images of {size} pixels: {error}") from None
+        raise _unfit_size(name, size, str(error)) from None
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1, 1))
+    if size % patch[0]:
+        raise _unfit_size(name, size, f"its patch is {patch[0]} pixels wide")
     mean, std = config.mean, config.std
     if name == EFFICIENTNET:
         mean, std = _HALF, _HALF
@@ -224,8 +227,8 @@ def _build_torchvision(name: str, image_size: int | None) -> Backbone:
     sized = {"image_size": size} if name.startswith("vit_") else {}
     try:
         encoder = torchvision.models.get_model(name, weights=None, **sized)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be built for images of {size} pixels: {error}") from None
+    except (AssertionError, ValueError) as error:
+        raise _unfit_size(name, size, str(error)) from None
     features = _strip_classifier(encoder, name)
     return Backbone(
         encoder,
@@ -234,6 +237,13 @@ def _build_torchvision(name: str, image_size: int | None) -> Backbone:
         image_size=size,
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
+    )
+
+
+def _unfit_size(name: str, size: int, reason: str) -> ValueError:
+    return ValueError(
+        f"`image_size` must fit the encoder, but {name!r} cannot take {size} pixels: {reason}. "
+        "Give another `image_size`."
     )
 
 

@@ -92,8 +92,7 @@ def test_groups_are_the_outermost_numbered_parts():
 
 
 def tiny_timm_resnet(block, layers):
-    model = ResNet(block, layers, channels=(8, 16, 16, 24), num_classes=0, in_chans=3)
-    return model
+    return ResNet(block, layers, channels=(8, 16, 16, 24), num_classes=0, in_chans=3)
 
 
 def tiny_torchvision_vit():
