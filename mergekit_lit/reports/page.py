@@ -61,7 +61,6 @@ _CARD_COLUMNS = (
     ("train_loss", "train loss", 3),
     ("train_accuracy", "train accuracy", 3),
     ("val_accuracy", "val accuracy", 3),
-    ("seconds", "seconds", 1),
 )
 _LOSS = ("train/loss", "loss", "train_loss")
 _GRADIENT = ("gradient/norm",)
@@ -228,23 +227,22 @@ def _training(run: Run) -> str:
         loss, gradient = (_first(series, names) for names in (_LOSS, _GRADIENT))
         if loss or gradient:
             drawn[task] = figures.training_panel(task, loss, gradient)
-    cards = tables.expert_rows(run.of_stage("train"))
+    cards = {name: card.to_json() for name, card in run.cards.items()}
     columns = [
-        entry for entry in _CARD_COLUMNS if any(card.get(entry[0]) is not None for card in cards)
+        entry
+        for entry in _CARD_COLUMNS
+        if any(card[entry[0]] is not None for card in cards.values())
     ]
     body = [
-        [
-            Cell(card["task"]),
-            *(measured(card.get(key), digits=digits) for key, _, digits in columns),
-        ]
-        for card in cards
+        [Cell(name), *(measured(card[key], digits=digits) for key, _, digits in columns)]
+        for name, card in cards.items()
     ]
     heads = ("expert", *(name for _, name, _ in columns))
     return section(
         "Training of the experts",
         paragraph("Faint: each step. Solid: moving mean.", class_="soft") if drawn else "",
         figures.panels(drawn) if drawn else "",
-        table("What each expert's card and record say", heads, body) if body else "",
+        table("What each expert's card says", heads, body) if body else "",
     )
 
 

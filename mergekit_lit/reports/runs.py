@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.files import read_json
 from mergekit_lit.core.records import Record
 
@@ -22,11 +24,13 @@ class Run:
         folder: the folder.
         records: its records, oldest first.
         curves: for each logged task, the series of each metric.
+        cards: the card of each expert file that a record of training names, by the file's stem.
     """
 
     folder: Path
     records: tuple[Record, ...]
     curves: Mapping[str, Mapping[str, Series]]
+    cards: Mapping[str, Card]
 
     def of_stage(self, *stages: str) -> list[Record]:
         """Return the records of these stages, oldest first."""
@@ -38,7 +42,7 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: no such folder, or no record in it.
-        ValueError: a record or a log is damaged.
+        ValueError: a record, a log or an expert is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -53,7 +57,7 @@ def read_run(folder: Path) -> Run:
             "Make some first: mergekit-lit evaluate MODEL... --out FOLDER."
         )
     records.sort(key=lambda record: record.finished)
-    return Run(folder, tuple(records), _read_curves(folder / "logs"))
+    return Run(folder, tuple(records), _read_curves(folder / "logs"), _read_cards(folder, records))
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
@@ -88,6 +92,15 @@ def _read_curves(logs: Path) -> dict[str, dict[str, Series]]:
         if present:
             curves[folder.name] = read_metrics(present[0])
     return curves
+
+
+def _read_cards(folder: Path, records: Iterable[Record]) -> dict[str, Card]:
+    """Return the cards of the experts that are still there; a moved folder keeps them."""
+    names = [
+        Path(out).name for record in records if record.stage == "train" for out in record.outputs
+    ]
+    paths = [folder / name for name in names]
+    return {path.stem: load_expert(path).card for path in paths if path.is_file()}
 
 
 def _is_record(path: Path) -> bool:

@@ -112,15 +112,6 @@ def verdict(rows: Sequence[Score]) -> tuple[bool, str] | None:
     return False, f"The merge does NOT lie between the base and its experts here: {told}."
 
 
-def expert_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return one row an expert from the records of training: its card, and what it cost."""
-    rows = []
-    for record in records:
-        card = record.metrics.get("card", record.metrics)
-        rows.append({"task": record.name, **card, "seconds": record.seconds})
-    return rows
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number with fixed digits, or a dash where it is unknown."""
     return UNKNOWN if value is None else f"{value:.{digits}f}"

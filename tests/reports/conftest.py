@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Expert, save_expert
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
 
@@ -82,9 +84,14 @@ def run_folder(tmp_path):
     )
     for index, task in enumerate(TASKS):
         name = f"task{index}"
-        card = {"task": task, "steps": 50, "lr": 0.01, "travel": 4.5, "train_loss": 0.2}
+        card = Card(task=task, steps=50, lr=0.01, travel=4.5, train_loss=0.2)
+        save_expert(folder / f"{name}.safetensors", Expert({}, {}, {}, card))
         record = Record(
-            stage="train", name=task, config={}, metrics={"card": card}, finished="2026-01-01"
+            stage="train",
+            name=task,
+            config={},
+            outputs=[f"{name}.safetensors"],
+            finished="2026-01-01",
         )
         record.write(folder / f"{name}.record.json")
         rows = [

@@ -9,6 +9,7 @@ def test_reads_records_oldest_first_and_curves(run_folder):
     assert [record.stage for record in run.records] == ["train"] * 3 + ["evaluate"]
     assert [record.name for record in run.of_stage("evaluate")] == ["evaluation"]
     assert list(run.curves) == ["task0", "task1", "task2"]
+    assert [card.travel for card in run.cards.values()] == [4.5] * 3
     assert run.curves["task0"]["gradient/norm"][:2] == [(0, 1.0), (1, 0.5)]
 
 
@@ -44,3 +45,8 @@ def test_other_json_is_left_alone_and_damaged_records_are_told(run_folder):
     write_text(run_folder / "bad.record.json", "{")
     with pytest.raises(ValueError, match=r"bad.record.json"):
         read_run(run_folder)
+
+
+def test_an_expert_that_was_moved_away_has_no_card(run_folder):
+    (run_folder / "task1.safetensors").unlink()
+    assert list(read_run(run_folder).cards) == ["task0", "task2"]
