@@ -16,7 +16,7 @@ from mergekit_lit.core.registry import MERGE_METHODS, Registered, unknown_name
 from mergekit_lit.merging.configuration import resolve
 
 POLICIES = ("average", "base")
-"""BatchNorm policies that need no images; `stages.merge` has those that do."""
+"""BatchNorm policies that need no images; `lit.recalibration` has those that do."""
 
 
 def merge(
@@ -131,7 +131,7 @@ def _check_policy(batch_norm: str) -> None:
     if batch_norm.startswith("recalibrate"):
         raise ValueError(
             f"`batch_norm` {batch_norm!r} needs images, which `merge` has not. "
-            "Merge with 'base', then call `mergekit_lit.stages.merge.recalibrate`."
+            "Merge with 'base', then call `mergekit_lit.lit.recalibration.recalibrate`."
         )
     if batch_norm not in POLICIES:
         raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))

@@ -1,31 +1,23 @@
 """This file is the merge stage: expert files in, one merged model with its record out."""
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
-from torch import Tensor
 
 from mergekit_lit.core.experts import Base, Experts, Merged, load_expert, save_merged
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
-from mergekit_lit.core.seeds import generator
 from mergekit_lit.data.splits import Images, SplitOptions
 from mergekit_lit.data.suites import load_suite
-from mergekit_lit.lit.passes import inputs
+from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES, calibration_images, recalibrate
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.models.backbones import Backbone, load_base
-from mergekit_lit.models.statistics import estimate_statistics, has_statistics
-
-# Batches of BatchNorm's re-estimation: large enough that each shows most classes of its task.
-_BATCH = 128
+from mergekit_lit.models.statistics import has_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +53,7 @@ class Calibration:
     suite: str
     root: Path | None = None
     options: SplitOptions = field(default_factory=SplitOptions)
-    images: int = 512
+    images: int = CALIBRATION_IMAGES
 
 
 @dataclass(frozen=True)
@@ -161,67 +153,6 @@ def merge_recipe(
     return recalibrate(merged, images, backbone=backbone, per_task=per_task, seed=recipe.seed)
 
 
-def recalibrate(
-    merged: Merged,
-    images: Mapping[str, Images],
-    *,
-    backbone: Backbone,
-    per_task: bool,
-    seed: int = 0,
-) -> Merged:
-    """Estimate BatchNorm statistics of a merged model again, on unlabelled training images.
-
-    Args:
-        merged: the model; never changed. Without BatchNorm it is returned with the same tensors.
-        images: images of each task of `merged`; labels are not looked at.
-        backbone: a module of the architecture; never changed.
-        per_task: statistics for each task, from its images alone; else one set, from all images.
-        seed: of the order of the images.
-
-    Raises:
-        KeyError: a task has no entry in `images`.
-        ValueError: a task has fewer than 2 images.
-    """
-    policy = "recalibrate-per-task" if per_task else "recalibrate"
-    facts = {**merged.facts, "batch_norm": policy}
-    if not has_statistics(merged.structure):
-        return replace(merged, facts=facts)
-    pools = {task: _pool(task, images) for task in merged.tasks}
-    module = copy.deepcopy(backbone)
-    module.load_state_dict(dict(merged.shared))
-    if per_task:
-        statistics = {
-            task: estimate_statistics(module, _batches(module, [pool], seed))
-            for task, pool in pools.items()
-        }
-        return replace(merged, statistics=statistics, facts=facts)
-    pooled = estimate_statistics(module, _batches(module, list(pools.values()), seed))
-    return replace(merged, shared={**merged.shared, **pooled}, statistics={}, facts=facts)
-
-
-def calibration_images(
-    tasks: Sequence[str], calibration: Calibration, *, seed: int = 0
-) -> dict[str, Images]:
-    """Return at most `calibration.images` training images of each task, drawn by `seed`.
-
-    Raises:
-        KeyError: an unknown suite or task.
-        ValueError: fewer than 2 images are asked for.
-    """
-    if calibration.images < 2:
-        raise ValueError(
-            f"`images` must be at least 2, to have a variance, but is {calibration.images}."
-        )
-    suite = load_suite(calibration.suite, root=calibration.root)
-    chosen = {}
-    for name in tasks:
-        train = suite.task(name).load(calibration.options, root=calibration.root).train
-        draw = generator(seed, "calibration", name)
-        positions = torch.randperm(len(train), generator=draw)[: calibration.images]
-        chosen[name] = train.subset(positions.sort().values.numpy())
-    return chosen
-
-
 def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Backbone, Base]:
     """Return the base that `base` names, or else the one that the first expert's card names.
 
@@ -262,42 +193,23 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
             f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
             "from, but got none. Name the suite, or use 'base' or 'average'."
         )
+    if calibration is not None and calibration.images < 2:
+        raise ValueError(
+            f"`images` must be at least 2, to have a variance, but is {calibration.images}."
+        )
 
 
 def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> dict[str, Images]:
-    """Return the images that the recipe needs; none where it needs none."""
+    """Return the training images that the recipe needs, by task; none where it needs none."""
     needed = recipe.batch_norm.startswith("recalibrate") and has_statistics(experts.structure)
     if calibration is None or not needed:
         return {}
-    return calibration_images(experts.names, calibration, seed=recipe.seed)
-
-
-def _pool(task: str, images: Mapping[str, Images]) -> Images:
-    if task not in images:
-        raise KeyError(unknown_name("task with images", task, images))
-    if len(images[task]) < 2:
-        raise ValueError(
-            f"Task {task!r} must have at least 2 images to estimate statistics on, but has "
-            f"{len(images[task])}."
-        )
-    return images[task]
-
-
-def _batches(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterator[Tensor]:
-    """Yield the images of all pools in one seeded order, each batch a mixture of the pools."""
-    owner = torch.repeat_interleave(torch.tensor([len(pool) for pool in pools]))
-    place = torch.cat([torch.arange(len(pool)) for pool in pools])
-    order = torch.randperm(len(owner), generator=generator(seed, "recalibrate"))
-    # Sizes that differ by at most one: a last batch of one image would have no variance.
-    for batch in order.tensor_split(-(-len(order) // _BATCH)):
-        parts = [place[batch[owner[batch] == t]].numpy() for t in range(len(pools))]
-        yield torch.cat(
-            [
-                inputs(backbone, torch.from_numpy(pool.x[part]))
-                for pool, part in zip(pools, parts, strict=True)
-                if len(part)
-            ]
-        )
+    suite = load_suite(calibration.suite, root=calibration.root)
+    chosen = {}
+    for task in experts.names:
+        train = suite.task(task).load(calibration.options, root=calibration.root).train
+        chosen[task] = calibration_images(train, task, count=calibration.images, seed=recipe.seed)
+    return chosen
 
 
 def _record(
