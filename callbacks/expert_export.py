@@ -1,5 +1,6 @@
 """This file writes experts while they are trained: one file with structure and card each."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,24 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
         ValueError: a weight is NaN or infinite.
     """
     data = module.data.task_data
+    told = f"expert {data.name!r} after {trainer.global_step} steps"
     params = floats({name: t.detach().clone() for name, t in module.backbone.state_dict().items()})
     head = floats({name: t.detach().clone() for name, t in module.head.state_dict().items()})
     weights = with_prefix(params, "backbone.") | with_prefix(head, "head.")
-    check_finite(weights, source=f"Expert {data.name!r} after {trainer.global_step} steps")
+    check_finite(weights, source=f"E{told[1:]}")
     plain = module.plain_backbone(params)
     if module.norm_statistics == "train":
         params = {**params, **statistics_of(plain, data.train)}
         plain.load_state_dict(params)
     layer = Head(head, trained=False).to(module.device)
-    card = expert_card(
-        module,
-        trainer=trainer,
-        train=score(plain, layer, data.train),
-        val=score(plain, layer, data.val),
-        measured=_measured(trainer),
-    )
+    train, val = (score(plain, layer, images) for images in (data.train, data.val))
+    for split, found in (("train", train), ("val", val)):
+        if found.loss is not None and not math.isfinite(found.loss):
+            raise ValueError(
+                f"The {split} loss of {told} must be finite, but is {found.loss}. Train again with "
+                "a lower `lr`, more `warmup_steps` or `trainer.gradient_clip_val`."
+            )
+    card = expert_card(module, trainer=trainer, train=train, val=val, measured=_measured(trainer))
     return Expert(backbone=params, head=head, structure=module.structure, card=card)
 
 

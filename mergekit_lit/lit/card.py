@@ -30,7 +30,6 @@ def expert_card(
     optimization, data = module.optimization, module.data
     is_sgd = optimization.optimizer == "sgd"
     horizon = trainer.max_steps if optimization.horizon_matters else None
-    clips = trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm")
     facts = {
         **_data_facts(data),
         "base": module.base.name,
@@ -48,7 +47,7 @@ def expert_card(
         "steps": trainer.global_step,
         "batch": data.batch * trainer.accumulate_grad_batches,
         "label_smoothing": module.label_smoothing,
-        "clip_norm": float(trainer.gradient_clip_val) if clips else None,
+        "clip_norm": _clip_norm(trainer),
         "precision": str(trainer.precision),
         "norm_statistics": module.norm_statistics,
         "head": module.head_kind,
@@ -72,3 +71,11 @@ def _data_facts(data: TaskDataModule) -> dict[str, str | int | None]:
         "replaced": task.replaced,
         "neighbour_seed": data.neighbour_seed if task.replaced else None,
     }
+
+
+def _clip_norm(trainer: Trainer) -> float | None:
+    """Return the largest gradient norm; None without clipping, or where it clips by value."""
+    largest = trainer.gradient_clip_val
+    if not largest or trainer.gradient_clip_algorithm not in (None, "norm"):
+        return None
+    return float(largest)

@@ -1,17 +1,43 @@
 """This file is the data of fine-tuning: one task's training steps, and its val and test images."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from mergekit_lit.core.seeds import generator
-from mergekit_lit.data.batches import EvalLoader, StepLoader
+from mergekit_lit.data.batches import Batch, EvalLoader, StepLoader
 from mergekit_lit.data.splits import Images, SplitOptions, TaskData, neighbour
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.data.transforms import augment
 
 _EVAL_BATCH = 256
+
+
+class WholeRun:
+    """Training batches from some step on, counted from the run's beginning, as Lightning does.
+
+    It has the methods of a resumable loader, but no state: the step that a run goes on at says all.
+    """
+
+    def __init__(self, rest: StepLoader, batches: int) -> None:
+        """Hold the batches that are left of `batches`."""
+        self.rest, self.batches = rest, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Need nothing."""
 
 
 class TaskDataModule(LightningDataModule):
@@ -80,7 +106,7 @@ class TaskDataModule(LightningDataModule):
                 data = neighbour(data, self.replaced, self.neighbour_seed)
             self.task_data = data
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> WholeRun:
         """Return K steps of micro-batches, from the step that a resumed run goes on at.
 
         Raises:
@@ -93,16 +119,17 @@ class TaskDataModule(LightningDataModule):
                 f"{trainer.max_steps}. Pass Trainer(max_steps=K)."
             )
         accumulate = trainer.accumulate_grad_batches
-        return StepLoader(
+        rest = StepLoader(
             self.task_data.train,
             steps=trainer.max_steps,
             batch=self.batch,
             accumulate=accumulate,
-            seed=trainer.lightning_module.seed,
+            seed=cast("int", trainer.lightning_module.seed),
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=trainer.global_step * accumulate,
         )
+        return WholeRun(rest, trainer.max_steps * accumulate)
 
     def val_dataloader(self) -> EvalLoader:
         """Return the validation images once, each on one process."""

@@ -12,13 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.seeds import derive_seed
+from mergekit_lit.data.batches import Batch
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.heads import Head, head_at, head_kind
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
 from mergekit_lit.lit.passes import inputs, statistics_of
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
 
-Batch = tuple[Tensor, Tensor, Tensor]
 NormStatistics = Literal["train", "frozen"]
 
 
@@ -129,8 +129,13 @@ class ExpertModule(LightningModule):
         head = head_at(start, data, self.head_spec, seed=self.seed)
         self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
+        super().train()
         if self.compiles:
             self.backbone.compile()
+
+    def on_train_start(self) -> None:
+        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before."""
+        self.train()
 
     def plain_backbone(self, params: Params, device: torch.device | None = None) -> Backbone:
         """Return a second backbone in eval mode that holds `params`, never compiled or wrapped."""
@@ -158,7 +163,8 @@ class ExpertModule(LightningModule):
         torch.manual_seed(derive_seed(self.seed, "forward", step, slot))
         x = self.data.augmented(x, step, slot, seed=self.seed)
         loss = cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
-        if (step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set untyped
+        if (step + 1) % every == 0:
             self._report(loss, step)
         return loss
 

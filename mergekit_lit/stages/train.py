@@ -49,8 +49,6 @@ _TRAJECTORY = (
 )
 
 _NOT_ACTIONABLE = (
-    # The loader starts at the right micro-batch by itself.
-    ".*resuming from a checkpoint that ended before the epoch ended.*",
     # Images are held in memory as uint8: there are no workers to add.
     ".*does not have many workers.*",
     # lightning 2.6 with torch >= 2.13: its pytree shim uses a deprecated isinstance check.
@@ -133,9 +131,12 @@ def train_expert(  # noqa: PLR0913
     experts = tuple(export.path(data.task, step) for step in chosen)
     record = _record(name, config, data, model, experts)
     if fitter.is_global_zero:
+        cards = {path.stem: load_expert(path).card.to_json() for path in experts}
+        record.metrics = {"experts": cards}
         stopwatch.finish(record).write(record_path)
         last.remove()
-        _tell(loggers, experts)
+        card = cards[experts[-1].stem]
+        log_results(loggers, summary=card, files=experts, metadata=card)
     return TrainResult(experts, record_path, record)
 
 
@@ -225,12 +226,6 @@ def _record(
         },
         outputs=[path.name for path in experts],
     )
-
-
-def _tell(loggers: Sequence[Logger], experts: Sequence[Path]) -> None:
-    """Hand the last expert's card and the files to the loggers that keep results."""
-    card = load_expert(experts[-1]).card.to_json()
-    log_results(loggers, summary=card, files=experts, metadata=card)
 
 
 @contextmanager

@@ -1,0 +1,233 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.files import file_hash
+from mergekit_lit.core.records import Record
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.stages.train import train_expert
+
+RESNET, VIT = "timm/test_resnet@random:0", "vit@random:0"
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    """Ends a run as a kill does: in the middle of things."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise StopError
+
+
+def train(suite, out, *, base=VIT, steps=(4,), data=None, trainer=None, model=None, **options):
+    module = ExpertModule(
+        base,
+        image_size=8,
+        **{"lr": 0.01, "schedule": "constant", "warmup_steps": 1, **(model or {})},
+    )
+    return train_expert(
+        data=TaskDataModule(suite, "dots", **{"batch": 12, "reserve": 8, **(data or {})}),
+        model=module,
+        steps=list(steps),
+        out=out,
+        trainer={"accelerator": "cpu", **(trainer or {})},
+        **options,
+    )
+
+
+def test_writes_expert_record_and_logs(tiny_suite, tmp_path, capfd):
+    result = train(tiny_suite, tmp_path, steps=[20])
+    assert result.experts == (tmp_path / "dots.safetensors",)
+    card = load_expert(result.experts[0]).card
+    assert (card.steps, card.schedule, card.schedule_steps) == (20, "constant", None)
+    assert card.travel > 0
+    assert card.path_length >= card.displacement > 0
+    record = Record.read(tmp_path / "dots.record.json")
+    assert record == result.record
+    assert record.outputs == ["dots.safetensors"]
+    assert record.config["model"]["lr"] == 0.01
+    assert record.metrics["experts"]["dots"]["val_accuracy"] == card.val_accuracy
+    rows = [json.loads(line) for line in (tmp_path / "logs/dots/metrics.jsonl").open()]
+    assert {"train/loss", "train/lr", "gradient/norm"} <= set().union(*rows)
+    assert list(csv.DictReader((tmp_path / "logs/dots/metrics.csv").open()))
+    assert not (tmp_path / "checkpoints").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fine_tuning_learns(tiny_suite, tmp_path):
+    result = train(tiny_suite, tmp_path, steps=[60], model={"optimizer": "adamw", "lr": 3e-3})
+    assert load_expert(result.experts[0]).card.train_accuracy > 0.9
+
+
+def test_the_same_run_gives_the_same_bytes(tiny_suite, tmp_path):
+    files = [train(tiny_suite, tmp_path / name, base=RESNET).experts[0] for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_several_step_counts_share_one_trajectory(tiny_suite, tmp_path):
+    result = train(tiny_suite, tmp_path / "all", steps=[6, 2, 4])
+    assert [path.name for path in result.experts] == [
+        f"dots-step{k}.safetensors" for k in (2, 4, 6)
+    ]
+    for steps, path in zip((2, 4, 6), result.experts, strict=True):
+        alone = train(tiny_suite, tmp_path / str(steps), steps=[steps])
+        assert file_hash(path) == file_hash(alone.experts[0])
+
+
+@pytest.mark.parametrize("options", [{"base": RESNET}, {"model": {"optimizer": "adamw"}}])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path, options, accumulate):
+    options = {**options, "steps": [3, 7], "trainer": {"accumulate_grad_batches": accumulate}}
+    options["data"] = {"augment": "crop-flip"}
+    whole = train(tiny_suite, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        train(tiny_suite, tmp_path / "cut", checkpoint_every=2, callbacks=[StopAfter(5)], **options)
+    assert (tmp_path / "cut/checkpoints/dots/last.ckpt").is_file()
+    gone_on = train(tiny_suite, tmp_path / "cut", checkpoint_every=2, resume=True, **options)
+    assert [file_hash(path) for path in gone_on.experts] == [file_hash(p) for p in whole.experts]
+    logs = [(tmp_path / name / "logs/dots/metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_leaves_a_finished_run_as_it_is(tiny_suite, tmp_path):
+    first = train(tiny_suite, tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = train(tiny_suite, tmp_path, resume=True)
+    assert again.record == first.record
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_resume_refuses_another_configuration(tiny_suite, tmp_path):
+    with pytest.raises(StopError):
+        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[StopAfter(3)])
+    with pytest.raises(
+        ValueError, match=r"configuration, but `model\.lr` was 0\.01 and is 0\.02 now"
+    ):
+        train(tiny_suite, tmp_path, model={"lr": 0.02}, resume=True)
+
+
+def test_resume_refuses_a_damaged_checkpoint(tiny_suite, tmp_path):
+    path = tmp_path / "checkpoints/dots/last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt' must be a checkpoint of this run, but is dam"
+    ):
+        train(tiny_suite, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": []}, r"`steps` must be step counts of at least 1, but are \[\]"),
+        ({"steps": [0, 5]}, r"`steps` must be step counts of at least 1, but are \[0, 5\]"),
+        (
+            {"steps": [4, 8], "model": {"schedule": "cosine"}},
+            "`steps` must be one number under the 'cosine' schedule",
+        ),
+        ({"steps": [1]}, "`warmup_steps` must be less than the number of steps 1, but is 1"),
+        ({"trainer": {"max_steps": 3}}, r"`trainer.max_steps` must be left out: `steps` says it"),
+        ({"data": {"batch": 0}}, "`batch` must be at least 1, but is 0"),
+        ({"data": {"n": 1}}, "`n` must lie in"),
+        ({"data": {"neighbour": 9}}, r"`neighbour` must lie in 0\.\.8"),
+        ({"checkpoint_every": -1}, "`checkpoint_every` must be at least 0, but is -1"),
+        ({"loggers": "wanbd"}, "No logger named 'wanbd'. Did you mean 'wandb'"),
+        ({"model": {"lr": 1e38}}, "must (be finite|hold finite numbers)"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tiny_suite, tmp_path, options, message):
+    with pytest.raises((ValueError, KeyError), match=message) as caught:
+        train(tiny_suite, tmp_path, **options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_neighbour_differs_and_says_so(tiny_suite, tmp_path):
+    plain = train(tiny_suite, tmp_path / "plain")
+    other = train(tiny_suite, tmp_path / "other", data={"neighbour": 4, "neighbour_seed": 1})
+    card = load_expert(other.experts[0]).card
+    assert (card.replaced, card.neighbour_seed) == (4, 1)
+    assert card.split_hash != load_expert(plain.experts[0]).card.split_hash
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from mergekit_lit.lit.data import TaskDataModule
+    from mergekit_lit.lit.expert import ExpertModule
+    from mergekit_lit.stages.train import train_expert
+
+    suite, out, base, norm, options = sys.argv[1:]
+    trainer = {"accelerator": "cpu", **eval(options)}
+    resume = trainer.pop("resume", False)
+    train_expert(
+        data=TaskDataModule(suite, "dots", batch=12, reserve=8),
+        model=ExpertModule(base, image_size=8, lr=0.01, warmup_steps=1, norm_statistics=norm),
+        steps=[trainer.pop("steps", 20)],
+        out=Path(out),
+        trainer=trainer,
+        resume=resume,
+        checkpoint_every=3,
+    )
+    """
+)
+
+
+def command(suite, out, *, base=RESNET, norm="train", **options):
+    (out.parent / "script.py").write_text(SCRIPT)
+    script = str(out.parent / "script.py")
+    return [sys.executable, script, suite, str(out), base, norm, repr(options)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path):
+    steps = 300
+    subprocess.run(command(tiny_suite, tmp_path / "whole", steps=steps), check=True)
+    cut = tmp_path / "cut"
+    run = subprocess.Popen(command(tiny_suite, cut, steps=steps))
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoints/dots/last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # Somewhere in a step, or in the writing of a checkpoint.
+    time.sleep(0.4 + 0.1 * (os.getpid() % 7))
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (cut / "dots.safetensors").exists()
+    subprocess.run(command(tiny_suite, cut, steps=steps, resume=True), check=True)
+    whole = (tmp_path / "whole/dots.safetensors").read_bytes()
+    assert (cut / "dots.safetensors").read_bytes() == whole
+    assert not list(cut.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "sync"), [("frozen", False), ("train", True)])
+def test_two_processes_train_the_same_expert(tiny_suite, tmp_path, norm, sync):
+    pair = {"devices": 2, "strategy": "ddp", "sync_batchnorm": sync}
+    subprocess.run(command(tiny_suite, tmp_path / "one", norm=norm), check=True)
+    subprocess.run(command(tiny_suite, tmp_path / "two", norm=norm, **pair), check=True)
+    one = load_expert(tmp_path / "one/dots.safetensors")
+    two = load_expert(tmp_path / "two/dots.safetensors")
+    for name, tensor in one.backbone.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(two.backbone[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert two.card.batch == one.card.batch
+    assert two.card.train_loss == pytest.approx(one.card.train_loss, rel=1e-4)
