@@ -47,9 +47,12 @@ class Display:
         self._progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Draw or move the bar `name`; its clock starts when it is first shown."""
+        """Draw or move the bar `name`; its clock starts at the second call."""
         if name not in self._bars:
-            self._bars[name] = self._progress.add_task(name, total=total, note=note)
+            bar = self._progress.add_task(name, total=total, start=False, note=note)
+            self._bars[name] = bar
+            return
+        self._progress.start_task(self._bars[name])
         self._progress.update(self._bars[name], completed=done, total=total, note=note)
 
 

@@ -136,7 +136,11 @@ def _drawer(display: Display) -> Any:
 
 def _score(plan: Plan, made: list[Made]) -> Record:
     """Evaluate base, experts and merges on the test images, all with statistics made alike."""
-    models = [plan.backbone, *plan.expert_paths(), *(merge.path for merge in made)]
+    models: list[str | Path] = [
+        plan.backbone,
+        *plan.expert_paths(),
+        *(merge.path for merge in made),
+    ]
     data = MergeDataModule(plan.suite, tasks=plan.tasks, split="test", split_seed=plan.seed)
     return evaluate_files(
         models,

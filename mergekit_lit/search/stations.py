@@ -14,10 +14,10 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.lit.recalibration import calibration_images
+from mergekit_lit.lit.recalibration import calibration_images, recalibrate
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.search.coefficients import SCALE, Choice, choose, scale_grid
+from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
 from mergekit_lit.search.crew import tell
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.stages.merge import (
@@ -25,7 +25,6 @@ from mergekit_lit.stages.merge import (
     Recipe,
     load_base_of,
     merge_files,
-    merge_recipe,
 )
 from mergekit_lit.stages.train import train_expert
 
@@ -87,6 +86,7 @@ def train_one(job: tuple[Plan, str]) -> Path:
     def report(done: int, total: int, loss: float | None) -> None:
         tell("expert", task, done, total, "" if loss is None else f"loss {loss:.3f}")
 
+    tell("expert", task, 0, plan.steps, "fitting the head")
     result = train_expert(
         data=TaskDataModule(plan.suite, task, batch=plan.batch, split_seed=plan.split.seed),
         model=ExpertModule(
@@ -138,10 +138,12 @@ def _search(plan: Plan, method: str, grid: Sequence[float]) -> Choice:
     }
 
     def score(scales: Sequence[float]) -> list[float]:
+        tell("merge", method, 0, len(scales) + 1, "merging")
         candidates = {}
-        for done, scale in enumerate(scales):
+        for done, merged in enumerate(merged_at(experts, method, scales), start=1):
+            scale = scales[done - 1]
+            candidates[f"{scale}"] = recalibrate(merged, images, backbone=backbone, per_task=True)
             tell("merge", method, done, len(scales) + 1, f"trying scale {scale:g}")
-            candidates[f"{scale}"] = merge_recipe(experts, _recipe(method, scale), backbone, images)
         return _val_scores(backbone, candidates, paths, data)
 
     return choose(grid, score)
