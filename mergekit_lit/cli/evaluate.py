@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import is_first_process, print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
 from mergekit_lit.core.records import Record
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = command_parser("evaluate", COMMANDS["evaluate"], usage=_USAGE)
     add_parameters(parser, evaluate_files, skip={"data", "trainer", "callbacks"})
-    parser.add_class_arguments(MergeDataModule, "data")
+    add_group(parser, MergeDataModule, "data")
     add_trainer(parser)
     add_parameters(parser, options)
     return parser

@@ -6,6 +6,7 @@ and an unknown key is told with its nearest right one.
 """
 
 import collections.abc
+import inspect
 import json
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
@@ -60,6 +62,25 @@ def add_parameters(
     """Make each parameter of a function a flag, explained by its docstring, and return the keys."""
     added = parser.add_function_arguments(function, skip=set(skip or ()), fail_untyped=False)
     return list(added)
+
+
+def add_group(parser: ArgumentParser, group: type, name: str, **explained: str) -> None:
+    """Make the arguments of a class flags under `name`, explained by the docstring of its init.
+
+    Args:
+        parser: the command's parser.
+        group: the class.
+        name: name of the group.
+        explained: other words for some arguments, by name.
+    """
+    parser.add_class_arguments(group, name)
+    # jsonargparse lets the Attributes of a class hide the Args of its __init__.
+    init = docstring_parser.parse(inspect.getdoc(group.__init__) or "")  # type: ignore[misc] # of a class that we name
+    words = {item.arg_name: item.description for item in init.params} | explained
+    for action in parser._actions:
+        outer, _, last = action.dest.rpartition(".")
+        if outer == name and last in words:
+            action.help = words[last]
 
 
 def parse(

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import is_first_process, print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
 from mergekit_lit.core.experts import load_expert
@@ -70,8 +70,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> ArgumentParser:
     parser = command_parser("train", COMMANDS["train"], usage="--out FOLDER --steps K [options]")
-    parser.add_class_arguments(TaskDataModule, "data")
-    parser.add_class_arguments(ExpertModule, "model")
+    task = "a task of the suite, several after commas (mnist,letters), or `all`, one expert each."
+    add_group(parser, TaskDataModule, "data", task=task)
+    add_group(parser, ExpertModule, "model")
     add_trainer(parser)
     add_parameters(parser, train_expert, skip=_GIVEN_APART)
     add_parameters(parser, options)

@@ -128,6 +128,8 @@ def make_loggers(
         tags=list(tags),
         config=dict(plain(config or {})),
     )
+    # Lightning passes an argument that wandb 0.31 only warns about; nobody can act on that.
+    logger._wandb_init.pop("anonymous", None)
     return [files, logger]
 
 
@@ -173,7 +175,7 @@ def _finish_wandb(
         artifact = wandb.Artifact(Path(file).stem, type="expert", metadata=dict(plain(metadata)))
         artifact.add_file(str(file))
         run.log_artifact(artifact)
-    run.finish(quiet=True)
+    run.finish()
 
 
 def _prepare_wandb(*, online: bool) -> None:
