@@ -10,15 +10,16 @@ from mergekit_lit.merging.configuration import in_words, parameter_help, paramet
 def methods_table() -> list[dict[str, Any]]:
     """Return one row of plain JSON values for every registered method, plug-ins included.
 
-    Each row holds `name`, `family`, `form`, `data`, `source`, `summary` and `parameters`: a list
-    of `name`, `type`, `default` (None also where one must be given), `required`, `help` and
-    `search` (the range to search, or None).
+    Each row holds `name`, `family`, `form`, `data`, `source`, `order` (why the order of the
+    experts matters, or None), `summary` and `parameters`: a list of `name`, `type`, `default`
+    (None also where one must be given), `required`, `help` and `search` (the range to search, or
+    None).
     """
     return [_row(method) for method in MERGE_METHODS]
 
 
 def _row(method: Registered[Any]) -> dict[str, Any]:
-    declared = {key: method.facts.get(key) for key in ("family", "form", "data", "source")}
+    declared = {key: method.facts.get(key) for key in ("family", "form", "data", "source", "order")}
     return {
         "name": method.name,
         **declared,

@@ -77,6 +77,7 @@ def ties(
     data="none",
     source="Yu et al. 2024, arXiv:2311.03099, eq. 3",
     search={"drop": (0.0, 0.99), "scale": (0.0, 1.5)},
+    order="an expert's draws are keyed by its place among the experts",
 )
 def dare(tensor: Slice, *, drop: float = 0.5, scale: float = 0.3, rescale: bool = True) -> Tensor:
     """Drop entries at random, rescale the others, and sum.
@@ -110,6 +111,7 @@ def dare(tensor: Slice, *, drop: float = 0.5, scale: float = 0.3, rescale: bool 
     data="none",
     source="Marczak et al. 2024, arXiv:2407.06322, sec. 4",
     search={"scale": (0.0, 2.0)},
+    order="of two experts that moved an entry equally far the later one counts",
 )
 def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
     """Take each entry from the expert that moved it most.
