@@ -8,6 +8,8 @@ A pack is an npz file that `numpy.load` opens without pickle. Per task it holds
     <task>.split    0 train, 1 test
     <task>.classes  class names
 
+It writes hashes.json beside the packs, from which `mergekit-lit doctor` knows the images again.
+
 Members are LZMA-compressed inside the zip, which takes a quarter less than Deflate for glyphs.
 
     python experiments/data/pack_embedded.py --material FOLDER
@@ -24,8 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mergekit_lit.core.files import atomic_path
-from mergekit_lit.data.packs import PACK_FOLDER, PACKS, enlarge
+from mergekit_lit.core.files import atomic_path, write_json
+from mergekit_lit.data.listing import HASHES, pool_hashes
+from mergekit_lit.data.packs import PACK_FOLDER, PACKS, enlarge, read_packed
 
 # Coloured noise does not compress: fewer images keep the file under 12 MB.
 KEPT = {"digits_print": (1200, 300)}
@@ -47,6 +50,9 @@ def main() -> None:
         path = arguments.out / f"{pack}.npz"
         write_pack(path, members)
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {len(tasks)} tasks")
+    if arguments.out == PACK_FOLDER:
+        names = [task for tasks in PACKS.values() for task in tasks]
+        write_json(HASHES, {name: pool_hashes(name, read_packed(name)) for name in names})
 
 
 def pack_task(task: str, path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -23,6 +23,7 @@ class _Facts(NamedTuple):
 
 _FONTS = ("renderings", "Debian font packages", "free fonts, as bitmaps")
 _EMOJI = ("drawings", "npm @iconify-json emoji sets", "CC BY 4.0, Apache-2.0, MIT")
+_WITH_OPENMOJI = (*_EMOJI[:2], "CC BY 4.0, CC BY-SA 4.0, Apache-2.0, MIT")
 _SKLEARN = ("scans", "scikit-learn digits, 8 x 8 enlarged", "CC BY 4.0")
 
 _FACTS = {
@@ -46,16 +47,18 @@ _FACTS = {
     "hebrew": _Facts(22, 1277, 242, *_FONTS),
     "thai": _Facts(42, 1600, 400, *_FONTS),
     "arabic": _Facts(28, 1452, 112, *_FONTS),
-    "hand_signs": _Facts(26, 828, 156, *_EMOJI),
+    "hand_signs": _Facts(26, 828, 156, *_WITH_OPENMOJI),
     "emoji_nature": _Facts(9, 746, 156, *_EMOJI),
     "emoji_places": _Facts(10, 928, 227, *_EMOJI),
-    "emoji_style": _Facts(8, 1600, 400, *_EMOJI),
+    "emoji_style": _Facts(8, 1600, 400, *_WITH_OPENMOJI),
     "emoji_groups": _Facts(8, 1600, 400, *_EMOJI),
     "emoji_symbols": _Facts(10, 813, 222, *_EMOJI),
     "emoji_objects": _Facts(17, 1002, 245, *_EMOJI),
     "emoji_faces": _Facts(12, 520, 127, *_EMOJI),
     "emoji_food": _Facts(7, 487, 126, *_EMOJI),
-    "flags": _Facts(258, 1213, 242, "drawings", "npm @iconify-json flag and emoji sets", "MIT"),
+    "flags": _Facts(
+        258, 1213, 242, "drawings", "npm @iconify-json flag sets", "MIT, CC BY 4.0, CC BY-SA 4.0"
+    ),
 }
 
 # The shipped bases were pretrained on `sources` and on four of these; emoji_groups shares drawings
@@ -98,6 +101,7 @@ def _task(suite: str, name: str) -> Task:
         where="It ships inside the package: install mergekit-lit again.",
         read=_reader(name),
         found=_finder(name),
+        shipped=True,
         seen_by=_BASES if name in _SEEN else (),
         **_FACTS[name]._asdict(),
     )

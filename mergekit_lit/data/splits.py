@@ -157,17 +157,17 @@ def carve(pool: Pool, options: SplitOptions, *, name: str, suite: str = "") -> T
     val = pool.val
     if val is None:
         count = min(LARGEST_VAL, int(options.val_share * len(y) + 1e-9))
-        order = _proportional_order(y, _draw(seed, "val"))
+        order = proportional_order(y, seed, "val")
         val, rest = pool.train.subset(np.sort(order[:count])), np.sort(order[count:])
     _check_reserve(options.reserve, len(rest))
     drawn = _draw(seed, "reserve").permutation(rest)
     reserve, rest = drawn[: options.reserve], np.sort(drawn[options.reserve :])
     if options.train_share < 1:
-        order = rest[_proportional_order(y[rest], _draw(seed, "share"))]
+        order = rest[proportional_order(y[rest], seed, "share")]
         rest = np.sort(order[: max(2, int(options.train_share * len(rest) + 1e-9))])
     if options.n is not None:
         _check_n(options.n, len(rest))
-        rest = np.sort(rest[_balanced_order(y[rest], _draw(seed, "n"))[: options.n]])
+        rest = np.sort(rest[balanced_order(y[rest], seed, "n")[: options.n]])
     train = pool.train.subset(rest)
     return TaskData(
         name=name,
@@ -235,6 +235,19 @@ def to_rgb(x: Array) -> Array:
     return np.repeat(x, 3, axis=-1) if x.shape[-1] == 1 else x
 
 
+def balanced_order(y: Array, seed: int, *key: str) -> Array:
+    """Return a seeded order in which every prefix holds the classes as evenly as they last."""
+    ranks, tie = _ranks(y, _draw(seed, *key))
+    return np.lexsort((tie, ranks))
+
+
+def proportional_order(y: Array, seed: int, *key: str) -> Array:
+    """Return a seeded order in which every prefix holds the classes in proportion to their size."""
+    ranks, tie = _ranks(y, _draw(seed, *key))
+    _, inverse, sizes = np.unique(y, return_inverse=True, return_counts=True)
+    return np.lexsort((tie, (ranks + 0.5) / sizes[inverse]))
+
+
 def _draw(seed: int, *key: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "split", *key))
 
@@ -247,19 +260,6 @@ def _ranks(y: Array, draw: np.random.Generator) -> tuple[Array, Array]:
     ranks = np.empty(len(y), dtype=np.int64)
     ranks[order] = np.concatenate([np.arange(size) for size in sizes])
     return ranks, tie
-
-
-def _balanced_order(y: Array, draw: np.random.Generator) -> Array:
-    """Return an order in which every prefix holds the classes as evenly as they last."""
-    ranks, tie = _ranks(y, draw)
-    return np.lexsort((tie, ranks))
-
-
-def _proportional_order(y: Array, draw: np.random.Generator) -> Array:
-    """Return an order in which every prefix holds the classes in proportion to their size."""
-    ranks, tie = _ranks(y, draw)
-    _, inverse, sizes = np.unique(y, return_inverse=True, return_counts=True)
-    return np.lexsort((tie, (ranks + 0.5) / sizes[inverse]))
 
 
 def _check_options(options: SplitOptions) -> None:

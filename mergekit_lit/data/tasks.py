@@ -42,6 +42,7 @@ class Task:
         read: reads the pool.
         found: tells whether it can be read.
         seen_by: shipped bases whose pretraining saw this task or drawings of it.
+        shipped: whether the images are inside the package, with their hashes.
         root: folder of the data sets; None for the default one.
     """
 
@@ -58,6 +59,7 @@ class Task:
     read: Reader
     found: Finder
     seen_by: tuple[str, ...] = ()
+    shipped: bool = False
     root: Path | None = None
 
     def present(self, root: Path | None = None) -> bool:
