@@ -48,7 +48,7 @@ class DeltaGeometry(MergeCallback):
 
     def on_merge_tensor(self, name: str, deltas: Tensor) -> None:
         """Add one tensor to the sums of its group."""
-        flat = deltas.detach().flatten(start_dim=1)  # (T, n)
+        flat = deltas.detach().reshape(len(deltas), deltas[0].numel())  # (T, n)
         for start in range(0, flat.shape[1], _CHUNK):
             self._sums[self._groups[name]].add(flat[:, start : start + _CHUNK].double())
 

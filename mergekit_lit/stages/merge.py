@@ -158,7 +158,8 @@ def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Back
 
     Raises:
         FileNotFoundError: the first expert is missing.
-        ValueError: there is no expert, or its card names no base.
+        KeyError: `base` names no backbone.
+        ValueError: there is no expert, or its card names no base that can be loaded.
     """
     if not experts:
         raise ValueError("Merging needs at least one expert file, but got none.")
@@ -168,7 +169,15 @@ def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Back
         raise ValueError(
             f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
         )
-    return load_base(spec, image_size=card.image_size)
+    try:
+        return load_base(spec, image_size=card.image_size)
+    except (KeyError, FileNotFoundError) as error:
+        if base is not None:
+            raise
+        raise ValueError(
+            f"The base {spec!r} that the card of {str(experts[0])!r} names must be loadable here, "
+            f"but is not: {error.args[0]} Give `base`."
+        ) from error
 
 
 def _checked_out(out: Path, experts: Sequence[Path]) -> Path:
