@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from mergekit_lit.lit.evaluation import (
     observe,
 )
 from mergekit_lit.lit.passes import inputs
-from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
+from mergekit_lit.lit.scores import OutcomeLog, Outcomes, no_outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.models.backbones import Backbone
@@ -94,7 +95,12 @@ class MergeModule(LightningModule):
         self._task = -1
 
     def setup(self, stage: str) -> None:  # noqa: ARG002 (Lightning's signature)
-        """Make the merges that are still pending."""
+        """Make the merges that are still pending.
+
+        Raises:
+            TypeError: the data is no MergeDataModule.
+        """
+        self._data()
         # Lightning's callback connector sets the attribute, unknown to type checkers.
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         observers = [callback for callback in callbacks if isinstance(callback, MergeObserver)]
@@ -105,6 +111,9 @@ class MergeModule(LightningModule):
     def on_test_start(self) -> None:
         """Forget an earlier test."""
         self.log_of_outcomes.reset()
+        # A process without a batch takes part in the gathering too, with tensors of these types.
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.log_of_outcomes.update(0, nothing, no_outcomes(self.device))
         self._task = -1
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 (Lightning's signature)

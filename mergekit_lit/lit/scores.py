@@ -66,6 +66,12 @@ def outcomes_of(logits: Tensor, labels: Tensor) -> Outcomes:
     )
 
 
+def no_outcomes(device: torch.device) -> Outcomes:
+    """Return the outcomes of no image."""
+    nothing = torch.zeros(0, device=device)
+    return Outcomes(correct=nothing.bool(), loss=nothing, confidence=nothing)
+
+
 class OutcomeLog(Metric):
     """Outcomes of many cells, one cell a model and task, gathered from all processes."""
 

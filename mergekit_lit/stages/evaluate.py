@@ -26,6 +26,7 @@ from mergekit_lit.lit.evaluation import (
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.merge import MergeModule
 from mergekit_lit.lit.passes import inputs
+from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images
 from mergekit_lit.models.backbones import Backbone
@@ -74,8 +75,9 @@ def evaluate_files(
     _choose_tasks(data, loaded.by_name)
     data.setup()
     module = MergeModule(loaded.backbone, loaded.by_name, batch_norm=batch_norm, seed=seed)
-    runner = _trainer(trainer or {}, callbacks)
-    runner.test(module, datamodule=data, verbose=False)
+    with quiet():
+        runner = _trainer(trainer or {}, callbacks)
+        runner.test(module, datamodule=data, verbose=False)
     table = _told(module.results(), loaded.by_name)
     path = None if out is None else Path(out) / f"{name}.record.json"
     record = Record(
@@ -89,7 +91,7 @@ def evaluate_files(
             "splits": _splits(data),
             "warnings": cautions(table, loaded.by_name, data.task_data, split=data.split),
         },
-        outputs=[] if path is None else [str(path)],
+        outputs=[] if path is None else [path.name],
     )
     watch.finish(record)
     if path is not None and runner.is_global_zero:
@@ -130,6 +132,8 @@ def evaluate_models(
     outcomes: dict[str, dict[str, Outcomes]] = {}
     for task in data:
         entries = entries_for(models, task, module, heads=chosen, batch_norm=batch_norm)
+        if not entries:
+            continue
         for name, found in _task_outcomes(module, entries, task, split, batch).items():
             outcomes.setdefault(name, {})[task.name] = found
     experts = {

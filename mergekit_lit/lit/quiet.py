@@ -1,0 +1,28 @@
+"""This file keeps back what Lightning says that the user cannot act on."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NOT_ACTIONABLE = (
+    # Images are held in memory as uint8: there are no workers to add.
+    ".*does not have many workers.*",
+    # lightning 2.6 with torch >= 2.13: its pytree shim uses a deprecated isinstance check.
+    ".*LeafSpec.*",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's tips and notes, and the warnings above, inside the block."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _NOT_ACTIONABLE:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,322 @@
+"""Tests of MergeModule and MergeDataModule: against torchmetrics and the plain loop."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Expert, Experts, Merged
+from mergekit_lit.core.params import add
+from mergekit_lit.data.splits import Images, TaskData
+from mergekit_lit.data.transforms import to_input
+from mergekit_lit.lit.merge import MergeModule, PendingMerge
+from mergekit_lit.lit.recalibration import calibration_images, recalibrate
+from mergekit_lit.lit.suite_data import BatchShare, MergeDataModule
+from mergekit_lit.models.backbones import load_base
+from mergekit_lit.models.heads import apply_head
+from mergekit_lit.stages.evaluate import evaluate_models
+
+TASKS = ("dots", "stripes")
+
+
+@pytest.fixture(scope="module")
+def family():
+    """A small backbone, its base, and an expert of each tiny task with a random head."""
+    backbone, base = load_base("resnet@random:0", image_size=8)
+    return backbone, base, [_expert(base, backbone.features, task) for task in TASKS]
+
+
+def _expert(base, features, task, size=0.02):
+    draw = torch.Generator().manual_seed(len(task))
+    step = {
+        name: size * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in base.params.items()
+        if base.structure[name].is_merged
+    }
+    head = {"weight": torch.randn(3, features, generator=draw), "bias": torch.zeros(3)}
+    card = Card(task=task, base=base.name, backbone=base.backbone, image_size=8)
+    return Expert(add(base.params, step), head, base.structure, card)
+
+
+def _merged(base, experts):
+    heads = {expert.name: expert.head for expert in experts}
+    return Merged(shared=base.params, structure=base.structure, heads=heads)
+
+
+def _data(tiny_suite, **options):
+    data = MergeDataModule(tiny_suite, **{"batch": 7, "reserve": 4, **options})
+    data.setup()
+    return data
+
+
+def _test(module, data, callbacks=()):
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    return trainer.test(module, datamodule=data, verbose=False)[0]
+
+
+def _task(n=40, classes=3, **labels):
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8)
+    images = Images(x, np.arange(n) % labels.get("label", classes))
+    return TaskData(
+        name="dots",
+        suite="tiny",
+        classes=tuple("abcdefgh"[:classes]),
+        train=images,
+        val=images,
+        test=images,
+        reserve=images,
+        split_hash="0",
+    )
+
+
+def test_scores_are_torchmetrics_own_on_all_images_at_once(family, tiny_suite):
+    backbone, _, experts = family
+    data = _data(tiny_suite)
+    module = MergeModule(backbone, {"experts": experts}, batch_norm="stored")
+    logged = _test(module, data)
+    found = module.results()["experts"]
+    for expert, task in zip(experts, data.task_data, strict=True):
+        reference = copy.deepcopy(backbone).eval()
+        reference.load_state_dict(dict(expert.backbone))
+        x, y = torch.from_numpy(task.test.x[:]), torch.from_numpy(task.test.y)
+        with torch.no_grad():
+            inputs = to_input(x, mean=backbone.mean, std=backbone.std, size=8)
+            logits = apply_head(expert.head, reference(inputs))
+        row = found["tasks"][task.name]
+        accuracy = float(multiclass_accuracy(logits, y, 3, average="micro"))
+        error = float(multiclass_calibration_error(logits.softmax(1), y, 3, n_bins=15))
+        assert row["n"] == 30
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["loss"] == pytest.approx(float(cross_entropy(logits, y)), rel=1e-5)
+        assert row["calibration_error"] == pytest.approx(error, abs=1e-5)
+        assert logged[f"accuracy/experts/{task.name}"] == pytest.approx(accuracy)
+    assert logged["loss/experts"] == pytest.approx(found["mean"]["loss"])
+
+
+def test_the_plain_loop_gives_the_same_table(family, tiny_suite):
+    backbone, base, experts = family
+    models = {"base": base, "experts": experts, "merged": _merged(base, experts)}
+    data = _data(tiny_suite, split="val")
+    module = MergeModule(backbone, models)
+    _test(module, data)
+    loop = evaluate_models(backbone, models, data.task_data, split="val", batch=7)
+    assert loop == module.results()
+
+
+def test_a_merge_of_scale_zero_scores_as_the_base_does(family, tiny_suite):
+    """The base and merges are treated alike: same images, same statistics, same head."""
+    backbone, base, experts = family
+    data = _data(tiny_suite)
+    images = {task.name: calibration_images(task.train, task.name) for task in data.task_data}
+    merged = recalibrate(_merged(base, experts), images, backbone=backbone, per_task=True)
+    table = evaluate_models(
+        backbone, {"base": base, "merged": merged, "experts": experts}, data.task_data
+    )
+    assert table["base"] == table["merged"]
+    stored = evaluate_models(
+        backbone, {"base": base, "experts": experts}, data.task_data, batch_norm="stored"
+    )
+    assert stored["base"] != table["base"]
+
+
+def test_shares_of_batches_join_to_the_table_of_one_process(family, tiny_suite):
+    """What two processes would gather, in the order in which they would, is exactly the same."""
+    backbone, _, experts = family
+    data = _data(tiny_suite)
+    whole = MergeModule(backbone, {"experts": experts})
+    _test(whole, data)
+
+    class Shares(MergeDataModule):
+        def test_dataloader(self):
+            return [_Shares(task.test, self.batch) for task in self.task_data]
+
+    shares = Shares(tiny_suite, batch=7, reserve=4)
+    joined = MergeModule(backbone, {"experts": experts})
+    _test(joined, shares)
+    assert joined.results() == whole.results()
+
+
+class _Shares:
+    """The batches of rank 1 of 2, then those of rank 0."""
+
+    def __init__(self, images, batch):
+        self.parts = [BatchShare(images, batch=batch, rank=rank, world=2) for rank in (1, 0)]
+
+    def __len__(self):
+        return sum(len(part) for part in self.parts)
+
+    def __iter__(self):
+        for part in self.parts:
+            yield from part
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 7, 8, 30])
+def test_each_image_goes_to_one_process_in_the_batches_of_one(n, world):
+    images = _task(n).test
+    shares = [list(BatchShare(images, batch=7, rank=r, world=world)) for r in range(world)]
+    batches = {int(b[2][0]): b[2].tolist() for share in shares for b in share}
+    alone = [b[2].tolist() for b in BatchShare(images, batch=7)]
+    assert [batches[start] for start in sorted(batches)] == alone
+    assert sum(len(share) for share in shares) == len(alone)
+
+
+def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
+    backbone, base, experts = family
+
+    class Doubles(Callback):
+        def __init__(self):
+            self.told = []
+
+        def on_merge_start(self, experts, method, config):
+            self.told.append((method, len(experts), dict(config)))
+
+        def on_merge_tensor(self, name, deltas):
+            self.told.append(name)
+            return 2 * deltas
+
+        def on_merge_end(self, experts, merged):
+            self.told.append((merged.facts["method"], len(experts)))
+
+    pending = PendingMerge(_gathered(base, experts), "average")
+    module = MergeModule(backbone, {"average": pending})
+    observer = Doubles()
+    _test(module, _data(tiny_suite), [observer])
+    assert observer.told[0] == ("average", 2, {})
+    assert observer.told[-1] == ("average", 2)
+    name = observer.told[1]
+    taus = [expert.backbone[name] - base.params[name] for expert in experts]
+    moved = module.models["average"].shared[name] - base.params[name]
+    assert torch.allclose(moved, taus[0] + taus[1], atol=1e-6)
+
+
+def _gathered(base, experts):
+    return Experts(
+        base=base.params,
+        tuned=[expert.backbone for expert in experts],
+        structure=base.structure,
+        cards=[expert.card for expert in experts],
+        heads=[expert.head for expert in experts],
+        names=[expert.name for expert in experts],
+    )
+
+
+def test_nothing_that_is_given_changes(family, tiny_suite):
+    backbone, base, experts = family
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    params = {name: tensor.clone() for name, tensor in base.params.items()}
+    backbone.train()
+    evaluate_models(backbone, {"base": base, "experts": experts}, _data(tiny_suite).task_data)
+    _test(MergeModule(backbone, {"base": base, "experts": experts}), _data(tiny_suite))
+    assert backbone.training
+    assert all(torch.equal(tensor, before[n]) for n, tensor in backbone.state_dict().items())
+    assert all(torch.equal(tensor, params[name]) for name, tensor in base.params.items())
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_an_expert_is_evaluated_on_its_own_task_alone(family, tiny_suite):
+    backbone, _, experts = family
+    table = evaluate_models(backbone, {"one": experts[1]}, _data(tiny_suite).task_data)
+    assert list(table["one"]["tasks"]) == ["stripes"]
+
+
+def _head(expert, classes):
+    weight = torch.zeros(classes, expert.head["weight"].shape[1])
+    return replace(expert, head={"weight": weight, "bias": torch.zeros(classes)})
+
+
+BAD_MODELS = {
+    "label out of range": (
+        lambda of: ({"experts": [of.expert]}, _task(label=4)),
+        ValueError,
+        r"Labels of 'dots' must lie in \[0, 3\), .* but one is 3",
+    ),
+    "head of other classes": (
+        lambda of: ({"experts": [_head(of.expert, 2)]}, _task()),
+        ValueError,
+        r"head of 'experts' for 'dots' must have shape \(3, \d+\).*has \(2, ",
+    ),
+    "no head": (
+        lambda of: ({"base": of.base}, _task()),
+        KeyError,
+        "'base' needs a head for task 'dots', but there are heads for: none",
+    ),
+    "merged without head": (
+        lambda of: (
+            {"m": Merged(of.base.params, of.base.structure, heads={"dogs": of.expert.head})},
+            _task(),
+        ),
+        KeyError,
+        "'m' needs a head for task 'dots', but there are heads for: dogs",
+    ),
+    "empty split": (
+        lambda of: ({"experts": [of.expert]}, replace(_task(), val=_task(0).val)),
+        ValueError,
+        "val split of 'dots' must hold an image, but is empty",
+    ),
+    "other names": (
+        lambda of: (
+            {"experts": [replace(of.expert, backbone={"a": torch.zeros(1)})]},
+            _task(),
+        ),
+        ValueError,
+        "Model 'experts' and the base differ in .* parameter names",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models_are_told_in_one_line(family, make, error, message):
+    backbone, base, experts = family
+    models, task = make(SimpleNamespace(base=base, expert=experts[0]))
+    with pytest.raises(error, match=message) as caught:
+        evaluate_models(backbone, models, [task])
+    assert "\n" not in str(caught.value)
+
+
+BAD_DATA = {
+    "unknown task": ({"tasks": ["dot"]}, KeyError, "Did you mean 'dots'"),
+    "unknown split": ({"split": "tests"}, KeyError, "No split named 'tests'. Did you mean 'test'"),
+    "no task": ({"tasks": []}, ValueError, "must name each task once"),
+    "twice": ({"tasks": ["dots", "dots"]}, ValueError, "must name each task once"),
+    "batch": ({"batch": 0}, ValueError, "`batch` must be at least 1, but is 0"),
+    "empty val": ({"val_share": 0.0, "split": "val"}, ValueError, "val split of 'dots' must hold"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_told_in_one_line(tiny_suite, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        _data(tiny_suite, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_policy_and_split_are_told(family):
+    backbone, _, experts = family
+    with pytest.raises(KeyError, match=r"named 'store'\. Did you mean 'stored'"):
+        evaluate_models(backbone, {"experts": experts}, [_task()], batch_norm="store")
+    with pytest.raises(KeyError, match="No split named 'valid'"):
+        evaluate_models(backbone, {"experts": experts}, [_task()], split="valid")
+
+
+def test_another_data_module_is_refused(family):
+    with pytest.raises(TypeError, match="must be tested on a MergeDataModule"):
+        _test(MergeModule(family[0], {"experts": family[2]}), None)

@@ -1,0 +1,106 @@
+"""Tests of mergekit_lit.stages.cautions: each caution appears for its cause, and only then."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Base, Expert
+from mergekit_lit.core.structure import TensorInfo
+from mergekit_lit.stages.cautions import cautions
+
+STRUCTURE = {
+    "weight": TensorInfo("linear", 0, "stem"),
+    "bn.running_mean": TensorInfo("statistic", 0, "stem"),
+}
+
+
+def _expert(task, size=1.0):
+    params = {"weight": torch.full((4,), size), "bn.running_mean": torch.full((4,), 100 * size)}
+    card = Card(task=task, base_hash="abc", split_hash="s", head="frozen-ncm", displacement=size)
+    return Expert(params, {}, STRUCTURE, card)
+
+
+def _case():
+    """Two like experts that beat their base, as the stage would hand them over."""
+    params = {"weight": torch.zeros(4), "bn.running_mean": torch.zeros(4)}
+    base = Base("tiny", "tiny", 8, params, STRUCTURE, content="abc")
+    row = {"accuracy": 0.8, "confidence": 0.7}
+    table = {
+        "base": {"tasks": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.5}}},
+        "experts": {"tasks": {"a": dict(row), "b": dict(row)}},
+    }
+    experts = [_expert("a"), _expert("b")]
+    data = [SimpleNamespace(name=name, split_hash="s") for name in ("a", "b")]
+    return SimpleNamespace(base=base, experts=experts, table=table, data=data)
+
+
+def _told(case, split="val"):
+    models = {"base": case.base, "experts": case.experts}
+    if case.base is None:
+        models, case.table = {"experts": case.experts}, {"experts": case.table["experts"]}
+    return cautions(case.table, models, case.data, split=split)
+
+
+def _card(case, **facts):
+    expert = case.experts[0]
+    case.experts[0] = replace(expert, card=replace(expert.card, **facts))
+
+
+def _weak(case):
+    case.table["experts"]["tasks"]["a"]["accuracy"] = 0.4
+
+
+def _long(case):
+    case.experts[0] = _expert("a", size=3.0)
+
+
+def _unsure(case):
+    case.table["experts"]["tasks"]["b"]["confidence"] = 0.3
+
+
+def _twice(case):
+    case.experts.append(_expert("a"))
+
+
+CASES = {
+    "weak": (_weak, "expert of 'a' is below the base on its own task: 0.400 < 0.500"),
+    "long": (_long, "delta norms are unequal: 'a' 6, 'b' 2"),
+    "unsure": (_unsure, "confidences are unequal: 'a' 0.7, 'b' 0.3"),
+    "other base": (lambda c: _card(c, base_hash="x"), "1 experts, first 'a', started from another"),
+    "trained": (
+        lambda c: _card(c, head="trained"),
+        "trained with their experts (1 tasks, first 'a')",
+    ),
+    "split": (lambda c: _card(c, split_hash="x"), "first 'a', were trained on another split"),
+    "twice": (_twice, "1 tasks, first 'a', have several experts"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), CASES.values(), ids=CASES)
+def test_each_cause_has_its_caution(spoil, message):
+    case = _case()
+    assert _told(case) == []
+    spoil(case)
+    (line,) = _told(case)
+    assert message in line
+    assert "\n" not in line
+
+
+def test_unknown_facts_and_test_images_raise_no_caution():
+    case = _case()
+    _card(case, base_hash=None, split_hash=None, head=None)
+    assert _told(case) == []
+    _card(case, split_hash="x")
+    assert _told(case, split="test") == []
+
+
+def test_without_a_base_the_cards_tell_the_norms():
+    case = _case()
+    case.base = None
+    _card(case, displacement=2.5)
+    assert "delta norms are unequal: 'a' 2.5, 'b' 1" in _told(case)[0]
+    _card(case, displacement=None)
+    assert _told(case) == []
