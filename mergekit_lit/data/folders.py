@@ -185,6 +185,8 @@ def _exists(path: Path) -> Finder:
 def _read(path: Path, *, images: bool) -> dict[str, Array]:
     """Return the members of one of the two layouts, without the images unless asked for."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is cut off, or no npz at all")
         with np.load(path, allow_pickle=False) as file:
             layout = _ONE if "x" in file.files else _TWO
             missing = [key for key in layout if key not in file.files]

@@ -3,12 +3,11 @@
 import io
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mergekit_lit.data.splits import Images, Pool, to_rgb
+from mergekit_lit.data.splits import Array, Images, Pool, to_rgb
 
 PACK_FOLDER = Path(__file__).parent / "files"
 SIDE = 32
@@ -74,17 +73,12 @@ def read_packed(task: str) -> Pool:
             x = _cut(file[f"{task}.sheet"].tobytes(), len(y))
         else:
             x = to_rgb(enlarge(file[f"{task}.x"]))
-    x.setflags(write=False)
-    train, test = (np.flatnonzero(split == part) for part in (0, 1))
     labels = y.astype(np.int64)
-    return Pool(
-        train=Images(x[train], labels[train]),
-        test=Images(x[test], labels[test]),
-        classes=tuple(str(name) for name in classes),
-    )
+    train, test = (_frozen(x[split == part], labels[split == part]) for part in (0, 1))
+    return Pool(train, test, tuple(str(name) for name in classes))
 
 
-def enlarge(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def enlarge(x: Array) -> Array:
     """Return grey images at 32 x 32: bicubic for smaller ones, the same array otherwise."""
     if x.shape[1] == SIDE:
         return x
@@ -94,7 +88,14 @@ def enlarge(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     )
 
 
-def _cut(sheet: bytes, count: int) -> np.ndarray[Any, Any]:
+def _frozen(x: Array, y: Array) -> Images:
+    """Return images that cannot be changed in place: every caller shares them."""
+    x.setflags(write=False)
+    y.setflags(write=False)
+    return Images(x, y)
+
+
+def _cut(sheet: bytes, count: int) -> Array:
     """Return the first `count` images of a square sheet, row by row."""
     pixels = np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB"))
     side = pixels.shape[0] // SIDE

@@ -76,7 +76,7 @@ class Task:
             ValueError: they are damaged, or not what they must be.
         """
         folder = data_root(root or self.root)
-        if not download and not self.found(folder):
+        if not (download or self.shipped or self.found(folder)):
             raise FileNotFoundError(
                 f"Task {self.name!r} must lie under {str(folder)!r}, but is not there. {self.where}"
             )
