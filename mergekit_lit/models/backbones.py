@@ -15,6 +15,7 @@ from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.models.architectures import SmallResNet, small_vit
 from mergekit_lit.models.structure import structure_of
 from mergekit_lit.models.weights import (
+    Enclosed,
     adapt,
     efficientnet_lite0,
     file_weights,
@@ -230,8 +231,10 @@ def _build_torchvision(name: str, image_size: int | None) -> Backbone:
     except (AssertionError, ValueError) as error:
         raise _unfit_size(name, size, str(error)) from None
     features = _strip_classifier(encoder, name)
+    # Backbone's tables are its encoder's, so a child called `features` would hide their number.
+    clashes = "features" in dict(encoder.named_children())
     return Backbone(
-        encoder,
+        Enclosed(encoder) if clashes else encoder,
         name=f"torchvision/{name}",
         features=features,
         image_size=size,

@@ -4,14 +4,18 @@ import sys
 from collections.abc import Mapping
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
 import torch
 import torchvision
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from mergekit_lit.core.experts import load_base_file
+from mergekit_lit.core.params import with_prefix
 from mergekit_lit.core.tensorfiles import TensorFile, floats
 
 Weights = tuple[Mapping[str, Tensor], dict[str, Any]]
@@ -40,6 +44,18 @@ _TOP = {
     "_fc": "classifier",
 }
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.")
+
+
+class Enclosed(nn.Module):
+    """An encoder whose tensors are named `encoder.*`."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the encoder's output."""
+        return cast("Tensor", self.encoder(x))
 
 
 def shipped_weights(name: str) -> Weights:
@@ -88,10 +104,14 @@ def hub_weights(name: str) -> Weights:
         ConnectionError: the hub cannot be reached and the weights are not in its cache.
     """
     library, _, short = name.rpartition("/")
+    cached = _cached_by_timm(short) if library != "torchvision" else None
+    if cached is not None:
+        return file_weights(cached)[0], {"hub": "timm"}
     try:
         if library == "torchvision":
             model = torchvision.models.get_model(short, weights="DEFAULT")
         else:
+            _reach_hub()
             model = timm.create_model(short, pretrained=True)
     except RuntimeError as error:
         raise ValueError(f"{name!r} has no weights on its hub: {error}. Use {name}@FILE.") from None
@@ -116,6 +136,10 @@ def adapt(
         ValueError: a tensor of the encoder is missing or of another shape, or one that is no
             classifier would be left out.
     """
+    if isinstance(encoder, Enclosed):
+        inner = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+        fitted, dropped = adapt(inner, encoder.encoder, source=source)
+        return with_prefix(fitted, "encoder."), dropped
     # timm's own rules for foreign names and other image sizes, where its module has some.
     rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     given = dict(rename(dict(weights), encoder)) if rename else dict(weights)
@@ -132,6 +156,27 @@ def adapt(
                 "the weights were trained in."
             )
     return {name: given[name].to(tensor.dtype) for name, tensor in wanted.items()}, dropped
+
+
+def _cached_by_timm(name: str) -> Path | None:
+    """Return the file of an encoder's weights in the Hugging Face cache, if it is there."""
+    config: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    repository = str(config.hf_hub_id or "")
+    if repository.endswith("/"):
+        repository += f"{config.architecture}.{config.tag}"
+    path = try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    return Path(path) if isinstance(path, str) else None
+
+
+def _reach_hub() -> None:
+    """Raise an OSError at once where the hub cannot be reached: its client tries for a minute."""
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5):
+            pass
+    except HTTPError:
+        return  # an answer, if a refusal
 
 
 def _by_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
