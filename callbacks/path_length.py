@@ -67,6 +67,7 @@ class PathLength(Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._depth, self._alone = 0, True
         self._parameters: dict[str, nn.Parameter] = {}
         self._moved: list[Tensor] = []
         self._parts = torch.zeros(0, 2)
@@ -92,7 +93,10 @@ class PathLength(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it untyped
         self._meter = next((c for c in callbacks if isinstance(c, GradientNoise)), None)
         self._release()
-        self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+        self._depth, self._alone = 0, len(trainer.optimizers) == 1
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._enter_step))
+            self._handles.append(optimizer.register_step_post_hook(self._leave_step))
 
     def on_train_batch_end(
         self,
@@ -142,8 +146,8 @@ class PathLength(Callback):
         self._length, self._even_drift = state_dict["length"], state_dict["even_drift"]
         self._decayed = state_dict["decayed"]
         travel, noise = state_dict["travel"], state_dict["noise"]
-        self._travel = None if travel is None else _travel_from(*travel)
-        self._noise = None if noise is None else _noise_from(*noise)
+        self._travel = None if travel is None else _travel_from(travel)
+        self._noise = None if noise is None else _noise_from(noise)
 
     def _reset(self, step: int) -> None:
         self._base = {}
@@ -165,8 +169,17 @@ class PathLength(Callback):
         now = [_wide(p) for p in self._parameters.values()]
         return list(torch._foreach_sub(now, list(self._base.values())))
 
+    def _enter_step(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _leave_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # An optimizer that calls its parent's `step` passes here once for each.
+        self._depth -= 1
+        if self._depth == 0:
+            self._add_step(optimizer)
+
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _add_step(self, optimizer: Optimizer) -> None:
         """Add the step that the optimizer just took."""
         self._advance(optimizer, self._squares[0])
         moved = self._from_base()
@@ -183,7 +196,7 @@ class PathLength(Callback):
         """Add what the step was taken from and with: ||x_k - x0||^2, sigma_k^2, eta_k, rho_k."""
         self._even_drift = self._even_drift + square
         self._decayed = decayed_share(self._decayed, **_decoupled_decay(optimizer))
-        rule = _rule(optimizer, first=self._steps == 0) if len(self._handles) == 1 else None
+        rule = _rule(optimizer, first=self._steps == 0) if self._alone else None
         moments = self._meter.latest if self._meter else None
         if rule is None or self._travel is None:
             self._travel = self._noise = None

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.data import TaskDataModule
@@ -71,7 +71,7 @@ def training_samples(trainer: Trainer) -> Samples | None:
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None
     dataset, collate = loader.dataset, loader.collate_fn
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
     batch = loader.batch_size * accumulate * trainer.world_size
     return Samples(len(dataset), batch, lambda at: collate([dataset[i] for i in at.tolist()]))
@@ -101,6 +101,6 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics(finite, step=step)
-    tensors = {name: torch.tensor(value) for name, value in finite.items()}
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in finite.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
