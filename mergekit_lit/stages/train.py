@@ -22,6 +22,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.loggers import LoggerKind, log_results, make_loggers
+from mergekit_lit.lit.sync import SyncedBatchNorm
 
 _DEFAULTS: Mapping[str, Any] = {
     "enable_progress_bar": False,
@@ -164,8 +165,15 @@ def _trainer(
             f"`trainer.{taken}` must be left out: `{_TAKEN[taken]}` says it. Remove it."
         )
     defaults = {**_DEFAULTS, "log_every_n_steps": min(_LOG_EVERY, steps)}
+    chosen = {**defaults, **trainer_arguments(arguments)}
+    if chosen.pop("sync_batchnorm", False):
+        plugins = chosen.get("plugins") or []
+        chosen["plugins"] = [
+            *(plugins if isinstance(plugins, list) else [plugins]),
+            SyncedBatchNorm(),
+        ]
     trainer = Trainer(
-        **{**defaults, **trainer_arguments(arguments)},
+        **chosen,
         max_steps=steps,
         callbacks=callbacks,
         logger=list(logger),
