@@ -16,6 +16,7 @@ from mergekit_lit.core.params import Params, check_same_names_and_shapes
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.data.splits import TaskData
+from mergekit_lit.lit.passes import inputs
 from mergekit_lit.lit.recalibration import calibration_images, statistics_on
 from mergekit_lit.lit.scores import Outcomes, outcomes_of
 from mergekit_lit.models.backbones import Backbone
@@ -43,6 +44,11 @@ class Entry:
     task: str
     params: Params
     head: Params
+
+
+def pixels(backbone: Backbone, x: Tensor) -> Tensor:
+    """Return uint8 images (B, H, W, 3) as inputs in channels-last memory: faster convolutions."""
+    return inputs(backbone, x).contiguous(memory_format=torch.channels_last)
 
 
 def predict(backbone: Backbone, entry: Entry, inputs: Tensor) -> Tensor:
@@ -167,4 +173,9 @@ def _recalibrated(backbone: Backbone, params: Params, data: TaskData) -> dict[st
 
 
 def _on(params: Params, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in params.items()}
+    """Return the tensors on a device, filters in channels-last memory like the images."""
+    formats = {4: torch.channels_last}
+    return {
+        name: tensor.to(device, memory_format=formats.get(tensor.dim(), torch.preserve_format))
+        for name, tensor in params.items()
+    }

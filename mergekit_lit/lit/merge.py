@@ -20,8 +20,8 @@ from mergekit_lit.lit.evaluation import (
     experts_of,
     heads_of,
     observe,
+    pixels,
 )
-from mergekit_lit.lit.passes import inputs
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, no_outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.merging.engine import merge
@@ -138,7 +138,7 @@ class MergeModule(LightningModule):
     ) -> None:
         """Score one batch of one task with every model."""
         x, labels, position = batch
-        images = inputs(self.backbone, x)
+        images = pixels(self.backbone, x)
         for entry in self._entries:
             cell = self._cell(entry.model, dataloader_idx)
             outcomes = observe(self.backbone, entry, images, labels)

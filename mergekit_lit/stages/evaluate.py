@@ -22,10 +22,10 @@ from mergekit_lit.lit.evaluation import (
     experts_of,
     heads_of,
     observe,
+    pixels,
 )
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.merge import MergeModule
-from mergekit_lit.lit.passes import inputs
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images
@@ -181,7 +181,7 @@ def _task_outcomes(
     device = next(backbone.parameters()).device
     with torch.inference_mode():
         for x, labels, position in EvalLoader(split_images(task, split), batch=batch):
-            images, y = inputs(backbone, x.to(device)), labels.to(device)
+            images, y = pixels(backbone, x.to(device)), labels.to(device)
             for cell, entry in enumerate(entries):
                 log.update(cell, position, observe(backbone, entry, images, y))
     return {entries[cell].model: found for cell, found in log.outcomes().items()}

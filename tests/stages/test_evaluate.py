@@ -170,22 +170,23 @@ suite, devices, out, *models = sys.argv[1:]
 trainer = {"accelerator": "cpu", "devices": int(devices)}
 if int(devices) > 1:
     trainer["strategy"] = "ddp"
-data = MergeDataModule(suite, reserve=4, batch=20)
-evaluate_files(models, data=data, out=Path(out), trainer=trainer)
+for batch in (20, 64):
+    data = MergeDataModule(suite, reserve=4, batch=batch)
+    evaluate_files(models, data=data, out=Path(out), name=str(batch), trainer=trainer)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_give_exactly_the_metrics_of_one(files, tiny_suite, tmp_path):
-    """30 images in batches of 20: the processes hold 20 and 10, and each image counts once."""
+    """Of 30 images a task the processes hold 20 and 10 in batches of 20, and 30 and 0 of 64."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
-    metrics = []
+    found = []
     for devices in ("1", "2"):
         out = tmp_path / devices
         command = [sys.executable, script, tiny_suite, devices, out, BASE, *files]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, timeout=300, cwd=tmp_path)
-        text = (out / "evaluation.record.json").read_text()
-        metrics.append(json.dumps(json.loads(text)["metrics"], sort_keys=True))
-    assert metrics[0] == metrics[1]
+        subprocess.run(command, check=True, env=environment, timeout=500, cwd=tmp_path)
+        records = [json.loads((out / f"{name}.record.json").read_text()) for name in ("20", "64")]
+        found.append([json.dumps(record["metrics"], sort_keys=True) for record in records])
+    assert found[0] == found[1]
