@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -56,10 +55,27 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, _mean_over_processes((wide - mean.unsqueeze(1)).square().mean(1))
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean of a tensor over processes; its gradient is the mean of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 (torch's signature)
+        """Return the mean."""
+        return _mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 (torch's signature)
+        """Return the mean of the gradients: every process's loss depends on this one's part."""
+        return _mean(gradients[0])
+
+
 def _mean_over_processes(x: Tensor) -> Tensor:
-    """Return the mean, through which gradients flow back to every process."""
-    # torch ships no type for it.
-    total = cast("Tensor", cast("Any", all_reduce)(x))
+    return cast("Tensor", cast("Any", _MeanOverProcesses).apply(x))
+
+
+def _mean(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
