@@ -1,0 +1,104 @@
+"""This file measures the quickstart over seeds and backbones, and prints the table of the README.
+
+    python experiments/quickstart_seeds.py --backbones resnet vit --seeds 0 1 2 --out runs/seeds
+
+Each run takes minutes on two cores; a run whose record is there is not made again.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergekit_lit.core.records import Record
+from mergekit_lit.reports import tables
+
+# 97.5 % quantiles of Student's t by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def main() -> None:
+    """Make the runs that are missing, and print one table a backbone."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbones", nargs="+", default=["resnet", "vit"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    for backbone in chosen.backbones:
+        folders = {seed: chosen.out / f"{backbone}-{seed}" for seed in chosen.seeds}
+        records = [run(backbone, seed, folders[seed], chosen.jobs) for seed in chosen.seeds]
+        print(f"\n### {backbone}\n\n{markdown(records)}", flush=True)
+
+
+def run(backbone: str, seed: int, out: Path, jobs: int) -> Record:
+    """Return the record of one quickstart, made now if it is not there."""
+    path = out / "record.json"
+    if not path.is_file():
+        # Only here: reading finished runs needs no Lightning.
+        from mergekit_lit.search.quickstart import run_quickstart
+
+        run_quickstart(backbone=backbone, out=out, seed=seed, jobs=jobs)
+    return Record.read(path)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Return a table of means over seeds with 95 % intervals, and what they say.
+
+    The interval is Student's, over seeds: each seed has its own split, order and choice of scale.
+    """
+    runs = [{row.model: row for row in tables.means(tables.scores(r))} for r in records]
+    models = sorted(runs[0], key=lambda model: statistics.fmean(r[model].accuracy for r in runs))
+    lines = [
+        "| model | data | λ by seed | accuracy | normalised accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for model in models:
+        rows = [found[model] for found in runs]
+        scales = "" if rows[0].scale is None else ", ".join(f"{row.scale:g}" for row in rows)
+        normalised = [row.normalised for row in rows if row.normalised is not None]
+        cells = (
+            model,
+            rows[0].data or "",
+            scales,
+            _told([row.accuracy for row in rows]),
+            _told(normalised) if len(normalised) == len(rows) else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_sentences(records, runs)])
+
+
+def _sentences(records: Sequence[Record], runs: list[dict[str, tables.Score]]) -> list[str]:
+    """Return the differences that the quickstart is about, and what each run took."""
+    best = [
+        max((row for row in found.values() if row.role == "merged"), key=lambda row: row.accuracy)
+        for found in runs
+    ]
+    above = [row.accuracy - found["base"].accuracy for row, found in zip(best, runs, strict=True)]
+    below = [
+        found["experts"].accuracy - row.accuracy for row, found in zip(best, runs, strict=True)
+    ]
+    held = sum(a > 0 and b > 0 for a, b in zip(above, below, strict=True))
+    names = ", ".join(row.model for row in best)
+    seconds = ", ".join(f"{record.seconds:.0f}" for record in records)
+    seeds = json.dumps([record.seeds["seed"] for record in records])
+    return [
+        f"Base < best merge < experts in {held} of {len(runs)} seeds {seeds}. Best merge ({names}) "
+        f"minus base: {_told(above)}; experts minus best merge: {_told(below)}. "
+        f"Seconds: {seconds}.",
+    ]
+
+
+def _told(values: Sequence[float]) -> str:
+    """Return `mean [low, high]`: Student's 95 % interval; the mean alone for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
