@@ -143,7 +143,8 @@ def check_commands() -> Iterator[Row]:
         yield _row("commands", "ok", "`lightning run` is ours")
         return
     mend = "`mergekit-lit run` does the same; or pip install --force-reinstall mergekit-lit"
-    yield _row("commands", "warning", f"`lightning` on PATH is not ours: {path}", mend)
+    what = f"{path} is not ours" if path else "there is no `lightning` on PATH"
+    yield _row("commands", "warning", what, mend)
 
 
 def check_suite(name: str, root: Path | None) -> Iterator[Row]:

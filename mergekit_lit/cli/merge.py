@@ -3,6 +3,7 @@
 It is parsed in two passes: the first finds the method, the second knows that method's own flags.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from mergekit_lit.callbacks import MergeCallback
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, load_yaml, parse, values_of
@@ -33,7 +35,7 @@ def merge(  # noqa: PLR0913
     seed: int = 0,
     base: str | None = None,
     allow_different_base: bool = False,
-    callbacks: list[MergeObserver] | None = None,
+    callbacks: list[MergeCallback] | None = None,
     json: bool = False,
 ) -> None:
     """Merge experts.
@@ -50,7 +52,8 @@ def merge(  # noqa: PLR0913
         base: the base, if not the one that the first card names.
         allow_different_base: whether to take experts whose card names another base, or none.
         callbacks: observers of the merge by class path, such as
-            `mergekit_lit.callbacks.DeltaGeometry`; they see the deltas and may change them.
+            `mergekit_lit.callbacks.DeltaGeometry`, or `{class_path: ..., init_args: {...}}`; they
+            see the deltas and may change them.
         json: whether to print the record as JSON.
     """
 
@@ -141,8 +144,31 @@ def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) 
         base=made.base,
         allow_different_base=made.allow_different_base,
         calibration=calibration(**vars(made.data)),
-        observers=made.callbacks or (),
+        observers=[_observer(given) for given in made.callbacks or ()],
     )
+
+
+def _observer(given: str | dict[str, Any]) -> MergeObserver:
+    """Return an observer of the class that `given` names.
+
+    It is not typed as `MergeCallback`: that would import Lightning, which merging does not need.
+    """
+    path = given if isinstance(given, str) else str(given.get("class_path", ""))
+    arguments = {} if isinstance(given, str) else given.get("init_args", {})
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)(**arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`callbacks` must name classes by their path, but {path!r}: {error}"
+        ) from None
+    if not hasattr(made, "on_merge_tensor"):
+        raise TypeError(
+            f"`callbacks` must be observers of merging, but {path!r} has no `on_merge_tensor`. "
+            "Derive it from mergekit_lit.callbacks.MergeCallback."
+        )
+    observer: MergeObserver = made
+    return observer
 
 
 def _print(result: MergeResult) -> None:

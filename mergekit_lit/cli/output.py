@@ -27,18 +27,18 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -
         rows: one mapping a row.
         columns: key of each column in the rows, and its heading.
     """
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for key, heading in columns.items():
         numbers = bool(rows) and all(isinstance(row.get(key), (int, float)) for row in rows)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
-    # A pipe has no width; wrapping to 80 columns would break lines that programs may read.
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    # A pipe has no width: wrapped rows would be of no use to grep.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     console.print(table)
 
 

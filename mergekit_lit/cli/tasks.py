@@ -1,6 +1,7 @@
 """This file is `mergekit-lit tasks`: every task, and where its images are or would come from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import print_json, print_table
@@ -19,16 +20,17 @@ _HEADINGS = {
 }
 
 
-def tasks(*, suite: list[str] | None = None, json: bool = False) -> None:
+def tasks(*, suite: list[str] | None = None, root: Path | None = None, json: bool = False) -> None:
     """List suites and tasks.
 
     Args:
         suite: names of suites, or folders of your own tasks; null for all suites.
+        root: folder of the downloaded data sets; null for the default one.
         json: whether to print JSON, which says more of each task.
     """
     from mergekit_lit.data.listing import tasks_table
 
-    rows = tasks_table(*(suite or ()))
+    rows = tasks_table(*(suite or ()), root=root)
     if json:
         print_json(rows)
         return
