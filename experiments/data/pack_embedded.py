@@ -14,7 +14,8 @@ Members are LZMA-compressed inside the zip, which takes a quarter less than Defl
 
     python experiments/data/pack_embedded.py --material FOLDER
 
-FOLDER holds <task>.npz and sources/<task>.npz as `build_tasks.py` beside this file writes them.
+FOLDER holds <task>.npz and sources/<task>.npz with the keys x (uint8, N x 32 x 32, or x 3 if in
+colour), y, split (0 train, 1 test) and classes.
 """
 
 import argparse
