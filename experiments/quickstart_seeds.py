@@ -72,10 +72,8 @@ def markdown(records: Sequence[Record]) -> str:
 
 def _sentences(records: Sequence[Record], runs: list[dict[str, tables.Score]]) -> list[str]:
     """Return the differences that the quickstart is about, and what each run took."""
-    best = [
-        max((row for row in found.values() if row.role == "merged"), key=lambda row: row.accuracy)
-        for found in runs
-    ]
+    quoted = [tables.headline(tables.means(tables.scores(record))) for record in records]
+    best = [row for row in quoted if row is not None]
     above = [row.accuracy - found["base"].accuracy for row, found in zip(best, runs, strict=True)]
     below = [
         found["experts"].accuracy - row.accuracy for row, found in zip(best, runs, strict=True)
@@ -85,8 +83,8 @@ def _sentences(records: Sequence[Record], runs: list[dict[str, tables.Score]]) -
     seconds = ", ".join(f"{record.seconds:.0f}" for record in records)
     seeds = json.dumps([record.seeds["seed"] for record in records])
     return [
-        f"Base < best merge < experts in {held} of {len(runs)} seeds {seeds}. Best merge ({names}) "
-        f"minus base: {_told(above)}; experts minus best merge: {_told(below)}. "
+        f"Base < merge < experts in {held} of {len(runs)} seeds {seeds}. The merge is the best on "
+        f"val ({names}). Merge minus base: {_told(above)}; experts minus merge: {_told(below)}. "
         f"Seconds: {seconds}.",
     ]
 

@@ -99,9 +99,10 @@ def _opening(title: str, scored: Sequence[Record]) -> str:
 
 
 def _key_figures(averages: Sequence[Score]) -> str:
-    """Return the three numbers that matter most, large: base, best merge, experts."""
-    roles = {row.role: row for row in averages}  # means come sorted: the best merge stays
-    shown = [roles[role] for role in ("base", "merged", "expert") if role in roles]
+    """Return the three numbers that matter most, large: base, the merge to quote, experts."""
+    base = next((row for row in averages if row.role == "base"), None)
+    experts = next((row for row in averages if row.role == "expert"), None)
+    shown = [row for row in (base, tables.headline(averages), experts) if row is not None]
     items = "".join(
         f'<li class="{row.role}"><b>{row.accuracy:.3f}</b>'
         f"<span>{escaped(row.model)}<br>{tables.interval(row.interval)}</span></li>"

@@ -41,6 +41,7 @@ class Score:
         method: the merge method, for merges.
         data: what the method used beside the experts, for merges.
         scale: the coefficient that was chosen on val, for merges that have one.
+        val: normalised accuracy on val, by which merges may be chosen; None if not measured.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Score:
     method: str | None = None
     data: str | None = None
     scale: float | None = None
+    val: float | None = None
 
 
 def scores(record: Record) -> list[Score]:
@@ -90,24 +92,35 @@ def by_task(rows: Sequence[Score], task: str | None) -> dict[str, Score]:
     return {row.model: row for row in rows if row.task == task}
 
 
-def verdict(rows: Sequence[Score]) -> tuple[bool, str] | None:
-    """Return whether base < best merge < experts holds on average, and say it in one sentence.
+def headline(averages: Sequence[Score]) -> Score | None:
+    """Return the merge to quote: the best on val; the best of the table where val was not measured.
 
-    Merges that have seen test images do not count. None where one of the three is missing.
+    Merges that have seen test images do not count. Of equal ones the first by name is taken.
+    """
+    merges = sorted((row for row in averages if row.role == "merged"), key=lambda row: row.model)
+    measured = [row for row in merges if row.val is not None]
+    if measured:
+        return max(measured, key=lambda row: row.val or 0.0)
+    return max(merges, key=lambda row: row.accuracy, default=None)
+
+
+def verdict(rows: Sequence[Score]) -> tuple[bool, str] | None:
+    """Return whether base < quoted merge < experts holds on average, and say it in one sentence.
+
+    None where one of the three is missing.
     """
     averages = means(rows)
-    base = [row for row in averages if row.role == "base"]
-    merges = [row for row in averages if row.role == "merged"]
-    experts = [row for row in averages if row.role == "expert"]
-    if not (base and merges and experts):
+    base = next((row for row in averages if row.role == "base"), None)
+    experts = next((row for row in averages if row.role == "expert"), None)
+    merge = headline(averages)
+    if base is None or experts is None or merge is None:
         return None
-    best = merges[-1]
-    holds = base[0].accuracy < best.accuracy < experts[0].accuracy
+    name = "merge chosen on val" if merge.val is not None else "best merge"
     told = (
-        f"base {base[0].accuracy:.3f}, best merge {best.accuracy:.3f} ({best.model}), "
-        f"experts {experts[0].accuracy:.3f}"
+        f"base {base.accuracy:.3f}, {name} {merge.accuracy:.3f} ({merge.model}), "
+        f"experts {experts.accuracy:.3f}"
     )
-    if holds:
+    if base.accuracy < merge.accuracy < experts.accuracy:
         return True, f"The merge lies between the base and its experts: {told}."
     return False, f"The merge does NOT lie between the base and its experts here: {told}."
 
@@ -135,6 +148,7 @@ def _model_scores(name: str, entry: Mapping[str, Any], *, split: str) -> list[Sc
         "method": entry.get("method"),
         "data": entry.get("data"),
         "scale": entry.get("scale"),
+        "val": entry.get("val"),
     }
     rows = [Score(task=task, **facts, **_measures(m)) for task, m in entry["tasks"].items()]
     return [*rows, Score(task=None, **facts, **_measures(entry["mean"]))]

@@ -35,6 +35,11 @@ class Choice:
     values: tuple[float, ...]
     chosen: float
 
+    @property
+    def best(self) -> float:
+        """The score of the chosen scale."""
+        return self.values[self.scales.index(self.chosen)]
+
 
 def scale_grid(method: Registered[Any]) -> tuple[float, ...]:
     """Return the scales to try for a method, ascending: none if it declares no range of `scale`.

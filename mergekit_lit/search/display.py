@@ -86,10 +86,10 @@ def _means(averages: list[Score]) -> Table:
 
 
 def _tasks(rows: list[Score], averages: list[Score]) -> Table:
-    """Return accuracy by task of the base, the best merge and the experts."""
-    shown = [row for row in averages if row.role != "merged"]
-    merges = [row for row in averages if row.role == "merged"]
-    models = [row.model for row in [*shown[:1], *merges[-1:], *shown[1:]]]
+    """Return accuracy by task of the base, the merge to quote and the experts."""
+    merge = tables.headline(averages)
+    shown = [row for row in averages if row.role in ("base", "expert") or row == merge]
+    models = [row.model for row in shown]
     table = Table(title="Accuracy by task", title_justify="left")
     table.add_column("task")
     for model in models:

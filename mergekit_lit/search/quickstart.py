@@ -1,5 +1,6 @@
 """This file is the whole path in one call: experts trained, merged, scored and reported."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.merging.configuration import parameters
-from mergekit_lit.reports import tables
 from mergekit_lit.search.coefficients import Choice
 from mergekit_lit.search.crew import Crew, Message
 from mergekit_lit.search.display import Display, results
@@ -152,7 +152,6 @@ def _score(plan: Plan, made: list[Made]) -> Record:
 
 
 def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
-    said = tables.verdict(tables.scores(scored))
     return Record(
         stage="quickstart",
         name=f"quickstart of {plan.backbone}",
@@ -169,12 +168,18 @@ def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
         seeds={"seed": plan.seed},
         metrics={
             **scored.metrics,
+            "models": _with_val(scored.metrics["models"], made),
             "coefficients": {m.method: _curve(m.choice) for m in made if m.choice},
             "observers": {"DeltaGeometry": made[0].geometry} if made else {},
-            "ordered": None if said is None else said[0],
         },
         outputs=[str(path) for path in (*plan.expert_paths(), *(merge.path for merge in made))],
     )
+
+
+def _with_val(models: Mapping[str, Any], made: Sequence[Made]) -> dict[str, Any]:
+    """Return the scores with each merge's score on val beside them."""
+    val = {merge.method: {"val": merge.val} for merge in made}
+    return {name: {**entry, **val.get(name, {})} for name, entry in models.items()}
 
 
 def _curve(choice: Choice) -> dict[str, Any]:

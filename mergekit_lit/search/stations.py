@@ -9,14 +9,14 @@ from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
 from mergekit_lit.callbacks.progress import Progress
 from mergekit_lit.core.experts import Merged, load_expert
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.data.splits import SplitOptions, TaskData
+from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, recalibrate
+from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
-from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
 from mergekit_lit.search.crew import tell
 from mergekit_lit.stages.evaluate import evaluate_models
@@ -71,10 +71,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Made:
-    """One merge: its file, the search for its scale, and how the experts' deltas lie."""
+    """One merge: its file, its score on val, the search for its scale, how the deltas lie."""
 
     method: str
     path: Path
+    val: float
     choice: Choice | None
     geometry: Mapping[str, Any]
 
@@ -110,62 +111,66 @@ def merge_one(job: tuple[Plan, str]) -> Made:
     """Choose a method's scale on val and merge; tells (`merge`, method, done, all, note)."""
     plan, method = job
     grid = scale_grid(MERGE_METHODS.get(method))
-    choice = _search(plan, method, grid) if grid else None
+    judge = _Judge(plan, method)
+    choice = choose(grid, judge.of_scales) if grid else None
     geometry = DeltaGeometry()
-    recipe = _recipe(method, choice.chosen if choice else None)
+    config = {SCALE: choice.chosen} if choice else {}
     result = merge_files(
         plan.expert_paths(),
         out=plan.out / "merged" / f"{method}.safetensors",
-        recipe=recipe,
+        recipe=Recipe(method=method, config=config, batch_norm="recalibrate-per-task"),
         base=plan.backbone,
         calibration=Calibration(suite=plan.suite, options=plan.split),
         observers=[geometry],
     )
+    val = choice.best if choice else judge.of_defaults()
     note = f"scale {choice.chosen:g}" if choice else ""
     tell("merge", method, len(grid) + 1, len(grid) + 1, note)
-    return Made(method, result.path, choice, geometry.to_json())
+    return Made(method, result.path, val, choice, geometry.to_json())
 
 
-def _search(plan: Plan, method: str, grid: Sequence[float]) -> Choice:
-    """Choose the scale on the validation images of all tasks; test images are never touched."""
-    paths = plan.expert_paths()
-    backbone, base = load_base_of(paths, plan.backbone)
-    experts = in_memory(load_experts(paths, base=base))
-    suite = load_suite(plan.suite)
-    data = [suite.task(task).load(plan.split) for task in plan.tasks]
-    images = {
-        task.name: calibration_images(task.train, task.name, count=_SEARCH_IMAGES) for task in data
-    }
+class _Judge:
+    """Scores one method's merges on the validation images of all tasks; never on test images."""
 
-    def score(scales: Sequence[float]) -> list[float]:
-        tell("merge", method, 0, len(scales) + 1, "merging")
+    def __init__(self, plan: Plan, method: str) -> None:
+        self._method = method
+        self._paths = plan.expert_paths()
+        self._backbone, base = load_base_of(self._paths, plan.backbone)
+        self._experts = in_memory(load_experts(self._paths, base=base))
+        suite = load_suite(plan.suite)
+        self._data = [suite.task(task).load(plan.split) for task in plan.tasks]
+        self._images = {
+            task.name: calibration_images(task.train, task.name, count=_SEARCH_IMAGES)
+            for task in self._data
+        }
+
+    def of_scales(self, scales: Sequence[float]) -> list[float]:
+        """Return the score at each scale."""
+        total = len(scales) + 1
+        tell("merge", self._method, 0, total, "merging")
         candidates = {}
-        for done, merged in enumerate(merged_at(experts, method, scales), start=1):
-            scale = scales[done - 1]
-            candidates[f"{scale}"] = recalibrate(merged, images, backbone=backbone, per_task=True)
-            tell("merge", method, done, len(scales) + 1, f"trying scale {scale:g}")
-        return _val_scores(backbone, candidates, paths, data)
+        for done, merged in enumerate(merged_at(self._experts, self._method, scales)):
+            tell("merge", self._method, done, total, f"trying scale {scales[done]:g}")
+            candidates[f"{scales[done]}"] = self._calibrated(merged)
+        return self._scores(candidates)
 
-    return choose(grid, score)
+    def of_defaults(self) -> float:
+        """Return the score of the method as it comes."""
+        return self._scores({"": self._calibrated(merge(self._experts, self._method))})[0]
 
+    def _calibrated(self, merged: Merged) -> Merged:
+        return recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
 
-def _val_scores(
-    backbone: Backbone,
-    candidates: Mapping[str, Merged],
-    experts: Sequence[Path],
-    data: Sequence[TaskData],
-) -> list[float]:
-    """Return each candidate's accuracy on val over the experts', averaged over the tasks.
+    def _scores(self, candidates: Mapping[str, Merged]) -> list[float]:
+        """Return each candidate's accuracy over the experts', averaged over the tasks.
 
-    Where an expert has no image right the ratio is undefined, and plain accuracy takes its place.
-    """
-    models: dict[str, Model] = {"experts": [load_expert(path) for path in experts], **candidates}
-    table = evaluate_models(backbone, models, data, split="val", batch_norm="stored")
-    rows = [table[name]["mean"] for name in candidates]
-    known = all(row["normalised_accuracy"] is not None for row in rows)
-    return [row["normalised_accuracy" if known else "accuracy"] for row in rows]
-
-
-def _recipe(method: str, scale: float | None) -> Recipe:
-    config = {} if scale is None else {SCALE: scale}
-    return Recipe(method=method, config=config, batch_norm="recalibrate-per-task")
+        Where an expert has no image right the ratio is undefined; plain accuracy takes its place.
+        """
+        experts = [load_expert(path) for path in self._paths]
+        models: dict[str, Model] = {"experts": experts, **candidates}
+        table = evaluate_models(
+            self._backbone, models, self._data, split="val", batch_norm="stored"
+        )
+        rows = [table[name]["mean"] for name in candidates]
+        known = all(row["normalised_accuracy"] is not None for row in rows)
+        return [row["normalised_accuracy" if known else "accuracy"] for row in rows]

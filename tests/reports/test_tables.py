@@ -50,3 +50,16 @@ def test_unknown_numbers_are_dashes():
     assert tables.number(0.12345) == "0.123"
     assert tables.interval(None) == ""
     assert tables.interval((0.1, 0.25), digits=2) == "[0.10, 0.25]"
+
+
+def test_the_quoted_merge_is_chosen_on_val_where_val_was_measured(evaluation):
+    rows = tables.scores(evaluation())
+    average = tables.by_task(rows, None)["average"]
+    others = [row for row in rows if row.model != "average"]
+    low = replace(average, model="low", accuracy=0.35, val=0.9)
+    high = replace(average, model="high", accuracy=0.55, val=0.8)
+    assert tables.headline([low, high]).model == "low"
+    assert "merge chosen on val 0.350 (low)" in tables.verdict([*others, low, high])[1]
+    unmeasured = [replace(low, val=None), replace(high, val=None)]
+    assert tables.headline(unmeasured).model == "high"
+    assert tables.headline([]) is None

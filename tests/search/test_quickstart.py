@@ -32,6 +32,10 @@ def test_whole_path_writes_experts_merges_record_and_page(tmp_path, tiny_suite, 
     models = Record.read(result.record_path).metrics["models"]
     assert list(models) == ["average", "base", "experts", "task_arithmetic"]
     assert all(row["n"] == 30 for row in models["base"]["tasks"].values())
+    assert models["average"]["val"] > 0
+    assert models["task_arithmetic"]["val"] == max(
+        result.record.metrics["coefficients"]["task_arithmetic"]["normalised_accuracy"]
+    )
     page = result.report_path.read_text("utf-8")
     assert page.count('class="curve gradient"') == 2
     assert "How λ was chosen" in page

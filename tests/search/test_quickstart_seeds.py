@@ -45,7 +45,7 @@ def test_table_holds_means_student_intervals_and_the_count_of_ordered_seeds(scri
     # stdev .1, so half an interval is 4.303 * .1 / sqrt(3) = .2484.
     assert "0.400 [0.152, 0.648]" in lines[2]
     assert "| 0.5, 0.5, 0.5 |" in lines[3]
-    assert "Base < best merge < experts in 2 of 3 seeds [0, 1, 2]." in text
+    assert "Base < merge < experts in 2 of 3 seeds [0, 1, 2]." in text
 
 
 def test_finished_runs_are_read_and_not_made_again(script, tmp_path):
