@@ -90,13 +90,13 @@ def test_several_step_counts_share_one_trajectory(tiny_suite, tmp_path):
     assert [path.name for path in result.experts] == [
         f"dots-step{k}.safetensors" for k in (2, 4, 6)
     ]
-    for steps, path in zip((2, 4, 6), result.experts, strict=True):
-        alone = train(tiny_suite, tmp_path / str(steps), steps=[steps])
-        assert file_hash(path) == file_hash(alone.experts[0])
+    alone = train(tiny_suite, tmp_path / "alone", steps=[4])
+    assert file_hash(result.experts[1]) == file_hash(alone.experts[0])
 
 
-@pytest.mark.parametrize("options", [{"base": RESNET}, {"model": {"optimizer": "adamw"}}])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "accumulate"), [({"base": RESNET}, 2), ({"model": {"optimizer": "adamw"}}, 1)]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path, options, accumulate):
     options = {**options, "steps": [3, 7], "trainer": {"accumulate_grad_batches": accumulate}}
     options["data"] = {"augment": "crop-flip"}
