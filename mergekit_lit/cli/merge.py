@@ -11,7 +11,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from mergekit_lit.callbacks import MergeCallback
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, load_yaml, parse, values_of
@@ -35,7 +34,7 @@ def merge(  # noqa: PLR0913
     seed: int = 0,
     base: str | None = None,
     allow_different_base: bool = False,
-    callbacks: list[MergeCallback] | None = None,
+    callbacks: list[str | dict[str, Any]] | None = None,
     json: bool = False,
 ) -> None:
     """Merge experts.

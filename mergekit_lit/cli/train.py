@@ -32,7 +32,7 @@ class SaveConfig(Callback):
     def __init__(self, texts: dict[str, str], stem: Path) -> None:
         self._texts, self._stem = texts, stem
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Write both files."""
         if trainer.is_global_zero:
             write_config(self._texts, self._stem)
