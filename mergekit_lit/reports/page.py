@@ -241,7 +241,7 @@ def _training(run: Run) -> str:
     heads = ("expert", *(name for _, name, _ in columns))
     return section(
         "Training of the experts",
-        paragraph("Faint: each step. Solid: moving mean.", class_="soft") if drawn else "",
+        paragraph("Faint: each logged step. Solid: moving mean.", class_="soft") if drawn else "",
         figures.panels(drawn) if drawn else "",
         table("What each expert's card says", heads, body) if body else "",
     )
