@@ -238,6 +238,7 @@ def _record(
             "recipe": asdict(recipe) | {"config": merged.facts["config"]},
             "calibration": asdict(calibration) if calibration else None,
             "base": merged.facts["base"],
+            "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
         },
         inputs={str(path): file_hash(path) for path in experts},
         seeds={"merge": recipe.seed},

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from mergekit_lit.callbacks import DeltaGeometry, MergeCallback
+from mergekit_lit.cli import main
 from mergekit_lit.core import files
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Base, Expert, load_merged, save_expert
@@ -98,6 +101,7 @@ def test_file_and_record(family, tmp_path):
     assert record.inputs == {str(path): file_hash(path) for path in family.paths}
     assert record.config["recipe"]["config"] == {"scale": 0.5}
     assert record.metrics["merged"]["coefficients"] == [0.5, 0.5]
+    assert record.config["observers"] == ["mergekit_lit.callbacks.delta_geometry.DeltaGeometry"]
     assert record.metrics["observers"]["DeltaGeometry"] == geometry.to_json()
 
 
@@ -172,6 +176,48 @@ def test_a_users_callback_changes_the_merge(family, tmp_path):
     one, two = load_merged(halved.path).shared, load_merged(quarter.path).shared
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name])
+
+
+USERS_CALLBACK = """
+from mergekit_lit.callbacks import MergeCallback
+
+
+class Divide(MergeCallback):
+    def __init__(self, by: float = 1.0):
+        self.by = by
+
+    def on_merge_tensor(self, name, deltas):
+        return deltas / self.by
+"""
+
+
+def test_callbacks_from_the_command_line(family, tmp_path, monkeypatch, capsys):
+    (tmp_path / "users_callback.py").write_text(USERS_CALLBACK)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "m.safetensors"
+    command = ["merge", *map(str, family.paths), "--out", str(out), "--method", "task_arithmetic"]
+    command += ["--callbacks+=mergekit_lit.callbacks.DeltaGeometry"]
+    users = "{class_path: users_callback.Divide, init_args: {by: 1e9}}"
+    command += [f"--callbacks+={users}", "--scale", "1"]
+    assert main(command) == 0, capsys.readouterr().err
+    merged = load_merged(out)
+    for name, tensor in family.base.params.items():
+        torch.testing.assert_close(merged.shared[name], tensor)
+    norms = Record.read(tmp_path / "m.record.json").metrics["observers"]["DeltaGeometry"]["global"]
+    assert min(norms["norms"]) > 1
+
+
+@pytest.mark.slow
+def test_same_bytes_in_processes_with_different_hash_seeds(family, tmp_path):
+    written = []
+    for hash_seed in ("1", "2"):
+        out = tmp_path / f"{hash_seed}.safetensors"
+        command = [sys.executable, "-m", "mergekit_lit", "merge", *map(str, family.paths)]
+        command += ["--out", str(out), "--method", "dare", "--drop", "0.6", "--batch_norm=average"]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        written.append(out.read_bytes())
+    assert written[0] == written[1]
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
