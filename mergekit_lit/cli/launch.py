@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from mergekit_lit.cli import COMMANDS, one_line
 from mergekit_lit.core.registry import unknown_name
@@ -33,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         ValueError: devices that are no devices.
     """
     options = _parser().parse_args(list(argv))
-    target = _target(options.target)
+    target = _target(options.target, is_module=options.module)
     for name, value in _environment(options).items():
         os.environ[name] = value
     return _torchrun([*_placement(options), *target, *options.arguments])
@@ -54,8 +55,13 @@ def lightning_main(argv: Sequence[str] | None = None) -> int:
     return _lightning_sdk()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See: {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mergekit-lit run",
         description="Start a script, or a command of mergekit-lit, in several processes.",
         allow_abbrev=False,
@@ -69,13 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--node-rank", type=int, default=0, help="which machine this is, from 0")
     add("--main-address", default="127.0.0.1", help="address of machine 0")
     add("--main-port", type=int, default=29400, help="free port of machine 0; for several machines")
+    add("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     add("target", metavar="SCRIPT|COMMAND", help="a Python file, or train, evaluate, ...")
     add("arguments", nargs=argparse.REMAINDER, help="what the script or command gets")
     return parser
 
 
-def _target(target: str) -> list[str]:
+def _target(target: str, *, is_module: bool) -> list[str]:
     """Return torchrun's words for the target."""
+    if is_module:
+        return ["-m", target]
     if target in COMMANDS:
         return ["-m", "mergekit_lit", target]
     if not Path(target).is_file():

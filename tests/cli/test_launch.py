@@ -1,0 +1,108 @@
+import os
+import sys
+import types
+from importlib import metadata
+
+import pytest
+
+from mergekit_lit.cli import launch
+from mergekit_lit.cli.launch import lightning_main, run
+
+ENVIRONMENT = [
+    f"{prefix}{name}"
+    for prefix in ("LT_", "PL_TRAINER_")
+    for name in ("DEVICES", "NUM_NODES", "ACCELERATOR", "STRATEGY", "PRECISION")
+]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What torchrun would get; it is not started."""
+    words: list[list[str]] = []
+    for name in [*ENVIRONMENT, "LT_CLI_USED", "OMP_NUM_THREADS"]:
+        # Set and deleted, so that what `run` exports is taken back after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch, "_torchrun", lambda given: words.append(given) or 0)
+    return words
+
+
+def test_a_command_becomes_a_module_and_keeps_its_words(launched):
+    words = ["train", "--data.task", "mnist", "--steps=3"]
+    assert run(["--devices", "2", *words]) == 0
+    assert launched == [["--standalone", "--nproc_per_node=2", "-m", "mergekit_lit", *words]]
+
+
+def test_a_script_and_a_module_are_targets_too(launched, tmp_path):
+    script = tmp_path / "train.py"
+    script.touch()
+    assert run(["--devices=3", str(script), "--devices", "7"]) == 0
+    assert run(["-m", "mergekit_lit", "train"]) == 0
+    assert launched[0][1:] == ["--nproc_per_node=3", str(script), "--devices", "7"]
+    assert launched[1][2:] == ["-m", "mergekit_lit", "train"]
+
+
+def test_fabric_and_trainer_find_the_choice_in_the_environment(launched):
+    run(["--devices=0,1", "--accelerator=cpu", "--precision=64-true", "train"])
+    assert launched[0][1] == "--nproc_per_node=2"
+    for prefix in ("LT_", "PL_TRAINER_"):
+        assert os.environ[f"{prefix}DEVICES"] == "0,1"
+        assert os.environ[f"{prefix}ACCELERATOR"] == "cpu"
+        assert os.environ[f"{prefix}PRECISION"] == "64-true"
+        assert f"{prefix}STRATEGY" not in os.environ
+    assert os.environ["LT_CLI_USED"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_several_machines_meet_at_an_address(launched):
+    run(["--devices=4", "--num-nodes=2", "--node-rank=1", "--main-address=10.0.0.1", "train"])
+    assert launched[0][:5] == [
+        "--nproc_per_node=4",
+        "--nnodes=2",
+        "--node_rank=1",
+        "--master_addr=10.0.0.1",
+        "--master_port=29400",
+    ]
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "model"]])
+def test_lightning_run_is_the_same(words, launched):
+    assert lightning_main([*words, "--devices", "2", "train"]) == 0
+    assert launched[0][1:] == ["--nproc_per_node=2", "-m", "mergekit_lit", "train"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--devices=two", "train"], "`devices` must be a number from 1"),
+        (["--devices=0", "train"], "`devices` must be a number from 1"),
+        (["nowhere.py"], "No script 'nowhere.py'"),
+        (["trian"], "Did you mean 'train'?"),
+        (["--device=2", "train"], "See: mergekit-lit run --help"),
+        ([], "the following arguments are required"),
+        (["--accelerator=abacus", "train"], "invalid choice: 'abacus'"),
+    ],
+)
+def test_bad_words_are_told_in_one_line(words, message, launched, capsys):
+    assert lightning_main(["run", *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert launched == []
+
+
+@pytest.mark.parametrize("words", [["login"], ["run", "job", "x"], ["--help"], []])
+def test_everything_else_is_lightning_sdk_s(words, monkeypatch, capsys):
+    def absent(_):
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(launch.metadata, "distribution", absent)
+    assert lightning_main(words) == 2
+    assert "usage: lightning run" in capsys.readouterr().err
+    called = types.ModuleType("fake_lightning_sdk")
+    called.main = lambda: 7
+    monkeypatch.setitem(sys.modules, "fake_lightning_sdk", called)
+    entry = metadata.EntryPoint("lightning", "fake_lightning_sdk:main", "console_scripts")
+    sdk = types.SimpleNamespace(entry_points=metadata.EntryPoints([entry]))
+    monkeypatch.setattr(launch.metadata, "distribution", lambda _: sdk)
+    assert lightning_main(words) == 7
