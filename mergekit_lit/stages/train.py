@@ -100,7 +100,7 @@ def train_expert(  # noqa: PLR0913
             schedule, where they share one trajectory.
         out: folder of the run.
         trainer: arguments of Lightning's Trainer, such as `devices` or `gradient_clip_val`.
-        callbacks: further callbacks.
+        callbacks: further callbacks, or the standard ones set up differently.
         loggers: `csv`, `wandb` (offline) or `wandb-online`, or loggers.
         resume: whether to go on from the last checkpoint; a finished run is left as it is.
         name: stem of the files; None for the task's name.
@@ -125,7 +125,7 @@ def train_expert(  # noqa: PLR0913
     if isinstance(loggers, str):
         loggers = make_loggers(loggers, Path(out) / "logs" / name, name=name, config=config)
     with _quiet():
-        observers = [GradientNorm(), PathLength(), GradientNoise(), *callbacks, export, last]
+        observers = [*_standard(callbacks), *callbacks, export, last]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
         resumable = resume and check_resumable(last.path, config)
         fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
@@ -154,6 +154,12 @@ def _checked_steps(steps: Sequence[int], model: ExpertModule) -> tuple[int, ...]
             "'constant'."
         )
     return chosen
+
+
+def _standard(given: Sequence[Callback]) -> list[Callback]:
+    """Return the callbacks that every run has, without those that the user sets up differently."""
+    standard: tuple[Callback, ...] = (GradientNorm(), PathLength(), GradientNoise())
+    return [one for one in standard if not any(isinstance(other, type(one)) for other in given)]
 
 
 def _trainer(

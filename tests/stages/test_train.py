@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from mergekit_lit.callbacks.gradient_norm import GradientNorm
 from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record
@@ -162,6 +163,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_suite, tmp_path, options,
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_standard_callback_can_be_set_up_differently(tiny_suite, tmp_path):
+    train(tiny_suite, tmp_path, callbacks=[GradientNorm(per_parameter=True)], steps=[10])
+    rows = [json.loads(line) for line in read(tmp_path / "logs/dots/metrics.jsonl")]
+    assert any(name.endswith("qkv.weight") for row in rows for name in row)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions_make_float32_experts(tiny_suite, tmp_path, precision):
+    result = train(tiny_suite, tmp_path, base=RESNET, trainer={"precision": precision})
+    expert = load_expert(result.experts[0])
+    assert expert.card.precision == precision
+    assert {t.dtype for t in expert.backbone.values() if t.is_floating_point()} == {torch.float32}
+    assert expert.card.train_loss > 0
 
 
 def test_a_neighbour_differs_and_says_so(tiny_suite, tmp_path):
