@@ -82,7 +82,7 @@ class MergeModule(LightningModule):
             seed: seed of the intervals.
         """
         super().__init__()
-        # A process may hold fewer batches of a small task than others, or none.
+        # A process may hold no batch of a small task.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.backbone = copy.deepcopy(backbone).requires_grad_(requires_grad=False)
         self.models = dict(models)
@@ -111,7 +111,7 @@ class MergeModule(LightningModule):
     def on_test_start(self) -> None:
         """Forget an earlier test."""
         self.log_of_outcomes.reset()
-        # A process without a batch takes part in the gathering too, with tensors of these types.
+        # A process whose batches no model is evaluated on takes part in the gathering too.
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.log_of_outcomes.update(0, nothing, no_outcomes(self.device))
         self._task = -1

@@ -126,13 +126,28 @@ class MergeDataModule(LightningDataModule):
         self.task_data = loaded
 
     def test_dataloader(self) -> list[BatchShare]:
-        """Return one loader a task, with this process's share of the batches."""
+        """Return one loader a task, with this process's share of the batches.
+
+        The batches of all tasks are dealt out in turn, so that small tasks keep every process busy.
+
+        Raises:
+            ValueError: there are fewer batches than processes.
+        """
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return [
-            BatchShare(split_images(task, self.split), batch=self.batch, rank=rank, world=world)
-            for task in self.task_data
-        ]
+        shares, dealt = [], 0
+        for task in self.task_data:
+            images = split_images(task, self.split)
+            turn = (rank - dealt) % world
+            shares.append(BatchShare(images, batch=self.batch, rank=turn, world=world))
+            dealt += -(-len(images) // self.batch)
+        # Lightning calls no hook of a process without a batch, and the others would wait for it.
+        if dealt < world:
+            raise ValueError(
+                f"`batch` must leave each of {world} processes a batch, but {self.batch} makes "
+                f"{dealt} in all. Choose a smaller batch, or fewer devices."
+            )
+        return shares
 
 
 def split_images(data: TaskData, split: str) -> Images:

@@ -179,6 +179,21 @@ def test_each_image_goes_to_one_process_in_the_batches_of_one(n, world):
     assert sum(len(share) for share in shares) == len(alone)
 
 
+@pytest.mark.parametrize(("batch", "shares"), [(64, [[1, 0], [0, 1]]), (20, [[1, 1], [1, 1]])])
+def test_processes_take_turns_over_the_batches_of_all_tasks(tiny_suite, batch, shares):
+    for rank, expected in enumerate(shares):
+        data = _data(tiny_suite, batch=batch)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        assert [len(share) for share in data.test_dataloader()] == expected
+
+
+def test_more_processes_than_batches_are_refused(tiny_suite):
+    data = _data(tiny_suite, batch=64)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=3)
+    with pytest.raises(ValueError, match="each of 3 processes a batch, but 64 makes 2 in all"):
+        data.test_dataloader()
+
+
 def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
     backbone, base, experts = family
 

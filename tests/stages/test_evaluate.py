@@ -178,7 +178,7 @@ for batch in (20, 64):
 
 @pytest.mark.slow
 def test_two_processes_give_exactly_the_metrics_of_one(files, tiny_suite, tmp_path):
-    """Of 30 images a task the processes hold 20 and 10 in batches of 20, and 30 and 0 of 64."""
+    """In batches of 20 each process has images of both tasks; in batches of 64 of one alone."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
     found = []
