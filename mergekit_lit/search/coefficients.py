@@ -14,7 +14,7 @@ SCALE = "scale"
 
 # Shares of the upper end of a method's range. Good steps are short: the grid is dense near 0, far
 # below where single-task vectors are scaled, and it holds 0, the base itself.
-_SHARES = (0.0, 0.01, 0.03, 0.06, 0.1, 0.14, 0.2, 0.27, 0.34, 0.47, 0.67, 1.0)
+_SHARES = (0.0, 0.01, 0.03, 0.07, 0.13, 0.2, 0.3, 0.45, 0.7, 1.0)
 
 
 # Largest relative difference of two directions that counts as none: rounding, and no more.

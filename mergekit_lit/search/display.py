@@ -70,17 +70,18 @@ def _means(averages: list[Score]) -> Table:
     split = averages[0].split if averages else ""
     title = f"Mean over the tasks, {split} images, 95 % intervals over images"
     table = Table(title=title, title_justify="left")
-    table.add_column("model")
-    table.add_column("data used")
-    for name in ("λ", "accuracy", "normalised"):
-        table.add_column(name, justify="right")
+    table.add_column("model", no_wrap=True)
+    table.add_column("uses")
+    for name in ("λ", "accuracy", "interval", "normalised"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in averages:
         table.add_row(
             row.model,
-            tables.DATA_WORDS.get(row.data or "", row.data or ""),
+            row.data or "",
             "" if row.scale is None else f"{row.scale:g}",
-            f"{tables.number(row.accuracy)} {tables.interval(row.interval)}",
-            f"{tables.number(row.normalised)} {tables.interval(row.normalised_interval)}",
+            tables.number(row.accuracy),
+            tables.interval(row.interval),
+            tables.number(row.normalised),
         )
     return table
 

@@ -82,6 +82,8 @@ def run_quickstart(
         for task in plan.tasks:
             display.show(task, 0, plan.steps, "waiting")
         experts = crew.run(train_one, [(plan, task) for task in plan.tasks])
+        for method in methods:
+            display.show(method, 0, 1, "waiting")
         made = crew.run(merge_one, [(plan, method) for method in methods])
         display.show("test images", 0, 1)
         scored = _score(plan, made)
@@ -106,7 +108,7 @@ def methods_at_hand() -> list[Registered[Any]]:
     ]
 
 
-def _plan(backbone: str, suite: str, out: Path, *, seed: int, steps: int, lr: float | None) -> Plan:
+def _plan(backbone: str, suite: str, out: Path, *, seed: int, steps: int, lr: float) -> Plan:
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, but is {steps!r}.")
     return Plan(
