@@ -12,15 +12,17 @@ _WIDTH = 340.0
 _MAX_POINTS = 240
 
 
-def accuracy_panel(title: str, rows: Sequence[Score]) -> str:
-    """Draw one task: a dot a model on [0, 1], its 95 % interval, and its number.
+def accuracy_panel(title: str, rows: Sequence[Score], *, near: bool = False) -> str:
+    """Draw one task: a dot a model, its 95 % interval, and its number.
 
     A thin line marks the base and another the experts, so that each merge is seen between them.
+    The axis is [0, 1], so that tasks compare; `near` cuts it to what the rows need.
     """
     top, step, left, right = 34.0, 21.0, 140.0, 290.0
     bottom = top + step * len(rows)
-    x = Scale(0.0, 1.0, left, right)
-    marks = [_grid(x, [0.0, 0.25, 0.5, 0.75, 1.0], top - 8, bottom)]
+    reached = [bound for row in rows for bound in (row.interval or (row.accuracy, row.accuracy))]
+    x = Scale(*(_padded(reached) if near else (0.0, 1.0)), left, right)
+    marks = [_grid(x, x.ticks(4), top - 8, bottom)]
     marks += [
         element(
             "line",

@@ -116,7 +116,7 @@ def _results(record: Record) -> str:
     averages = tables.means(rows)
     order = [row.model for row in averages]
     names = tables.tasks(rows)
-    drawn = {"": figures.accuracy_panel(f"Mean of {len(names)} tasks", averages)}
+    drawn = {"": figures.accuracy_panel(f"Mean of {len(names)} tasks", averages, near=True)}
     for task in names:
         found = tables.by_task(rows, task)
         drawn[task] = figures.accuracy_panel(task, [found[m] for m in order if m in found])
@@ -127,7 +127,7 @@ def _results(record: Record) -> str:
         _mean_table(averages, split),
         paragraph(
             "A dot is a model, its bar the 95 % interval; dashed lines mark the base and the "
-            "experts.",
+            "experts. The axis of the mean is cut to what is needed, the others run from 0 to 1.",
             class_="soft",
         ),
         figures.panels(drawn),
