@@ -68,7 +68,9 @@ class TaskDataModule(LightningDataModule):
         neighbour: int = 0,
         neighbour_seed: int = 0,
         augment: str = "none",
+        size: int | None = None,
         root: Path | None = None,
+        download: bool = False,
     ) -> None:
         """Choose the task; nothing is read before `setup`.
 
@@ -84,24 +86,26 @@ class TaskDataModule(LightningDataModule):
             split_seed: seed of the carve-outs and the subset.
             neighbour: m, training samples replaced by samples of the reserve; 0 for none.
             neighbour_seed: seed of the positions that are replaced.
-            augment: `none`, `flip` or `crop-flip`.
+            augment: `none`, `flip`, `crop` or `crop-flip`.
+            size: largest side to which images are decoded, in pixels; None keeps the source's.
             root: folder of the downloaded data sets; None for the default one.
+            download: whether missing images may be fetched.
         """
         super().__init__()
-        # The folder differs from machine to machine: it is no hyperparameter.
-        self.save_hyperparameters(ignore=["root"])
+        # The folder differs from machine to machine: neither is a hyperparameter.
+        self.save_hyperparameters(ignore=["root", "download"])
         self.suite, self.task, self.batch, self.root = suite, task, batch, root
         self.options = SplitOptions(
             val_share=val_share, reserve=reserve, train_share=train_share, n=n, seed=split_seed
         )
         self.replaced, self.neighbour_seed = neighbour, neighbour_seed
-        self.augmentation = augment
+        self.augmentation, self.size, self.download = augment, size, download
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 (Lightning's signature)
         """Read the task and make its splits, once."""
         if not hasattr(self, "task_data"):
             task = load_suite(self.suite, root=self.root).task(self.task)
-            data = task.load(self.options, root=self.root)
+            data = task.load(self.options, root=self.root, size=self.size, download=self.download)
             if self.replaced:
                 data = neighbour(data, self.replaced, self.neighbour_seed)
             self.task_data = data

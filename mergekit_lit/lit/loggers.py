@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -125,7 +126,8 @@ def make_loggers(
         save_dir=folder,
         offline=not online,
         group=group,
-        tags=list(tags),
+        # W&B refuses tags of more than 64 characters.
+        tags=[tag[:64] for tag in tags],
         config=dict(plain(config or {})),
     )
     # Lightning passes an argument that wandb 0.31 only warns about; nobody can act on that.
@@ -138,8 +140,7 @@ def log_results(
     *,
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]] = (),
-    files: Sequence[Path] = (),
-    metadata: Mapping[str, Any] | None = None,
+    files: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Hand a run's outcome to W&B, where it is in use, and end the W&B run.
 
@@ -147,12 +148,11 @@ def log_results(
         loggers: the loggers of the run.
         summary: the run's final numbers.
         rows: a table of results, all rows with the same keys.
-        files: safetensors files to keep as artifacts.
-        metadata: the card that goes with the files.
+        files: safetensors files to keep as artifacts, each with its card.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            _finish_wandb(logger, summary, rows, files, metadata or {})
+            _finish_wandb(logger, summary, rows, files)
 
 
 @rank_zero_only
@@ -160,8 +160,7 @@ def _finish_wandb(
     logger: WandbLogger,
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    files: Sequence[Path],
-    metadata: Mapping[str, Any],
+    files: Mapping[Path, Mapping[str, Any]],
 ) -> None:
     import wandb
 
@@ -171,8 +170,8 @@ def _finish_wandb(
         columns: list[str | int] = list(rows[0])
         cells = [[plain(row[str(column)]) for column in columns] for row in rows]
         run.log({"results": wandb.Table(columns=columns, data=cells)})
-    for file in files:
-        artifact = wandb.Artifact(Path(file).stem, type="expert", metadata=dict(plain(metadata)))
+    for file, card in files.items():
+        artifact = wandb.Artifact(file.stem, type="expert", metadata=dict(plain(card)))
         artifact.add_file(str(file))
         run.log_artifact(artifact)
     run.finish()

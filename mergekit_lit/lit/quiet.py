@@ -18,13 +18,15 @@ _NOT_ACTIONABLE = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Lightning's tips and notes, and the warnings above, inside the block."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    logs = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in _NOT_ACTIONABLE:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

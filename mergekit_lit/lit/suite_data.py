@@ -72,7 +72,9 @@ class MergeDataModule(LightningDataModule):
         val_share: float = 0.1,
         reserve: int = 64,
         split_seed: int = 0,
+        size: int | None = None,
         root: Path | None = None,
+        download: bool = False,
     ) -> None:
         """Choose the images; nothing is read before `setup`.
 
@@ -86,15 +88,17 @@ class MergeDataModule(LightningDataModule):
             val_share: share of the training samples carved out for validation, in [0, 1).
             reserve: training samples carved out that no run trains on.
             split_seed: seed of the carve-outs and the subset.
+            size: largest side to which images are decoded, in pixels; None keeps the source's.
             root: folder of the downloaded data sets; None for the default one.
+            download: whether missing images may be fetched.
 
         Raises:
             KeyError: an unknown split.
             ValueError: `batch` below 1, or a task named twice or not at all.
         """
         super().__init__()
-        # The folder differs from machine to machine: it is no hyperparameter.
-        self.save_hyperparameters(ignore=["root"])
+        # The folder differs from machine to machine: neither is a hyperparameter.
+        self.save_hyperparameters(ignore=["root", "download"])
         if split not in get_args(Split):
             raise KeyError(unknown_name("split", split, get_args(Split)))
         if batch < 1:
@@ -106,6 +110,7 @@ class MergeDataModule(LightningDataModule):
         self.options = SplitOptions(
             val_share=val_share, reserve=reserve, train_share=train_share, n=n, seed=split_seed
         )
+        self.size, self.download = size, download
         self.task_data: tuple[TaskData, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 (Lightning's signature)
@@ -119,7 +124,10 @@ class MergeDataModule(LightningDataModule):
             return
         suite = load_suite(self.suite, root=self.root)
         chosen = [suite.task(name) for name in self.tasks or suite.names]
-        loaded = tuple(task.load(self.options, root=self.root) for task in chosen)
+        loaded = tuple(
+            task.load(self.options, root=self.root, size=self.size, download=self.download)
+            for task in chosen
+        )
         for data in loaded:
             split_images(data, self.split)
         self.tasks = tuple(data.name for data in loaded)

@@ -1,9 +1,6 @@
 """This file is the first stage: one task in, its expert files and record out."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.loggers import LoggerKind, log_results, make_loggers
+from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -47,13 +45,6 @@ _TRAJECTORY = (
     "gradient_clip_algorithm",
     "gradient_clip_val",
     "precision",
-)
-
-_NOT_ACTIONABLE = (
-    # Images are held in memory as uint8: there are no workers to add.
-    ".*does not have many workers.*",
-    # lightning 2.6 with torch >= 2.13: its pytree shim uses a deprecated isinstance check.
-    ".*LeafSpec.*",
 )
 
 
@@ -123,8 +114,15 @@ def train_expert(  # noqa: PLR0913
         Path(out) / "checkpoints" / name / "last.ckpt", every=checkpoint_every, config=config
     )
     if isinstance(loggers, str):
-        loggers = make_loggers(loggers, Path(out) / "logs" / name, name=name, config=config)
-    with _quiet():
+        loggers = make_loggers(
+            loggers,
+            Path(out) / "logs" / name,
+            name=name,
+            group=Path(out).name,
+            tags=[Path(data.suite).name, model.base.name],
+            config=config,
+        )
+    with quiet():
         observers = [*_standard(callbacks), *callbacks, export, last]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
         resumable = resume and check_resumable(last.path, config)
@@ -136,8 +134,9 @@ def train_expert(  # noqa: PLR0913
         record.metrics = {"experts": cards}
         stopwatch.finish(record).write(record_path)
         last.remove()
-        card = cards[experts[-1].stem]
-        log_results(loggers, summary=card, files=experts, metadata=card)
+        rows = [{"expert": stem, **facts} for stem, facts in cards.items()]
+        files = {path: cards[path.stem] for path in experts}
+        log_results(loggers, summary=cards[experts[-1].stem], rows=rows, files=files)
     return TrainResult(experts, record_path, record)
 
 
@@ -240,20 +239,3 @@ def _record(
         },
         outputs=[path.name for path in experts],
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what Lightning says that the user cannot act on."""
-    logs = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in _NOT_ACTIONABLE:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)

@@ -117,7 +117,7 @@ def test_an_offline_run_keeps_summary_table_and_expert(tmp_path, monkeypatch):
     for logger in loggers:
         logger.log_metrics({"loss": 1.0}, step=0)
     rows = [{"task": "mnist", "accuracy": 0.5}]
-    log_results(loggers, summary={"val_loss": 1.0}, rows=rows, files=[expert], metadata={"lr": 0.1})
+    log_results(loggers, summary={"val_loss": 1.0}, rows=rows, files={expert: {"lr": 0.1}})
     (folder,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
     (run,) = folder.glob("run-*.wandb")
     stored = run.read_bytes()
