@@ -55,7 +55,7 @@ def test_the_steps_run_in_order(tmp_path):
     (steps,) = [block for block in blocks("bash") if "mergekit-lit evaluate" in block]
     for line in steps.replace("\\\n", " ").splitlines():
         # A few steps show that it runs; the README's 200 are for the reader.
-        words = shlex.split(line.replace("--steps 200", "--steps 5"))
+        words = shlex.split(line.replace("--steps 200", "--steps 25"))
         expanded = [
             str(path) for w in words for path in (sorted(tmp_path.glob(w)) if "*" in w else [w])
         ]
