@@ -160,7 +160,7 @@ class ExpertModule(LightningModule):
         """Return the loss of one micro-batch."""
         x, y, _ = batch
         step, slot = self.trainer.global_step, self._slot(batch_idx)
-        torch.manual_seed(derive_seed(self.seed, "forward", step, slot))
+        self._reseed(step, slot)
         x = self.data.augmented(x, step, slot, seed=self.seed)
         loss = cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set untyped
@@ -191,6 +191,13 @@ class ExpertModule(LightningModule):
         return (batch_idx % trainer.accumulate_grad_batches) * trainer.world_size + (
             trainer.global_rank
         )
+
+    def _reseed(self, step: int, slot: int) -> None:
+        """Start the random stream of one forward pass."""
+        seed = derive_seed(self.seed, "forward", step, slot)
+        # Off the CPU this seeds every device; on it, that would queue a traceback for each.
+        seeded = torch.default_generator if self.device.type == "cpu" else torch
+        seeded.manual_seed(seed)
 
     def _report(self, loss: Tensor, step: int) -> None:
         """Log the loss and the learning rate; refuse a loss that is no number."""
