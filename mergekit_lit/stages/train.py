@@ -127,6 +127,11 @@ def train_expert(  # noqa: PLR0913
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
         resumable = resume and check_resumable(last.path, config)
         fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
+    if fitter.global_step < chosen[-1]:
+        raise ValueError(
+            f"Training must reach step {chosen[-1]}, but was stopped at step {fitter.global_step} "
+            "by a time limit or a callback. Leave that out, or ask for fewer `steps`."
+        )
     experts = tuple(export.path(data.task, step) for step in chosen)
     record = _record(name, config, data, model, experts)
     if fitter.is_global_zero:
@@ -169,6 +174,9 @@ def _trainer(
         raise ValueError(
             f"`trainer.{taken}` must be left out: `{_TAKEN[taken]}` says it. Remove it."
         )
+    clip = arguments.get("gradient_clip_val")
+    if clip is not None and not 0 < clip < float("inf"):
+        raise ValueError(f"`trainer.gradient_clip_val` must be positive, but is {clip!r}.")
     defaults = {**_DEFAULTS, "log_every_n_steps": min(_LOG_EVERY, steps)}
     chosen = {**defaults, **trainer_arguments(arguments)}
     if chosen.pop("sync_batchnorm", False):

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import sys
+import time
 
 import pytest
 from lightning.pytorch.loggers import WandbLogger
@@ -120,7 +121,10 @@ def test_an_offline_run_keeps_summary_table_and_expert(tmp_path, monkeypatch):
     log_results(loggers, summary={"val_loss": 1.0}, rows=rows, files={expert: {"lr": 0.1}})
     (folder,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
     (run,) = folder.glob("run-*.wandb")
-    stored = run.read_bytes()
+    # W&B's own process writes the file, and may still do so when `finish` has returned.
+    deadline = time.monotonic() + 60
+    while b"results" not in (stored := run.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for text in (b"mnist", b"val_loss", b"results", b"loss", b"lr"):
         assert text in stored
     assert lines_of(tmp_path / "logs") == [{"step": 0, "loss": 1.0}]

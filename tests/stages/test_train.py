@@ -37,6 +37,16 @@ class StopAfter(Callback):
             raise StopError
 
 
+class EarlyEnd(Callback):
+    """Ends a run as early stopping and time limits do."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
 def train(suite, out, *, base=VIT, steps=(4,), data=None, trainer=None, model=None, **options):
     module = ExpertModule(
         base,
@@ -152,6 +162,14 @@ def test_resume_refuses_a_damaged_checkpoint(tiny_suite, tmp_path):
         ({"data": {"batch": 0}}, "`batch` must be at least 1, but is 0"),
         ({"data": {"n": 1}}, "`n` must lie in"),
         ({"data": {"neighbour": 9}}, r"`neighbour` must lie in 0\.\.8"),
+        (
+            {"trainer": {"gradient_clip_val": -1.0}},
+            "gradient_clip_val` must be positive, but is -1",
+        ),
+        (
+            {"steps": [4], "callbacks": [EarlyEnd(2)]},
+            "must reach step 4, but was stopped at step 2",
+        ),
         ({"checkpoint_every": -1}, "`checkpoint_every` must be at least 0, but is -1"),
         ({"loggers": "wanbd"}, "No logger named 'wanbd'. Did you mean 'wandb'"),
         ({"model": {"lr": 1e38}}, "must (be finite|hold finite numbers)"),
