@@ -50,10 +50,3 @@ def test_exported_names_are_sorted_and_exist():
 def test_no_module_is_long():
     long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 400}
     assert long == {}
-
-
-def test_no_module_names_a_registry_host_or_a_path_of_one_machine():
-    for path in modules():
-        text = path.read_text()
-        assert "/work/" not in text, path
-        assert "pypi.org" not in text, path
