@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.configuration import check_scale
 
 
 @MERGE_METHODS.add(
@@ -29,6 +30,5 @@ def task_arithmetic(experts: Experts, *, scale: float = 0.3) -> Tensor:
 
     Source: Ilharco et al. 2023, arXiv:2212.04089, sec. 2.
     """
-    if scale < 0:
-        raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")
+    check_scale(scale)
     return torch.full((len(experts),), float(scale), dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.configuration import check_scale
 
 
 @MERGE_METHODS.add(
@@ -87,8 +88,7 @@ def travel_normalised(
     Source: our reconstruction (R2), after Wang et al. 2020, arXiv:2007.07481 (FedNova).
     Differs: FedNova averages after each of many rounds; here it is done once.
     """
-    if scale < 0:
-        raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")
+    check_scale(scale)
     travel = torch.tensor([_travel(experts, t) for t in range(len(experts))], dtype=torch.float64)
     # Only the ratios of the travels matter; dividing by the least keeps every quotient in range.
     slowness = _shares(weights, experts) * (travel.min() / travel)  # (T,)

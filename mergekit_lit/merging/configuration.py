@@ -57,6 +57,16 @@ def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any
     return values
 
 
+def check_scale(scale: float) -> None:
+    """Refuse a negative length of the step.
+
+    Raises:
+        ValueError: `scale` is below 0.
+    """
+    if scale < 0:
+        raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")
+
+
 def accepts(annotation: Any, value: object) -> bool:
     """Return whether `value` is of the annotated type: a number must be finite and no bool."""
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
+from mergekit_lit.merging.configuration import check_scale
 
 Pairs = Iterable[tuple[str, Tensor]]
 """Name and deltas (T, *s) of every merged tensor; may be gone through more than once."""
@@ -60,7 +61,7 @@ def ties(
         the majority sign for exact ties are the published code's.
     """
     _check_density(density)
-    _check_scale(scale)
+    check_scale(scale)
     kept = _trimmed(tensor.deltas, tensor.stats["thresholds"])
     sign = kept.sum(dim=0).sign()
     sign = torch.where(sign == 0, tensor.stats["majority"].to(sign.dtype), sign)
@@ -97,7 +98,7 @@ def dare(tensor: Slice, *, drop: float = 0.5, scale: float = 0.3, rescale: bool 
     """
     if not 0 <= drop < 1:
         raise ValueError(f"`drop` must lie in [0, 1), but is {drop!r}.")
-    _check_scale(scale)
+    check_scale(scale)
     total = torch.zeros_like(tensor.deltas[0])
     for expert, delta in enumerate(tensor.deltas):
         draw = generator(tensor.seed, tensor.name, expert)
@@ -127,7 +128,7 @@ def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
 
     Source: Marczak et al. 2024, arXiv:2407.06322, sec. 4 (MagMax).
     """
-    _check_scale(scale)
+    check_scale(scale)
     largest = tensor.deltas[0]
     for delta in tensor.deltas[1:]:
         largest = torch.where(delta.abs() >= largest.abs(), delta, largest)
@@ -197,8 +198,3 @@ def _trimmed(deltas: Tensor, thresholds: Tensor) -> Tensor:
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1], but is {density!r}.")
-
-
-def _check_scale(scale: float) -> None:
-    if scale < 0:
-        raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.configuration import check_scale
 
 # Singular values below this share of the largest are rounding noise of float32 deltas, not
 # directions: they are left out instead of being blown up to the size of the others.
@@ -39,7 +40,7 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     Differs: convolutions are decomposed too; k is at least 1; directions that the tasks share
         exactly (a singular U) are shared among them, where an SVD would fill in arbitrary ones.
     """
-    _check_scale(scale)
+    check_scale(scale)
     matrices = _matrices(tensor)
     if matrices is None:
         return scale * tensor.deltas.mean(dim=0)
@@ -74,7 +75,7 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     Source: Marczak et al. 2025, arXiv:2502.04959, sec. 4.1 (isotropic merging in common subspace).
     Differs: convolutions too; directions in which no task moved stay at 0.
     """
-    _check_scale(scale)
+    check_scale(scale)
     matrices = _matrices(tensor)
     if matrices is None:
         return scale * tensor.deltas.mean(dim=0)
@@ -108,7 +109,7 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     Source: Marczak et al. 2025, arXiv:2502.04959, alg. 2 (common and task-specific subspaces).
     Differs: convolutions too; directions in which no task moved stay at 0.
     """
-    _check_scale(scale)
+    check_scale(scale)
     if not 0 <= common_share <= 1:
         raise ValueError(f"`common_share` must lie in [0, 1], but is {common_share!r}.")
     matrices = _matrices(tensor)
@@ -155,8 +156,3 @@ def _has_direction(values: Tensor) -> Tensor:
 
 def _like(step: Tensor, tensor: Slice) -> Tensor:
     return step.reshape(tensor.base.shape).to(tensor.deltas.dtype)
-
-
-def _check_scale(scale: float) -> None:
-    if scale < 0:
-        raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")
