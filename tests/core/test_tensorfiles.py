@@ -1,5 +1,6 @@
 """Tensor files: exact round trips, reproducible bytes, and every kind of damage noticed."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -154,20 +155,27 @@ def test_foreign_files_are_read_without_checksums(tmp_path):
     assert torch.equal(file["w"], torch.ones(2))
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only():
-    """Let the operating system refuse files of more than 4 KiB, as a full disk would."""
+    """Let the operating system refuse files of more than 4 KiB, as a full disk would.
+
+    The limit holds for pytest's own output too, so it may not outlive the statement under test.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files_only")
 def test_full_disk(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"w": torch.zeros(4)}, FACTS)
-    with pytest.raises(OSError, match=r"File too large\. Nothing was left half-written") as caught:
+    with (
+        small_files_only(),
+        pytest.raises(OSError, match=r"File too large\. Nothing was left half-written") as caught,
+    ):
         write_tensors(path, {"w": torch.zeros(100_000)}, FACTS)
     assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == [path]
