@@ -1,6 +1,7 @@
 """This file is the merge stage: expert files in, one merged model with its record out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -48,12 +49,16 @@ class Calibration:
         root: where the data sets lie; `$MERGEKIT_LIT_DATA` by default.
         options: how val and reserve were carved out of train when the experts were trained.
         images: largest number of training images of one task, at least 2.
+        size: largest side to which images are decoded, in pixels; None keeps the source's.
+        download: whether missing images may be fetched.
     """
 
     suite: str
     root: Path | None = None
     options: SplitOptions = field(default_factory=SplitOptions)
     images: int = CALIBRATION_IMAGES
+    size: int | None = None
+    download: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,12 @@ def merge_files(
     gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
     images = _images(gathered, recipe, calibration)
     merged = merge_recipe(gathered, recipe, backbone, images, observers=observers)
-    save_merged(out, merged)
     record = watch.finish(_record(recipe, calibration, paths, out, merged, observers))
     record_path = out.with_suffix(".record.json")
-    record.write(record_path)
+    # Each is written atomically; should the second fail, an earlier pair stays whole.
+    with _restored_on_error(record_path):
+        record.write(record_path)
+        save_merged(out, merged)
     return MergeResult(out, record_path, record)
 
 
@@ -180,6 +187,18 @@ def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Back
         ) from error
 
 
+@contextmanager
+def _restored_on_error(path: Path) -> Iterator[None]:
+    """Leave a small file as it was, or absent as it was, if the block fails."""
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.unlink() if before is None else path.write_bytes(before)
+        raise
+
+
 def _checked_out(out: Path, experts: Sequence[Path]) -> Path:
     """Return `out` if it can be the result's name and is none of the inputs."""
     if out.suffix != ".safetensors":
@@ -216,8 +235,15 @@ def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -
     suite = load_suite(calibration.suite, root=calibration.root)
     chosen = {}
     for task in experts.names:
-        train = suite.task(task).load(calibration.options, root=calibration.root).train
-        chosen[task] = calibration_images(train, task, count=calibration.images, seed=recipe.seed)
+        data = suite.task(task).load(
+            calibration.options,
+            root=calibration.root,
+            size=calibration.size,
+            download=calibration.download,
+        )
+        chosen[task] = calibration_images(
+            data.train, task, count=calibration.images, seed=recipe.seed
+        )
     return chosen
 
 

@@ -333,6 +333,31 @@ def test_full_disk(family, tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
+def test_a_record_that_cannot_be_written_keeps_the_model_away(family, tmp_path):
+    (tmp_path / "m.record.json").mkdir()
+    with pytest.raises(OSError, match=r"m\.record\.json': Is a directory"):
+        merge_files(family.paths, out=tmp_path / "m.safetensors")
+    assert names_in(tmp_path) == ["m.record.json"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_model_that_cannot_be_written_leaves_the_earlier_pair(
+    family, tmp_path, monkeypatch, earlier
+):
+    out = tmp_path / "m.safetensors"
+    if earlier:
+        merge_files(family.paths, out=out)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mergekit_lit.stages.merge.save_merged", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge_files(family.paths, out=out, recipe=Recipe(method="task_arithmetic"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
