@@ -5,7 +5,7 @@ It is parsed in two passes: the first finds the method, the second knows that me
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def merge(  # noqa: PLR0913
     """
 
 
-def calibration(
+# Each argument is one flag of the command line, hence so many.
+def calibration(  # noqa: PLR0913
     *,
     suite: str | None = None,
     root: Path | None = None,
@@ -67,6 +68,8 @@ def calibration(
     val_share: float = 0.1,
     reserve: int = 64,
     split_seed: int = 0,
+    size: int | None = None,
+    download: bool = False,
 ) -> Calibration | None:
     """Say where the images for BatchNorm statistics come from.
 
@@ -79,13 +82,31 @@ def calibration(
         val_share: share of the training samples carved out for validation, in [0, 1).
         reserve: training samples carved out that no run trains on.
         split_seed: seed of the carve-outs and the subset.
+        size: largest side to which images are decoded, in pixels; null keeps the source's.
+        download: whether missing images may be fetched.
+
+    Raises:
+        ValueError: images are described, but no suite is named.
     """
     if suite is None:
+        _refuse_homeless(locals())
         return None
     splits = SplitOptions(
         val_share=val_share, reserve=reserve, train_share=train_share, n=n, seed=split_seed
     )
-    return Calibration(suite=suite, root=root, options=splits, images=images)
+    return Calibration(
+        suite=suite, root=root, options=splits, images=images, size=size, download=download
+    )
+
+
+def _refuse_homeless(given: Mapping[str, Any]) -> None:
+    """Refuse values of `--data.*` that would do nothing, since no suite is named."""
+    for name, parameter in inspect.signature(calibration).parameters.items():
+        if given[name] != parameter.default:
+            raise ValueError(
+                f"`data.{name}` must come with `data.suite`, whose images it describes, but there "
+                "is none. Name the suite, or leave it out."
+            )
 
 
 def run(argv: Sequence[str]) -> int:

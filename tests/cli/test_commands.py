@@ -225,6 +225,8 @@ BAD_MERGES = {
     "scale infinite": (["--method=task_arithmetic", "--scale=.inf"], "`scale`"),
     "weights of another number": (["--method=weighted_average", "--weights=1"], "`weights`"),
     "unknown policy": (["--batch_norm=avarage"], "Did you mean 'average'?"),
+    "images of no suite": (["--data.images=1"], "`data.images` must come with `data.suite`"),
+    "split of no suite": (["--data.n=9", "--batch_norm=average"], "`data.n` must come with"),
     "no suite for images": (["--batch_norm=recalibrate"], "suite"),
     "missing expert": (["nowhere.safetensors"], "No file 'nowhere.safetensors'"),
     "another base": (["--base=resnet@random:1"], "base"),
