@@ -98,9 +98,7 @@ def parse(
         SystemExit: help was asked for, and printed.
     """
     given = read(parser, argv)
-    for path in given.configs:
-        check_keys(parser, load_yaml(path), source=f"{path}: ")
-    arguments = [f"--config={path}" for path in given.configs]
+    arguments = [f"--config={_config(parser, path)}" for path in given.configs]
     if given.positionals:
         arguments.append(_positional(parser, positional, given.positionals))
     arguments += [f"--{key}" if text is None else f"--{key}={text}" for key, text in given.options]
@@ -124,6 +122,7 @@ def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
         word = words.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
         key, plus = (key[:-1], "+") if key.endswith("+") else (key, "")
+        key = _spelt(parser, key)
         # `key=value` without dashes is what a W&B agent passes with ${args_no_hyphens}.
         if not word.startswith("-") and not (equals and _action(parser, key)):
             given.positionals.append(word)
@@ -185,6 +184,38 @@ def check_keys(
             check_keys(parser, value, source=source, above=f"{name}.")
         elif _action(parser, name) is None:
             raise ValueError(unknown_key(parser, name, source=source))
+
+
+def _config(parser: ArgumentParser, path: str) -> str:
+    """Return a file of parameters as `--config` takes it: its path, or its text with lists made."""
+    values = load_yaml(path)
+    check_keys(parser, values, source=f"{path}: ")
+    listed = _with_lists(parser, values)
+    return path if listed == values else yaml.safe_dump(listed, sort_keys=False)
+
+
+def _with_lists(
+    parser: ArgumentParser, values: dict[str, Any], *, above: str = ""
+) -> dict[str, Any]:
+    """Return values of a file with one number or word made a list where the parameter is one."""
+    listed = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict):
+            inner = _with_lists(parser, value, above=f"{name}.")
+            listed[key] = inner if _is_group(parser, name) else value
+            continue
+        action = parser._option_string_actions.get(f"--{name}")
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        made = _as_list(action, text) if action else text
+        listed[key] = value if made == text else yaml.safe_load(str(made))
+    return listed
+
+
+def _spelt(parser: ArgumentParser, key: str) -> str:
+    """Return `batch_norm` for `batch-norm`, where that is the parameter's name."""
+    name = key.replace("-", "_")
+    return name if _action(parser, key) is None and _action(parser, name) else key
 
 
 def _action(parser: ArgumentParser, key: str) -> Action | None:

@@ -45,6 +45,7 @@ def train(
     optimizer: Literal["sgd", "adamw"] = "sgd",
     watch: list[Watch] | None = None,
     resume: bool = False,
+    max_scale: float = 1.0,
 ) -> None:
     """Train.
 
@@ -106,10 +107,21 @@ def test_later_files_win_and_interpolations_see_the_final_values(read, tmp_path)
         (("--scale", "-1e-3"), "scale", -0.001),
         (("--trainer.devices", "2"), "trainer.devices", 2),
         (("--trainer.devices", "0,1"), "trainer.devices", "0,1"),
+        (("--max-scale", "2"), "max_scale", 2.0),
+        (("max-scale=2",), "max_scale", 2.0),
     ],
 )
 def test_words_become_values(read, words, key, expected):
     assert read("file", *words)[key] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("100", [100]), ("1,2", [1, 2]), ("[1, 2]", [1, 2]), ("null", None)]
+)
+def test_one_value_in_a_file_is_a_list_too(read, tmp_path, text, steps):
+    config = write(tmp_path / "a.yaml", f"steps: {text}\nfiles: x\nout: s-${{data.task}}\n")
+    given = read("--config", config, "--data.task", "letters")
+    assert (given.steps, given.files, given.out) == (steps, [Path("x")], "s-letters")
 
 
 def test_classes_are_named_by_path(read, parser):
@@ -127,6 +139,7 @@ def test_classes_are_named_by_path(read, parser):
         (("--data.tsk", "1"), "No parameter named 'data.tsk'. Did you mean 'data.task'?"),
         (("--devices=2",), "Did you mean 'trainer.devices'?"),
         (("--trainer.max_steps=2",), "Did you mean 'steps'?"),
+        (("--max-scal", "1"), "Did you mean 'max_scale'?"),
         (("--zzzzzz",), "No parameter named 'zzzzzz'. All of them: mergekit-lit train --help"),
         (("--scale", "nan"), "`scale` must be float, but is 'nan'."),
         (("--scale", "much"), "`scale` must be float, but is 'much'."),
