@@ -67,7 +67,7 @@ class TensorFile(Mapping[str, Tensor]):
             self._names = tuple(sorted(self._file.keys()))
         except (SafetensorError, OSError) as error:
             raise _damaged(self.path, str(error)) from None
-        self._checksums: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}  # of the tensors that were not read yet
         self.facts: dict[str, Any] = {}
         if _HEADER_KEY in metadata:
             self._read_header(metadata[_HEADER_KEY])
@@ -84,9 +84,10 @@ class TensorFile(Mapping[str, Tensor]):
             raise _damaged(self.path, "its header does not match its checksum")
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor.
+        """Map one tensor into memory; what is in it is compared with its checksum the first time.
 
         Raises:
+            KeyError: there is no such tensor.
             ValueError: its bytes do not match the checksum in the header.
         """
         if name not in self._names:
@@ -95,6 +96,7 @@ class TensorFile(Mapping[str, Tensor]):
         expected = self._checksums.get(name)
         if expected is not None and zlib.crc32(tensor_bytes(tensor.contiguous())) != expected:
             raise _damaged(self.path, f"tensor {name!r} does not match its checksum")
+        self._checksums.pop(name, None)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -106,6 +108,10 @@ class TensorFile(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading its data."""
         return tuple(self._file.get_slice(name).get_shape())
+
+    def is_floating_point(self, name: str) -> bool:
+        """Return whether a tensor holds floating-point numbers, without reading its data."""
+        return str(self._file.get_slice(name).get_dtype()).startswith(("F", "BF"))
 
     def under(self, prefix: str) -> "TensorView":
         """Return the tensors whose names start with `prefix`, by their short names, still lazy."""
@@ -128,6 +134,14 @@ class TensorView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return self._file.shape(self._prefix + name)
+
+    def is_floating_point(self, name: str) -> bool:
+        """Return whether a tensor holds floating-point numbers, without reading its data."""
+        return self._file.is_floating_point(self._prefix + name)
 
 
 def floats(params: Params) -> dict[str, Tensor]:

@@ -98,3 +98,13 @@ def test_experts_are_frozen(tiny_experts):
     with pytest.raises(AttributeError):
         tiny_experts.names = ()
     assert len(replace(tiny_experts, tuned=tiny_experts.tuned[:2])) == 2
+
+
+def test_is_finite_looks_at_every_entry():
+    huge = torch.full((8,), 3e38)
+    assert not bool(huge.sum().isfinite())
+    assert params.is_finite(huge)
+    assert params.is_finite(torch.tensor([1, 2]))
+    assert params.is_finite(torch.zeros(0))
+    for bad in ([1.0, math.nan], [math.inf, 1.0], [math.inf, -math.inf]):
+        assert not params.is_finite(torch.tensor(bad))

@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import resource
+import zlib
 
 import pytest
 import torch
@@ -187,3 +188,28 @@ def test_floats_widens_halves_alone():
     assert wide["a.half"].dtype == wide["a.brain"].dtype == torch.float32
     assert wide["a.double"].dtype == torch.float64
     assert wide["b.count"].dtype == torch.int64
+
+
+def test_shapes_and_kinds_are_told_from_the_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, TENSORS, FACTS)
+    file = TensorFile(path)
+    part = file.under("a.")
+    for name, tensor in TENSORS.items():
+        assert file.shape(name) == tuple(tensor.shape)
+        assert file.is_floating_point(name) == tensor.is_floating_point()
+        if name.startswith("a."):
+            assert part.shape(name[2:]) == tuple(tensor.shape)
+            assert part.is_floating_point(name[2:]) == tensor.is_floating_point()
+
+
+def test_a_tensor_is_checked_when_it_is_first_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, TENSORS, FACTS)
+    looked = []
+    real = zlib.crc32
+    file = TensorFile(path)
+    monkeypatch.setattr(zlib, "crc32", lambda data: looked.append(1) or real(data))
+    for _ in range(3):
+        assert torch.equal(file["a.double"], TENSORS["a.double"])
+    assert len(looked) == 1
