@@ -20,8 +20,9 @@ from mergekit_lit.core.experts import load_expert
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.lit.launch import trainer_arguments
 from mergekit_lit.lit.loggers import LoggerKind
-from mergekit_lit.stages.train import train_expert
+from mergekit_lit.stages.train import train_expert, world_size
 
 _GIVEN_APART = {"data", "model", "trainer", "callbacks", "loggers", "name"}
 
@@ -55,8 +56,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = _parser()
     namespace = parse(parser, argv)
-    if namespace.jobs < 1:
-        raise ValueError(f"`jobs` must be at least 1, but is {namespace.jobs}.")
+    _check_jobs(namespace)
     tasks = _tasks(namespace)
     texts = config_texts(parser, argv, namespace)
     if namespace.jobs > 1 and len(tasks) > 1:
@@ -77,6 +77,22 @@ def _parser() -> ArgumentParser:
     add_parameters(parser, train_expert, skip=_GIVEN_APART)
     add_parameters(parser, options)
     return parser
+
+
+def _check_jobs(namespace: Namespace) -> None:
+    """Refuse a number of jobs below 1, and jobs that would each be several processes."""
+    if namespace.jobs < 1:
+        raise ValueError(f"`jobs` must be at least 1, but is {namespace.jobs}.")
+    if namespace.jobs == 1:
+        return
+    given, _ = explicit(vars(namespace.trainer))
+    processes = world_size(trainer_arguments(given))
+    if trainer_arguments({}) or processes > 1:
+        raise ValueError(
+            f"`jobs` must be 1 where a launcher or `trainer.devices` makes {processes} processes "
+            f"of one training, but is {namespace.jobs}. Train tasks side by side, or one task in "
+            "several processes."
+        )
 
 
 def _tasks(namespace: Namespace) -> list[str]:

@@ -10,6 +10,7 @@ from mergekit_lit.core.records import Record, plain
 # The split's seed has another name on the command line, where `seed` is the training's.
 _RENAMED = {"seed": "split_seed"}
 _HASHES = ("split_hash", "base_hash")
+_DEVICES = {"world_size": "devices"}
 
 
 def command_line(record: Record, *, out: str = "FOLDER") -> str:
@@ -25,7 +26,7 @@ def command_line(record: Record, *, out: str = "FOLDER") -> str:
 
 def _train_words(record: Record, out: str) -> list[str]:
     kept = {
-        group: {name: value for name, value in values.items() if name not in _HASHES}
+        group: {_DEVICES.get(k, k): value for k, value in values.items() if k not in _HASHES}
         for group, values in record.config.items()
         if isinstance(values, Mapping)
     }

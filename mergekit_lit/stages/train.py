@@ -46,6 +46,8 @@ _TRAJECTORY = (
     "gradient_clip_val",
     "precision",
 )
+# Trainer arguments that say how many processes there are.
+_PLACEMENT = ("accelerator", "devices", "num_nodes")
 
 
 @dataclass(frozen=True)
@@ -197,17 +199,37 @@ def _trainer(
     return trainer
 
 
+def world_size(arguments: Mapping[str, Any]) -> int:
+    """Return how many processes a Trainer of these arguments would train in.
+
+    Args:
+        arguments: arguments of Lightning's Trainer, in agreement with the launcher.
+    """
+    placement = {name: arguments[name] for name in _PLACEMENT if name in arguments}
+    with quiet():
+        # Only Lightning knows what `auto` means here; a Trainer without a model starts nothing.
+        trainer = Trainer(**_DEFAULTS, **placement, logger=False, enable_checkpointing=False)
+    return trainer.world_size
+
+
 def _config(
     data: TaskDataModule, model: ExpertModule, steps: Sequence[int], trainer: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what decides the weights' path, as plain values."""
+    chosen = trainer_arguments(trainer)
+    processes = world_size(chosen)
     return dict(
         plain(
             {
                 "data": {**data.hparams, "split_hash": data.task_data.split_hash},
                 "model": {**model.hparams, "base_hash": model.base.content},
                 "steps": list(steps),
-                "trainer": {key: trainer.get(key) for key in _TRAJECTORY},
+                "trainer": {
+                    **{key: chosen.get(key) for key in _TRAJECTORY},
+                    # Each process sees its share of a batch, and by itself that share's statistics.
+                    "world_size": processes,
+                    "sync_batchnorm": processes > 1 and bool(chosen.get("sync_batchnorm")),
+                },
             }
         )
     )

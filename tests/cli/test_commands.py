@@ -192,6 +192,10 @@ BAD_TRAINING = {
     "lr negative": (["--model.lr=-1"], "`lr`"),
     "lr nan": (["--model.lr=nan"], "`model.lr`"),
     "no jobs": (["--jobs=0"], "`jobs`"),
+    "jobs of several processes": (
+        ["--jobs=2", "--trainer.devices=2", "--trainer.accelerator=cpu"],
+        "`jobs` must be 1",
+    ),
     "several K under cosine": (["--steps=1,2"], "cosine"),
     "max_steps": (["--trainer.max_steps=2"], "Did you mean 'steps'?"),
     "bad precision": (["--trainer.precision=17"], "precision"),
@@ -215,6 +219,15 @@ def test_bad_training_is_one_line_and_leaves_nothing(
     assert message in told
     assert told.count("\n") == 1
     assert not out.exists()
+
+
+def test_jobs_under_a_launcher_are_refused(tiny_suite, tmp_path, capsys, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    words = [f"--data.suite={tiny_suite}", "--data.task=all", BASE, "--steps=1", "--jobs=2"]
+    assert main(["train", *words, f"--out={tmp_path / 'run'}"]) == 2
+    assert "`jobs` must be 1 where a launcher" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 BAD_MERGES = {

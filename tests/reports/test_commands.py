@@ -9,12 +9,12 @@ def test_training_leaves_hashes_and_nulls_out():
         "data": {"suite": "tiny", "task": "a", "n": None, "split_hash": "123"},
         "model": {"lr": 0.1, "betas": [0.9, 0.99], "base_hash": "456"},
         "steps": [5, 10],
-        "trainer": {"precision": None},
+        "trainer": {"precision": None, "world_size": 2},
     }
     line = command_line(Record(stage="train", name="a", config=config), out="runs/x y")
     assert line == (
         "mergekit-lit train --data.suite tiny --data.task a --model.lr 0.1 "
-        "--model.betas '[0.9, 0.99]' --steps '[5, 10]' --out 'runs/x y'"
+        "--model.betas '[0.9, 0.99]' --trainer.devices 2 --steps '[5, 10]' --out 'runs/x y'"
     )
 
 

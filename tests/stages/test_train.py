@@ -17,7 +17,7 @@ from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.stages.train import train_expert
+from mergekit_lit.stages.train import train_expert, world_size
 
 RESNET, VIT = "timm/test_resnet@random:0", "vit@random:0"
 
@@ -136,6 +136,27 @@ def test_resume_refuses_another_configuration(tiny_suite, tmp_path):
         ValueError, match=r"configuration, but `model\.lr` was 0\.01 and is 0\.02 now"
     ):
         train(tiny_suite, tmp_path, model={"lr": 0.02}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("now", "key", "was", "value"),
+    [
+        ({"devices": 2}, "world_size", "1", "2"),
+        ({"devices": 2, "sync_batchnorm": True}, "sync_batchnorm", "False", "True"),
+        ({"precision": "bf16-true"}, "precision", "None", "'bf16-true'"),
+    ],
+)
+def test_resume_refuses_other_processes_and_precision(tiny_suite, tmp_path, now, key, was, value):
+    with pytest.raises(StopError):
+        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[StopAfter(3)])
+    with pytest.raises(ValueError, match=rf"`trainer\.{key}` was {was} and is {value} now"):
+        train(tiny_suite, tmp_path, trainer=now, resume=True)
+
+
+def test_processes_are_counted_without_starting_any():
+    pair = {"accelerator": "cpu", "devices": 2}
+    assert world_size(pair) == 2
+    assert world_size({**pair, "devices": "auto"}) == world_size({"num_nodes": 1}) == 1
 
 
 def test_resume_refuses_a_damaged_checkpoint(tiny_suite, tmp_path):
