@@ -1,21 +1,19 @@
-"""This file decodes images once and keeps them as uint8, on disk and mapped when large."""
+"""This file decodes images once and keeps them as uint8."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from mergekit_lit.core.files import atomic_path
+from mergekit_lit.data.keeping import content_key, in_place, kept, new_array
 from mergekit_lit.data.splits import Array, Images
 
-# Above this many bytes an array stays on disk and is mapped into memory.
-LARGE = 256 * 2**20
 _CHUNK = 512
 
 
@@ -41,15 +39,18 @@ class Files:
         """Decode one file.
 
         Raises:
-            ValueError: the file is damaged or no image.
+            ValueError: the file is damaged, no image, or one of floats.
         """
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB"), int(self.labels[index])
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                return _rgb(image), int(self.labels[index])
+        # A flipped bit makes Pillow raise nearly every class there is.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{str(path)!r} must be a whole image, but is not: {error}. Replace or remove it."
+                f"{str(path)!r} must be a whole image, but is not: {reason.rstrip('.')}. "
+                "Replace or remove it."
             ) from None
 
 
@@ -102,31 +103,22 @@ def decoded(items: Items, *, folder: Path, name: str, content: str, size: int) -
         ValueError: an image is damaged.
         OSError: `folder` cannot be written.
     """
-    key = hashlib.sha256(f"{content}\x1f{size}\x1f{len(items)}".encode()).hexdigest()[:16]
+    key = content_key(content, size, len(items))
     x_path, y_path = (folder / f"{name}-{size}-{key}.{part}.npy" for part in "xy")
-    if not (x_path.is_file() and y_path.is_file()):
+    shape = (len(items), size, size, 3)
+    x, y = kept(x_path, shape, np.uint8), kept(y_path, shape[:1], np.int64)
+    if x is None or y is None:
         with atomic_path(x_path) as temporary:
-            y = _decode_into(temporary, items, size)
+            labels = _decode_into(temporary, items, size)
         with atomic_path(y_path) as temporary, temporary.open("wb") as file:
-            np.lib.format.write_array(file, y, allow_pickle=False)
-    large = x_path.stat().st_size > LARGE
-    x = np.load(x_path, mmap_mode="r" if large else None, allow_pickle=False)
-    return Images(x, np.load(y_path, allow_pickle=False))
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash over the names, sizes and times of change of all files below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(_files_below(folder)):
-        status = path.stat()
-        entry = f"{path.relative_to(folder)}\x1f{status.st_size}\x1f{status.st_mtime_ns}\x00"
-        digest.update(entry.encode())
-    return digest.hexdigest()
+            np.lib.format.write_array(file, labels, allow_pickle=False)
+        x, y = np.load(x_path, mmap_mode="r"), labels
+    return Images(in_place(x), np.array(y))
 
 
 def square(image: Image.Image, size: int) -> Array:
     """Return an image as uint8 (size, size, 3): shorter side resized, centre cropped."""
-    image = image.convert("RGB")
+    image = _rgb(image)
     if image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
@@ -136,10 +128,19 @@ def square(image: Image.Image, size: int) -> Array:
     return np.asarray(image)
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return an image with three channels of 8 bits; transparency is dropped."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range nothing tells")
+    if image.mode.startswith("I"):
+        # 16 bits: Pillow would cut at 255, and leave nearly all of it white.
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
 def _decode_into(path: Path, items: Items, size: int) -> Array:
     """Write every image into the array file at `path`, and return the labels."""
-    shape = (len(items), size, size, 3)
-    x: Any = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    x = new_array(path, (len(items), size, size, 3))
     y = np.empty(len(items), dtype=np.int64)
 
     def decode(index: int) -> None:
@@ -154,9 +155,3 @@ def _decode_into(path: Path, items: Items, size: int) -> Array:
                 pass
     x.flush()
     return y
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            yield Path(parent) / name

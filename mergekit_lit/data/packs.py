@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mergekit_lit.data.archives import npz_keys, npz_member
 from mergekit_lit.data.splits import Array, Images, Pool, to_rgb
 
 PACK_FOLDER = Path(__file__).parent / "files"
@@ -60,6 +61,7 @@ def read_packed(task: str) -> Pool:
 
     Raises:
         FileNotFoundError: the package was installed without its data files.
+        ValueError: they are damaged.
     """
     path = pack_path(task)
     if not path.is_file():
@@ -67,12 +69,11 @@ def read_packed(task: str) -> Pool:
             f"The package must hold {path.name!r}, but it is missing. Install mergekit-lit again, "
             "or make the file: python experiments/data/pack_embedded.py"
         )
-    with np.load(path, allow_pickle=False) as file:
-        y, split, classes = (file[f"{task}.{key}"] for key in ("y", "split", "classes"))
-        if f"{task}.sheet" in file:
-            x = _cut(file[f"{task}.sheet"].tobytes(), len(y))
-        else:
-            x = to_rgb(enlarge(file[f"{task}.x"]))
+    y, split, classes = (_read(path, f"{task}.{key}") for key in ("y", "split", "classes"))
+    if f"{task}.sheet" in npz_keys(path):
+        x = _cut(_read(path, f"{task}.sheet").tobytes(), len(y))
+    else:
+        x = to_rgb(enlarge(_read(path, f"{task}.x")))
     labels = y.astype(np.int64)
     train, test = (_frozen(x[split == part], labels[split == part]) for part in (0, 1))
     return Pool(train, test, tuple(str(name) for name in classes))
@@ -86,6 +87,10 @@ def enlarge(x: Array) -> Array:
     return np.stack(
         [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in x]
     )
+
+
+def _read(path: Path, key: str) -> Array:
+    return npz_member(path, key).read()
 
 
 def _frozen(x: Array, y: Array) -> Images:

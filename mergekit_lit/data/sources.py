@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from mergekit_lit.data import class_names
-from mergekit_lit.data.decoding import Files, Items, Joined, Part, fingerprint
-from mergekit_lit.data.splits import Array, Images, proportional_order, to_rgb
+from mergekit_lit.data.decoding import Files, Items, Joined, Part
+from mergekit_lit.data.keeping import Stack, fingerprint
+from mergekit_lit.data.splits import Array, proportional_order
 
 # EuroSAT has no official split: a tenth of each class to test, a tenth to val, by this seed.
 _EUROSAT_SEED = 0
@@ -18,20 +19,20 @@ _EUROSAT_SEED = 0
 
 @dataclass(frozen=True)
 class Opened:
-    """A task as its source has it: arrays, or images to be decoded.
+    """A task as its source has it: stacks of images, or images to be decoded.
 
     Attributes:
         train: the training pool.
         test: the test set.
         classes: C class names.
         val: a validation set that is fixed; None where it is carved from train.
-        content: fingerprint of images to be decoded.
+        content: fingerprint of the files.
     """
 
-    train: Images | Items
-    test: Images | Items
+    train: Stack | Items
+    test: Stack | Items
     classes: tuple[str, ...]
-    val: Images | Items | None = None
+    val: Stack | Items | None = None
     content: str = ""
 
 
@@ -58,11 +59,12 @@ def open_torchvision(
     return opened
 
 
-def open_arrays(name: str, **choices: Any) -> Opener:
+def open_arrays(name: str, *places: str, **choices: Any) -> Opener:
     """Return an opener for a torchvision set that holds its images as one array.
 
     Args:
         name: the class in `torchvision.datasets`.
+        places: its files and folders under the root, for the fingerprint.
         choices: further arguments, such as EMNIST's split.
     """
 
@@ -79,14 +81,11 @@ def open_arrays(name: str, **choices: Any) -> Opener:
             for part in ("train", "test")
         ]
         names = _classes(parts[0]) or class_names.DIGITS
-        train, test = (_array_images(part) for part in parts)
-        if name == "EMNIST":
-            train, test = _upright(train), _upright(test)
-        if choices.get("split") == "letters":
-            # Its labels start at 1: class 0 is called N/A and has no image.
-            names = tuple(letter for letter in names if letter != "N/A")
-            train, test = Images(train.x, train.y - 1), Images(test.x, test.y - 1)
-        return Opened(train, test, names)
+        # The labels of EMNIST's letters start at 1: class 0 is called N/A and has no image.
+        first = int(choices.get("split") == "letters")
+        train, test = (_stack(part, first, upright=name == "EMNIST") for part in parts)
+        content = fingerprint(*(root / place for place in places))
+        return Opened(train, test, tuple(text for text in names if text != "N/A"), content=content)
 
     return opened
 
@@ -287,18 +286,20 @@ def _classes(part: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in getattr(part, "classes", ()))
 
 
-def _array_images(part: Any) -> Images:
-    """Return a torchvision set's own arrays as (N, H, W, 3) and int64 labels."""
+def _stack(part: Any, first: int, *, upright: bool) -> Stack:
+    """Return a torchvision set's own array, and its labels counted from 0.
+
+    Args:
+        part: the set.
+        first: its smallest label.
+        upright: whether its images are transposed, as EMNIST's are.
+    """
     x: Array = np.asarray(part.data)
     if x.ndim == 4 and x.shape[1] == 3 and x.shape[-1] != 3:
-        x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        x = x.transpose(0, 2, 3, 1)
     labels = part.targets if hasattr(part, "targets") else part.labels
-    return Images(to_rgb(x), np.asarray(labels, dtype=np.int64))
-
-
-def _upright(images: Images) -> Images:
-    """Return EMNIST's images upright: its files hold them transposed."""
-    return Images(np.ascontiguousarray(np.asarray(images.x).swapaxes(1, 2)), images.y)
+    x = x.swapaxes(1, 2) if upright else x
+    return Stack.of(x, np.asarray(labels, dtype=np.int64) - first)
 
 
 def _sun397_list(folder: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mergekit_lit.core.registry import SUITES
 from mergekit_lit.data.decoding import Items, decoded
+from mergekit_lit.data.keeping import Stack, stacked
 from mergekit_lit.data.sources import (
     Opened,
     Opener,
@@ -69,7 +70,14 @@ _FACTS = {
         *(43, 26640, 12630, 64, "photographs", _RESEARCH),
     ),
     "mnist": _Facts(
-        open_arrays("MNIST"), ("MNIST/raw",), 10, 60000, 10000, 28, "scans", "CC BY-SA 3.0"
+        open_arrays("MNIST", "MNIST/raw"),
+        ("MNIST/raw",),
+        10,
+        60000,
+        10000,
+        28,
+        "scans",
+        "CC BY-SA 3.0",
     ),
     "resisc45": _Facts(
         open_resisc45,
@@ -85,12 +93,19 @@ _FACTS = {
         manual=_SUN,
     ),
     "svhn": _Facts(
-        open_arrays("SVHN"),
+        open_arrays("SVHN", "train_32x32.mat", "test_32x32.mat"),
         ("train_32x32.mat", "test_32x32.mat"),
         *(10, 73257, 26032, 32, "photographs", "non-commercial"),
     ),
     "stl10": _Facts(
-        open_arrays("STL10"), ("stl10_binary",), 10, 5000, 8000, 96, "photographs", _NONE
+        open_arrays("STL10", "stl10_binary"),
+        ("stl10_binary",),
+        10,
+        5000,
+        8000,
+        96,
+        "photographs",
+        _NONE,
     ),
     "oxford_pets": _Facts(
         _official("OxfordIIITPet", "oxford-iiit-pet", "trainval"),
@@ -103,7 +118,14 @@ _FACTS = {
         *(102, 1020, 6149, 224, "photographs", _NONE),
     ),
     "cifar100": _Facts(
-        open_arrays("CIFAR100"), ("cifar-100-python",), 100, 50000, 10000, 32, "photographs", _NONE
+        open_arrays("CIFAR100", "cifar-100-python"),
+        ("cifar-100-python",),
+        100,
+        50000,
+        10000,
+        32,
+        "photographs",
+        _NONE,
     ),
     "pcam": _Facts(
         _official("PCAM", "pcam"), ("pcam",), 2, 262144, 32768, 96, "microscope photographs", "CC0"
@@ -116,7 +138,14 @@ _FACTS = {
         manual=_FER,
     ),
     "cifar10": _Facts(
-        open_arrays("CIFAR10"), ("cifar-10-batches-py",), 10, 50000, 10000, 32, "photographs", _NONE
+        open_arrays("CIFAR10", "cifar-10-batches-py"),
+        ("cifar-10-batches-py",),
+        10,
+        50000,
+        10000,
+        32,
+        "photographs",
+        _NONE,
     ),
     "food101": _Facts(
         _official("Food101", "food-101"),
@@ -124,7 +153,7 @@ _FACTS = {
         *(101, 75750, 25250, 224, "photographs", _RESEARCH),
     ),
     "fashion_mnist": _Facts(
-        open_arrays("FashionMNIST"),
+        open_arrays("FashionMNIST", "FashionMNIST/raw"),
         ("FashionMNIST/raw",),
         10,
         60000,
@@ -139,15 +168,22 @@ _FACTS = {
         *(2, 6920, 1821, 224, "renderings", _NONE),
     ),
     "emnist_digits": _Facts(
-        open_arrays("EMNIST", split="digits"),
+        open_arrays("EMNIST", "EMNIST/raw", split="digits"),
         ("EMNIST/raw",),
         *(10, 240000, 40000, 28, "scans", "public domain"),
     ),
     "kmnist": _Facts(
-        open_arrays("KMNIST"), ("KMNIST/raw",), 10, 60000, 10000, 28, "scans", "CC BY-SA 4.0"
+        open_arrays("KMNIST", "KMNIST/raw"),
+        ("KMNIST/raw",),
+        10,
+        60000,
+        10000,
+        28,
+        "scans",
+        "CC BY-SA 4.0",
     ),
     "emnist_letters": _Facts(
-        open_arrays("EMNIST", split="letters"),
+        open_arrays("EMNIST", "EMNIST/raw", split="letters"),
         ("EMNIST/raw",),
         *(26, 124800, 20800, 28, "scans", "public domain"),
     ),
@@ -258,9 +294,9 @@ def _reader(name: str, facts: _Facts) -> Reader:
 
 
 def _pool(name: str, opened: Opened, folder: Path, size: int) -> Pool:
-    def images(part: str, x: Images | Items) -> Images:
-        if isinstance(x, Images):
-            return x
+    def images(part: str, x: Stack | Items) -> Images:
+        if isinstance(x, Stack):
+            return stacked(x, folder=folder, name=f"{name}-{part}", content=opened.content)
         return decoded(x, folder=folder, name=f"{name}-{part}", content=opened.content, size=size)
 
     return Pool(
