@@ -7,23 +7,26 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mergekit_lit.callbacks.view import step_ended
 from mergekit_lit.core.experts import Expert, save_expert
 from mergekit_lit.core.params import check_finite, with_prefix
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.lit.card import expert_card
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.heads import Head
-from mergekit_lit.lit.passes import score, statistics_of
+from mergekit_lit.lit.passes import score
+from mergekit_lit.lit.recalibration import task_statistics
 
 
 class ExpertExport(Callback):
     """Writes `<out>/<name>.safetensors` after the last step, or one file after each of `steps`.
 
     Where BatchNorm trained on batch statistics, its running statistics lag behind the weights: the
-    file holds those of the final weights instead, estimated on all training images. The card's
-    losses and accuracies are measured in eval mode with exactly what the file holds, its path
-    constants come from every callback of the Trainer that has a method `card_facts()`. List this
-    callback after those. The training is not disturbed: the same run gives the same bytes.
+    file holds those of the final weights instead, estimated as for the head fit
+    (`lit.recalibration.task_statistics`). The card's losses and accuracies are measured in eval
+    mode with exactly what the file holds, its path constants come from every callback of the
+    Trainer that has a method `card_facts()`. List this callback after those. The training is not
+    disturbed: the same run gives the same bytes.
     """
 
     def __init__(self, out: Path, *, steps: Sequence[int] = (), name: str | None = None) -> None:
@@ -53,8 +56,8 @@ class ExpertExport(Callback):
     ) -> None:
         """Write the expert after a step whose count was asked for."""
         step = trainer.global_step
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or step not in (self.steps or (trainer.max_steps,)):
+        asked = step in (self.steps or (trainer.max_steps,))
+        if not (asked and step_ended(trainer, batch_idx)):
             return
         if not isinstance(pl_module, ExpertModule):
             raise TypeError(
@@ -80,7 +83,7 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
     check_finite(weights, source=f"E{told[1:]}")
     plain = module.plain_backbone(params)
     if module.norm_statistics == "train":
-        params = {**params, **statistics_of(plain, data.train)}
+        params = {**params, **task_statistics(plain, data)}
         plain.load_state_dict(params)
     layer = Head(head, trained=False).to(module.device)
     train, val = (score(plain, layer, images) for images in (data.train, data.val))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mergekit_lit.callbacks.view import Samples, log_metrics, training_samples
 from mergekit_lit.core.seeds import derive_seed, generator
+from mergekit_lit.lit.randomness import seed_stream
 from mergekit_lit.theory.noise import GradientMoments, gradient_moments, noise_scale
 from mergekit_lit.theory.norms import squared_norm
 
@@ -160,7 +161,7 @@ class GradientNoise(Callback):
         total = [torch.zeros_like(p) for p in parameters]
         squares, count = torch.zeros((), device=module.device), 0
         with _untouched(module):
-            torch.manual_seed(derive_seed(self.seed, "noise", trainer.global_step))
+            seed_stream(derive_seed(self.seed, "noise", trainer.global_step), module.device)
             batches, size = self._batches(trainer)
             for index, batch in enumerate(batches):
                 gradient = _gradient(trainer, module, parameters, batch, index)

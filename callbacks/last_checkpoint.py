@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mergekit_lit.callbacks.view import step_ended
 from mergekit_lit.core.files import atomic_path
 
 
@@ -44,8 +45,8 @@ class LastCheckpoint(Callback):
     ) -> None:
         """Write the checkpoint after a step for which it is due; the last step needs none."""
         step = trainer.global_step
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not (stepped and self.every) or step % self.every or step == trainer.max_steps:
+        due = self.every and step % self.every == 0 and step != trainer.max_steps
+        if not (due and step_ended(trainer, batch_idx)):
             return
         # One process writes; the others take part in collecting what it writes.
         place = atomic_path(self.path) if trainer.is_global_zero else nullcontext(self.path)

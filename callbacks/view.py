@@ -83,6 +83,15 @@ def _taken(images: Images, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(images.x[rows]), torch.from_numpy(images.y[rows]), at
 
 
+def step_ended(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether the micro-batch that just ended completed an optimizer step.
+
+    The last micro-batch of an epoch completes one too, however few were accumulated.
+    """
+    full = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return full or trainer.is_last_batch
+
+
 def is_logging_step(trainer: Trainer) -> bool:
     """Return whether the optimizer step that just ended is one that the Trainer logs."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # Lightning sets it untyped

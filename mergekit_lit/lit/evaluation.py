@@ -166,9 +166,7 @@ def _check_fit(name: str, params: Params, head: Params, data: TaskData, backbone
 
 
 def _recalibrated(backbone: Backbone, params: Params, data: TaskData) -> dict[str, Tensor]:
-    """Return BatchNorm statistics estimated on training images; empty without BatchNorm."""
-    if not any(name.endswith("running_mean") for name in params):
-        return {}
+    """Return BatchNorm statistics as the head fit estimates them; empty without BatchNorm."""
     return statistics_on([calibration_images(data.train, data.name)], params, backbone=backbone)
 
 

@@ -16,7 +16,9 @@ from mergekit_lit.data.batches import Batch
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.heads import Head, head_at, head_kind
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
-from mergekit_lit.lit.passes import inputs, statistics_of
+from mergekit_lit.lit.passes import inputs
+from mergekit_lit.lit.randomness import seed_stream
+from mergekit_lit.lit.recalibration import task_statistics
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
 
 NormStatistics = Literal["train", "frozen"]
@@ -26,9 +28,12 @@ class ExpertModule(LightningModule):
     """Fine-tunes a base on one task; the head stands outside the merge.
 
     Before the first step the BatchNorm statistics are estimated on the task's training images and
-    the head is fitted under them, so that head fit and evaluation treat BatchNorm alike; training
-    starts from there. Whatever is drawn at random in a forward pass (dropout, augmentation) is
-    keyed by (seed, step, slot), the slot counting micro-batches over accumulation and processes.
+    the head is fitted under them; training starts from there. The expert's file and evaluation
+    estimate them on the same images in the same batches (`lit.recalibration.task_statistics`), so
+    that the untouched base is evaluated under exactly what its head has seen.
+
+    Whatever is drawn at random in a forward pass (dropout, augmentation) is keyed by (seed, step,
+    slot), the slot counting micro-batches over accumulation and processes.
 
     Attributes:
         base: x0.
@@ -125,7 +130,7 @@ class ExpertModule(LightningModule):
             return
         data = self.data.task_data
         start = self.plain_backbone(self.base.params, self.trainer.strategy.root_device)
-        start.load_state_dict({**start.state_dict(), **statistics_of(start, data.train)})
+        start.load_state_dict({**start.state_dict(), **task_statistics(start, data)})
         head = head_at(start, data, self.head_spec, seed=self.seed)
         self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
@@ -160,7 +165,7 @@ class ExpertModule(LightningModule):
         """Return the loss of one micro-batch."""
         x, y, _ = batch
         step, slot = self.trainer.global_step, self._slot(batch_idx)
-        self._reseed(step, slot)
+        seed_stream(derive_seed(self.seed, "forward", step, slot), self.device)
         x = self.data.augmented(x, step, slot, seed=self.seed)
         loss = cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set untyped
@@ -191,13 +196,6 @@ class ExpertModule(LightningModule):
         return (batch_idx % trainer.accumulate_grad_batches) * trainer.world_size + (
             trainer.global_rank
         )
-
-    def _reseed(self, step: int, slot: int) -> None:
-        """Start the random stream of one forward pass."""
-        seed = derive_seed(self.seed, "forward", step, slot)
-        # Off the CPU this seeds every device; on it, that would queue a traceback for each.
-        seeded = torch.default_generator if self.device.type == "cpu" else torch
-        seeded.manual_seed(seed)
 
     def _report(self, loss: Tensor, step: int) -> None:
         """Log the loss and the learning rate; refuse a loss that is no number."""

@@ -1,7 +1,7 @@
 """This file is evaluation under a Trainer: every model on every task, exact over processes."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.merging import MergeObserver
+from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.params import Params
+from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.evaluation import (
     Entry,
     EvaluationBatchNorm,
@@ -22,9 +23,9 @@ from mergekit_lit.lit.evaluation import (
     observe,
     pixels,
 )
+from mergekit_lit.lit.recalibration import calibration_images, merge_calibrated
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, no_outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule
-from mergekit_lit.merging.engine import merge
 from mergekit_lit.models.backbones import Backbone
 
 _LOGGED = ("accuracy", "loss", "calibration_error")
@@ -38,15 +39,18 @@ class PendingMerge:
         experts: what is merged.
         method: name of the merge method.
         config: its configuration.
-        batch_norm: `base` or `average`.
+        batch_norm: where the BatchNorm statistics come from, as in `merge_calibrated`.
         seed: seed of the merge.
+        images: training images of each task for the `recalibrate` policies; None for those of the
+            MergeDataModule's training split.
     """
 
     experts: Experts
     method: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    batch_norm: str = "base"
+    batch_norm: BatchNormPolicy = "base"
     seed: int = 0
+    images: Mapping[str, Images] | None = None
 
 
 class MergeModule(LightningModule):
@@ -55,7 +59,8 @@ class MergeModule(LightningModule):
     `trainer.test(module, data)` logs `accuracy/<model>/<task>` and, for each measure, the mean
     `accuracy/<model>`; `results()` has everything, with intervals. Pending merges are
     made in `setup`, in sight of the Trainer's callbacks: those that have the methods of
-    `core.merging.MergeObserver` are called, and may change the deltas.
+    `core.merging.MergeObserver` are called, and may change the deltas. Every process makes them,
+    and goes on with the first one's result.
 
     Attributes:
         models: the models by name, pending merges made by `setup`.
@@ -98,6 +103,7 @@ class MergeModule(LightningModule):
         """Make the merges that are still pending.
 
         Raises:
+            KeyError: a policy that needs images, and no images of a task.
             TypeError: the data is no MergeDataModule.
         """
         self._data()
@@ -106,7 +112,7 @@ class MergeModule(LightningModule):
         observers = [callback for callback in callbacks if isinstance(callback, MergeObserver)]
         for name, model in self.models.items():
             if isinstance(model, PendingMerge):
-                self.models[name] = _merged(model, observers)
+                self.models[name] = self._merged(model, observers)
 
     def on_test_start(self) -> None:
         """Forget an earlier test."""
@@ -166,6 +172,29 @@ class MergeModule(LightningModule):
         }
         return score_table(self.outcomes, experts=experts, seed=self.seed)
 
+    def _merged(self, pending: PendingMerge, observers: Sequence[MergeObserver]) -> Merged:
+        merged = merge_calibrated(
+            pending.experts,
+            pending.method,
+            self._images(pending) if pending.images is None else pending.images,
+            backbone=copy.deepcopy(self.backbone).to(self.trainer.strategy.root_device),
+            config=pending.config,
+            batch_norm=pending.batch_norm,
+            observers=observers,
+            seed=pending.seed,
+        )
+        if self.trainer.world_size == 1:
+            return merged
+        # Processors may differ in rounding from one machine to the next.
+        return self.trainer.strategy.broadcast(merged)
+
+    def _images(self, pending: PendingMerge) -> dict[str, Images]:
+        """Return the images of each task that `merge_files` would calibrate on."""
+        return {
+            data.name: calibration_images(data.train, data.name, seed=pending.seed)
+            for data in self._data().task_data
+        }
+
     def _log_table(self, name: str, table: Mapping[str, Any]) -> None:
         # Every process holds the same numbers; `sync_dist` keeps Lightning from warning of it.
         values = {f"{measure}/{name}": table["mean"][measure] for measure in _LOGGED}
@@ -189,14 +218,3 @@ class MergeModule(LightningModule):
                 "Call trainer.test(module, datamodule=MergeDataModule(...))."
             )
         return data
-
-
-def _merged(pending: PendingMerge, observers: list[MergeObserver]) -> Merged:
-    return merge(
-        pending.experts,
-        pending.method,
-        config=pending.config,
-        batch_norm=pending.batch_norm,
-        observers=observers,
-        seed=pending.seed,
-    )

@@ -1,6 +1,6 @@
 """This file is passes over all images of a split without a gradient: features, scores ..."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +43,26 @@ def inputs(backbone: Backbone, x: Tensor) -> Tensor:
     )
 
 
-def statistics_of(backbone: Backbone, images: Images) -> dict[str, Tensor]:
-    """Return the BatchNorm statistics of all `images`; the backbone is left as it is.
+def statistics_of(
+    backbone: Backbone, pools: Images | Sequence[Images], *, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of all images of all pools; the backbone is left as it is.
 
     The images come in one seeded random order, in batches whose sizes differ by at most one: a
-    batch of neighbours would show fewer classes, and so less variance, than training does.
+    batch of neighbours would show fewer classes, and so less variance, than training does. The head
+    fit, the expert's file and every re-estimation call this, so that they treat BatchNorm alike.
+
+    Args:
+        backbone: the model, on the device to compute on.
+        pools: images, or several sets of them, which every batch mixes.
+        seed: of the order.
+
+    Returns:
+        Statistics by name, on the CPU; empty without BatchNorm.
     """
-    return estimate_statistics(backbone, _shuffled(backbone, images))
+    several = [pools] if isinstance(pools, Images) else list(pools)
+    found = estimate_statistics(backbone, _shuffled(backbone, several, seed))
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 @torch.no_grad()
@@ -81,8 +94,18 @@ def _in_order(backbone: Backbone, images: Images) -> Iterator[tuple[Tensor, Tens
         yield inputs(backbone, x.to(device)), y.to(device)
 
 
-def _shuffled(backbone: Backbone, images: Images) -> Iterator[Tensor]:
+def _shuffled(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterator[Tensor]:
+    """Yield the images of all pools in one seeded order, each batch a mixture of the pools."""
     device = next(backbone.parameters()).device
-    order = torch.randperm(len(images), generator=generator(0, "statistics")).numpy()
+    first = np.cumsum([0, *(len(pool) for pool in pools)])
+    order = torch.randperm(int(first[-1]), generator=generator(seed, "statistics")).numpy()
+    # Sizes that differ by at most one: a last batch of one image would have no variance.
     for part in np.array_split(order, -(-len(order) // _PASS_BATCH)):
-        yield inputs(backbone, torch.from_numpy(images.x[np.sort(part)]).to(device))
+        # In the order in which they lie on the disk.
+        places = np.split(np.sort(part), np.searchsorted(np.sort(part), first[1:-1]))
+        chosen = [
+            pool.x[place - start]
+            for pool, place, start in zip(pools, places, first, strict=False)
+            if len(place)
+        ]
+        yield torch.cat([inputs(backbone, torch.from_numpy(x).to(device)) for x in chosen])

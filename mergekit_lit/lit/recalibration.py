@@ -1,25 +1,72 @@
 """This file is BatchNorm recalibration: statistics estimated again on a task's training images."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from mergekit_lit.core.experts import Merged
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.seeds import generator
-from mergekit_lit.data.splits import Images
-from mergekit_lit.lit.passes import inputs
+from mergekit_lit.data.splits import Images, TaskData
+from mergekit_lit.lit.passes import statistics_of
+from mergekit_lit.merging.engine import merge
 from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.models.statistics import estimate_statistics, has_statistics
+from mergekit_lit.models.statistics import has_statistics
 
-CALIBRATION_IMAGES = 512
+CALIBRATION_IMAGES = 4096
+"""Largest number of a task's training images that BatchNorm statistics are estimated on.
 
-# Large enough that each batch shows most classes of its task.
-_BATCH = 128
+The head fit, the expert's file, recalibration and evaluation share it: up to so many images all of
+them count, beyond it a subset does, the same everywhere, so that a large task costs no more.
+"""
+
+
+def merge_calibrated(
+    experts: Experts,
+    method: str,
+    images: Mapping[str, Images],
+    *,
+    backbone: Backbone,
+    config: Mapping[str, Any] | None = None,
+    batch_norm: BatchNormPolicy = "base",
+    observers: Sequence[MergeObserver] = (),
+    seed: int = 0,
+) -> Merged:
+    """Merge in memory, under any BatchNorm policy; nothing is read from or written to disk.
+
+    Args:
+        experts: T experts of one base.
+        method: name of a registered method.
+        images: training images of each task, for the `recalibrate` policies alone.
+        backbone: a module of the experts' architecture; never changed.
+        config: values for the method's parameters; the others keep their defaults.
+        batch_norm: the `base`'s statistics, the `average` of the experts', or estimated again on
+            the images of all tasks together (`recalibrate`) or of each (`recalibrate-per-task`).
+        observers: see every tensor's deltas.
+        seed: of methods that draw at random, and of the images' order.
+
+    Raises:
+        KeyError: unknown method, parameter or policy, or a task without images.
+        TypeError: a parameter of the wrong type.
+        ValueError: a value out of range.
+    """
+    if batch_norm not in get_args(BatchNormPolicy):
+        raise KeyError(unknown_name("BatchNorm policy", batch_norm, get_args(BatchNormPolicy)))
+    later = batch_norm.startswith("recalibrate")
+    stored = "base" if later else batch_norm
+    merged = merge(
+        experts, method, config=config, batch_norm=stored, observers=observers, seed=seed
+    )
+    if not later:
+        return merged
+    per_task = batch_norm == "recalibrate-per-task"
+    return recalibrate(merged, images, backbone=backbone, per_task=per_task, seed=seed)
 
 
 def recalibrate(
@@ -70,17 +117,30 @@ def statistics_on(
         seed: of the order of the images.
 
     Returns:
-        Statistics by name, on the backbone's device; empty without BatchNorm.
+        Statistics by name, on the CPU; empty without BatchNorm.
     """
-    module = copy.deepcopy(backbone)
+    if not any(name.endswith("running_mean") for name in params):
+        return {}
+    module = copy.deepcopy(backbone).eval()
     module.load_state_dict(dict(params))
-    return estimate_statistics(module, _batches(module, pools, seed))
+    return statistics_of(module, pools, seed=seed)
+
+
+def task_statistics(backbone: Backbone, data: TaskData) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of a backbone on one task, as the head fit takes them.
+
+    They are a function of the weights and the training images alone: the same for the head fit,
+    the expert's file and the evaluation of a base or an expert.
+    """
+    return statistics_of(backbone, calibration_images(data.train, data.name))
 
 
 def calibration_images(
     train: Images, task: str, *, count: int = CALIBRATION_IMAGES, seed: int = 0
 ) -> Images:
     """Return at most `count` of a task's training images, drawn by `seed`, in their order."""
+    if len(train) <= count:
+        return train
     positions = torch.randperm(len(train), generator=generator(seed, "calibration", task))[:count]
     return train.subset(positions.sort().values.numpy())
 
@@ -94,16 +154,3 @@ def _pool(task: str, images: Mapping[str, Images]) -> Images:
             f"{len(images[task])}."
         )
     return images[task]
-
-
-def _batches(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterator[Tensor]:
-    """Yield the images of all pools in one seeded order, each batch a mixture of the pools."""
-    device = next(backbone.parameters()).device
-    owner = torch.repeat_interleave(torch.tensor([len(pool) for pool in pools]))
-    place = torch.cat([torch.arange(len(pool)) for pool in pools])
-    order = torch.randperm(len(owner), generator=generator(seed, "recalibrate"))
-    # Sizes that differ by at most one: a last batch of one image would have no variance.
-    for batch in order.tensor_split(-(-len(order) // _BATCH)):
-        parts = [place[batch[owner[batch] == t]].numpy() for t in range(len(pools))]
-        chosen = [pool.x[part] for pool, part in zip(pools, parts, strict=True) if len(part)]
-        yield torch.cat([inputs(backbone, torch.from_numpy(x).to(device)) for x in chosen])

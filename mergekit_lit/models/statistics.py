@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,10 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[
     Raises:
         ValueError: the backbone has BatchNorm and there is no batch.
     """
-    probe = copy.deepcopy(backbone).eval()
-    layers = {n: m for n, m in probe.named_modules() if isinstance(m, _BatchNorm)}
-    layers = {name: layer for name, layer in layers.items() if layer.track_running_stats}
-    if not layers:
+    if not _tracking(backbone):
         return {}
+    probe = copy.deepcopy(backbone).eval()
+    layers = _tracking(probe)
     for layer in layers.values():
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative average
@@ -52,3 +52,9 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[
     names = [f"{name}.{leaf}" for name in layers for leaf in ("running_mean", "running_var")]
     tensors = probe.state_dict()
     return {name: tensors[name].clone() for name in sorted(names)}
+
+
+def _tracking(module: nn.Module) -> dict[str, Any]:
+    """Return the BatchNorm layers that keep running statistics, by name."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, _BatchNorm)}
+    return {name: layer for name, layer in layers.items() if layer.track_running_stats}

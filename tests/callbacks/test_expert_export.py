@@ -6,9 +6,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.functional import cross_entropy
 
+from mergekit_lit.callbacks import GradientNoise, GradientNorm, PathLength
 from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.files import file_hash
+from mergekit_lit.core.params import content_hash
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.passes import inputs
@@ -142,6 +144,17 @@ def test_the_card_tells_the_run(tiny_suite, tmp_path):
         "travel": None,
     }
     assert {key: card[key] for key in expected} == expected
+
+
+def test_the_file_is_the_same_whatever_watches(tiny_suite, tmp_path):
+    """To the last bit: weights, head and statistics."""
+    watchers = [GradientNorm(), PathLength(), GradientNoise(every=2)]
+    for name, callbacks in (("plain", []), ("watched", watchers)):
+        fit(tiny_suite, tmp_path / name, callbacks=callbacks, steps=4)
+    plain, watched = (load_expert(tmp_path / n / "dots.safetensors") for n in ("plain", "watched"))
+    assert content_hash(plain.backbone) == content_hash(watched.backbone)
+    assert content_hash(plain.head) == content_hash(watched.head)
+    assert watched.card.gradient_noise is not None
 
 
 def test_exports_at_several_steps_do_not_disturb_the_run(tiny_suite, tmp_path):

@@ -110,6 +110,12 @@ def test_the_training_does_not_notice(tiny, fit, accumulate):
     assert "log" not in vars(watched)
 
 
+def test_on_the_cpu_no_state_of_cuda_is_touched(tiny, fit, monkeypatch):
+    """`torch.manual_seed` would queue a call, with its traceback, for devices never used."""
+    monkeypatch.setattr("torch.cuda._lazy_call", lambda *_, **__: pytest.fail("touched CUDA"))
+    fit(tiny(), GradientNoise(every=2), max_steps=3)
+
+
 def test_data_that_can_only_be_iterated_over_serves_by_its_batches(tiny, images, fit):
     class Stream(IterableDataset):
         def __iter__(self):

@@ -1,6 +1,10 @@
 """Tests of MergeModule and MergeDataModule: against torchmetrics and the plain loop."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,16 +19,19 @@ from torchmetrics.functional.classification import (
 )
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, Experts, Merged
-from mergekit_lit.core.params import add
+from mergekit_lit.core.experts import Expert, Experts, Merged, save_expert
+from mergekit_lit.core.params import add, content_hash
 from mergekit_lit.data.splits import Images, TaskData
 from mergekit_lit.data.transforms import to_input
+from mergekit_lit.lit.evaluation import entries_for
 from mergekit_lit.lit.merge import MergeModule, PendingMerge
-from mergekit_lit.lit.recalibration import calibration_images, recalibrate
+from mergekit_lit.lit.passes import statistics_of
+from mergekit_lit.lit.recalibration import calibration_images, recalibrate, task_statistics
 from mergekit_lit.lit.suite_data import BatchShare, MergeDataModule
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.stages.merge import Recipe, merge_recipe
 
 TASKS = ("dots", "stripes")
 
@@ -221,6 +228,127 @@ def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
     taus = [expert.backbone[name] - base.params[name] for expert in experts]
     moved = module.models["average"].shared[name] - base.params[name]
     assert torch.allclose(moved, taus[0] + taus[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["base", "average", "recalibrate", "recalibrate-per-task"])
+def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy):
+    """Under every BatchNorm policy, to the last bit; the images are the training split's."""
+    backbone, base, experts = family
+    gathered = _gathered(base, experts)
+    data = _data(tiny_suite)
+    images = {
+        task.name: calibration_images(task.train, task.name, seed=3) for task in data.task_data
+    }
+    recipe = Recipe(method="task_arithmetic", config={"scale": 0.4}, batch_norm=policy, seed=3)
+    expected = merge_recipe(gathered, recipe, backbone, images)
+    pending = PendingMerge(gathered, recipe.method, recipe.config, policy, recipe.seed)
+    module = MergeModule(backbone, {"m": pending, "given": replace(pending, images=images)})
+    _test(module, data)
+    for name in ("m", "given"):
+        found = module.models[name]
+        assert found.facts == expected.facts
+        for task in TASKS:
+            assert content_hash(found.for_task(task)) == content_hash(expected.for_task(task))
+    assert (policy == "recalibrate-per-task") == bool(module.models["m"].statistics)
+
+
+def test_a_pending_merge_without_images_of_a_task_is_told(family, tiny_suite):
+    backbone, base, experts = family
+    pending = PendingMerge(_gathered(base, experts), "average", batch_norm="recalibrate")
+    with pytest.raises(KeyError, match="No task with images named 'stripes'"):
+        _test(MergeModule(backbone, {"m": pending}), _data(tiny_suite, tasks=["dots"]))
+    unknown = replace(pending, batch_norm="recalibrated")
+    with pytest.raises(KeyError, match="Did you mean 'recalibrate'"):
+        _test(MergeModule(backbone, {"m": unknown}), _data(tiny_suite))
+
+
+def test_evaluation_estimates_the_statistics_that_the_head_was_fitted_under(family, tiny_suite):
+    backbone, base, experts = family
+    (data, _) = _data(tiny_suite).task_data
+    start = copy.deepcopy(backbone).eval()
+    start.load_state_dict(dict(base.params))
+    expected = {**base.params, **task_statistics(start, data)}
+    heads = {"dots": experts[0].head}
+    (entry,) = entries_for(
+        {"base": base}, data, backbone, heads=heads, batch_norm="recalibrate-per-task"
+    )
+    assert content_hash(entry.params) == content_hash(expected)
+
+
+def test_large_tasks_are_calibrated_on_a_seeded_part():
+    train = _task(40).train
+    assert calibration_images(train, "dots", count=40) is train
+    parts = [calibration_images(train, "dots", count=10, seed=seed).x[:] for seed in (0, 0, 1)]
+    assert len(parts[0]) == 10
+    assert np.array_equal(parts[0], parts[1])
+    assert not np.array_equal(parts[0], parts[2])
+
+
+def test_pooled_statistics_are_those_of_all_images_at_once(family):
+    """Two pools give what one pool of the same images gives."""
+    backbone, base, _ = family
+    one, two = _task(300).train, _task(17).train
+    joined = Images(np.concatenate([one.x, two.x]), np.concatenate([one.y, two.y]))
+    start = copy.deepcopy(backbone).eval()
+    start.load_state_dict(dict(base.params))
+    apart, whole = statistics_of(start, [one, two]), statistics_of(start, joined)
+    assert content_hash(apart) == content_hash(whole)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch import Trainer
+from mergekit_lit.callbacks import DeltaGeometry
+from mergekit_lit.core.experts import save_merged
+from mergekit_lit.lit.merge import MergeModule, PendingMerge
+from mergekit_lit.lit.suite_data import MergeDataModule
+from mergekit_lit.merging.gather import load_experts
+from mergekit_lit.models.backbones import load_base
+
+torch.set_num_threads(1)
+suite, out, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+backbone, base = load_base("resnet@random:0", image_size=8)
+experts = load_experts([out / "dots.safetensors", out / "stripes.safetensors"], base=base)
+models = {
+    policy: PendingMerge(experts, "average", batch_norm=policy)
+    for policy in ("recalibrate", "recalibrate-per-task")
+}
+module = MergeModule(backbone, models)
+trainer = Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.test(module, datamodule=MergeDataModule(suite, batch=7, reserve=4), verbose=False)
+for policy, merged in module.models.items():
+    save_merged(out / f"{policy}-{trainer.global_rank}-of-{devices}.safetensors", merged)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_merges_of_one(family, tiny_suite, tmp_path):
+    for expert in family[2]:
+        save_expert(tmp_path / f"{expert.name}.safetensors", expert)
+    (tmp_path / "run.py").write_text(SCRIPT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    for devices in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "run.py", tiny_suite, str(tmp_path), devices],
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for policy in ("recalibrate", "recalibrate-per-task"):
+        files = sorted(tmp_path.glob(f"{policy}-[01]-of-*.safetensors"))
+        assert len(files) == 3
+        assert len({file.read_bytes() for file in files}) == 1
 
 
 def _gathered(base, experts):
