@@ -4,14 +4,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.checkpoints import match_names, open_tensors
 from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
 from mergekit_lit.core.params import Params, check_finite, check_same_names_and_shapes
+from mergekit_lit.core.tensorfiles import TensorFile
 
 
 def load_experts(
     paths: Sequence[Path], *, base: Base, allow_different_base: bool = False
 ) -> Experts:
     """Open expert files, check each against the base and the others, and return them together.
+
+    Files that others wrote (a safetensors file, a folder of shards, a `.pt` or Lightning `.ckpt`)
+    are taken too where their tensors carry the base's names, behind a prefix or not; what is left
+    over must be a classifier, which becomes the head. Their cards are empty, so they need
+    `allow_different_base`; a file's stem stands for the task.
 
     Every tensor is read once here, so that a damaged or diverged file is refused before anything
     is computed; afterwards the tuned tensors are read again one by one when they are asked for.
@@ -23,14 +34,14 @@ def load_experts(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no files; a file is damaged, a pickle, or no expert; names, shapes or number
-            types differ from the base's; a number is NaN or infinite; two experts of one task;
-            another base or image size.
+        ValueError: no files; a file is damaged, would run code, or is no expert; names, shapes or
+            number types differ from the base's; a number is NaN or infinite; two experts of one
+            task; another base or image size.
     """
     if not paths:
         raise ValueError("Merging needs at least one expert file, but got none.")
     check_finite(base.params, source=f"The base {base.name!r}")
-    experts = [load_expert(Path(path)) for path in paths]
+    experts = [_open(Path(path), base) for path in paths]
     _check_tasks(experts)
     for expert in experts:
         if not allow_different_base:
@@ -54,6 +65,39 @@ def load_experts(
 def in_memory(experts: Experts) -> Experts:
     """Return the same experts with every tensor read, for merging them more than once."""
     return replace(experts, tuned=[dict(tuned) for tuned in experts.tuned])
+
+
+def _open(path: Path, base: Base) -> Expert:
+    """Open one expert, ours or one that others wrote."""
+    given = open_tensors(path)
+    if isinstance(given, TensorFile) and given.facts:
+        return load_expert(path)
+    source = f"Expert {str(path)!r}"
+    names, left = match_names(given, base.params, source=source)
+    return Expert(
+        backbone={name: given[theirs] for name, theirs in names.items()},
+        head=_classifier(given, left, source),
+        structure=base.structure,
+        card=Card(),
+        path=path,
+    )
+
+
+def _classifier(given: Params, left: Sequence[str], source: str) -> dict[str, Tensor]:
+    """Return `weight` (C, d) and `bias` (C,) from what no tensor of the base took, or nothing."""
+    if not left:
+        return {}
+    head = {name.rpartition(".")[2]: given[name] for name in left}
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    rows = shapes.get("weight", ())[:1]
+    linear = len(shapes.get("weight", ())) == 2 and shapes.get("bias", rows) == rows
+    if not linear or len(left) > len(head) or set(head) - {"weight", "bias"}:
+        raise ValueError(
+            f"{source} and the base differ in {len(left)} parameter names, first {left[0]!r}; "
+            "beside the base's tensors a file may hold one linear classifier. Merge models of one "
+            "architecture."
+        )
+    return {"bias": torch.zeros(rows), **{name: tensor.float() for name, tensor in head.items()}}
 
 
 def _check_tasks(experts: Sequence[Expert]) -> None:

@@ -103,6 +103,53 @@ def test_other_base_is_taken_when_allowed(folder):
     assert len(folder.load(allow_different_base=True)) == 2
 
 
+def written_by_others(folder: Folder, prefix: str, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    backbone = {f"{prefix}{name}": t for name, t in folder.experts[1].backbone.items()}
+    head = {f"head.{name}": tensor for name, tensor in folder.experts[1].head.items()}
+    return {**backbone, **head, **more}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".ckpt"])
+@pytest.mark.parametrize("prefix", ["", "model.encoder."])
+def test_files_that_others_wrote_merge_like_ours(folder, tmp_path, suffix, prefix):
+    ours = merge(folder.load(), "average")
+    tensors = written_by_others(folder, prefix)
+    path = tmp_path / f"theirs{suffix}"
+    if suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "epoch": 3}, path)
+    folder.paths[1] = path
+    with pytest.raises(ValueError, match="but its card names no base"):
+        folder.load()
+    experts = folder.load(allow_different_base=True)
+    assert list(experts.names) == ["a", "theirs"]
+    theirs = merge(experts, "average")
+    assert all(torch.equal(theirs.shared[name], tensor) for name, tensor in ours.shared.items())
+    assert torch.equal(experts.heads[1]["weight"], folder.experts[1].head["weight"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"norm2.weight": torch.ones(3)},
+        {"head.scale": torch.ones(3)},
+        {"head.bias": torch.ones(4)},
+        {"head.weight": torch.ones(3, 7, 1)},
+        {"other.weight": torch.ones(3, 7)},
+    ],
+)
+def test_tensors_that_are_no_classifier_are_refused(folder, more):
+    save_file(written_by_others(folder, "") | more, folder.paths[1])
+    with pytest.raises(ValueError, match="may hold one linear classifier"):
+        folder.load(allow_different_base=True)
+
+
+def test_a_foreign_file_without_classifier_has_no_head(folder):
+    save_file(dict(folder.experts[1].backbone), folder.paths[1])
+    assert folder.load(allow_different_base=True).heads[1] == {}
+
+
 def flip(folder: Folder) -> None:
     data = bytearray(folder.paths[1].read_bytes())
     data[-5] ^= 4
@@ -139,7 +186,7 @@ SPOILT: dict[str, tuple[Callable[[Folder], object], type[Exception], str]] = {
     "foreign": (
         lambda f: save_file({"w": torch.ones(2)}, f.paths[1]),
         ValueError,
-        "must be an expert file of mergekit-lit, but is of kind 'foreign'",
+        r"b\.safetensors' must hold the base's \d+ tensors, but lacks \d+, first 'block.bias'",
     ),
     "base instead": (
         lambda f: save_base(f.paths[1], f.base),

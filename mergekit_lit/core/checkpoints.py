@@ -1,0 +1,188 @@
+"""This file opens tensors that others wrote: safetensors, shards with an index, torch checkpoints.
+
+Nothing of a file is ever run: torch checkpoints are read by `weights_only`, which takes tensors
+and plain containers alone.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.params import Params
+from mergekit_lit.core.tensorfiles import TensorFile
+
+INDEX = "model.safetensors.index.json"
+"""Name of the file that says in which shard each tensor lies."""
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+# Where training loops put the weights: Lightning, plain torch, timm, DINO.
+_WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model", "module", "teacher")
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of several safetensors files, each file opened when it is first asked for.
+
+    Attributes:
+        path: the index, or the folder that it lies in.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the index alone.
+
+        Raises:
+            FileNotFoundError: no index, or one of its shards is missing.
+            ValueError: the index is damaged, or names a file outside its folder.
+        """
+        self.path = Path(path)
+        index = self.path / INDEX if self.path.is_dir() else self.path
+        self._folder = index.parent
+        self._place = _read_index(index)
+        self._open: dict[str, TensorFile] = {}
+        for shard in sorted(set(self._place.values())):
+            if not (self._folder / shard).is_file():
+                raise FileNotFoundError(f"No file {shard!r}, which {str(index)!r} names.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Map one tensor into memory."""
+        return self._file(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._place))
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return self._file(name).shape(name)
+
+    def is_floating_point(self, name: str) -> bool:
+        """Return whether a tensor holds floating-point numbers, without reading its data."""
+        return self._file(name).is_floating_point(name)
+
+    def _file(self, name: str) -> TensorFile:
+        shard = self._place[name]
+        if shard not in self._open:
+            self._open[shard] = TensorFile(self._folder / shard)
+        return self._open[shard]
+
+
+def open_tensors(path: Path) -> Params:
+    """Open a file or folder of tensors by what it is; tensors are read when asked for.
+
+    Args:
+        path: a `.safetensors` file; a folder with `model.safetensors.index.json` or with one
+            `.safetensors` file, as Hugging Face saves models; an index; or a `.pt`, `.pth`, `.bin`
+            or Lightning `.ckpt` file.
+
+    Raises:
+        FileNotFoundError: there is no such file, or nothing to read in the folder.
+        ValueError: it is damaged, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.name.endswith(".index.json"):
+        return Shards(path)
+    if path.suffix in _TORCH_SUFFIXES:
+        return _torch_weights(path)
+    return TensorFile(path)
+
+
+def _open_folder(folder: Path) -> Params:
+    if (folder / INDEX).is_file():
+        return Shards(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{str(folder)!r} must hold {INDEX!r} or one .safetensors file, but holds "
+            f"{len(files)} such files. Name the file."
+        )
+    return TensorFile(files[0])
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file name of each tensor."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {str(path)!r}.")
+    try:
+        place = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        plain = all(Path(shard).name == shard for shard in place.values())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} must be an index of shards with a 'weight_map', but is not: {error!r}."
+        ) from None
+    if not plain or not place:
+        raise ValueError(
+            f"{str(path)!r} must map tensors to files beside it, but names other places or none."
+        )
+    return place
+
+
+def _torch_weights(path: Path) -> Params:
+    """Return the weights in a file that torch.save wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {str(path)!r}.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{str(path)!r} must hold tensors and plain values alone, but may hold more: {reason} "
+            "Convert it where you trust it: safetensors.torch.save_file(state_dict, path)."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{str(path)!r} must be a whole file of torch.save in its present format, but is "
+            f"damaged or older: {reason}."
+        ) from None
+    return _weights_in(loaded, path)
+
+
+def _weights_in(loaded: Any, path: Path) -> Params:
+    """Return the state dict that a checkpoint is, or holds under one of the usual keys."""
+    for key in (None, *_WEIGHTS_KEYS):
+        found = loaded if key is None else loaded.get(key) if isinstance(loaded, dict) else None
+        if isinstance(found, dict) and found and all(isinstance(t, Tensor) for t in found.values()):
+            return dict(sorted(found.items()))
+    keys = sorted(map(str, loaded))[:5] if isinstance(loaded, dict) else type(loaded).__name__
+    raise ValueError(
+        f"{str(path)!r} must be a state dict, or hold one under {', '.join(_WEIGHTS_KEYS)}, but "
+        f"holds {keys}."
+    )
+
+
+def match_names(given: Params, wanted: Params, *, source: str) -> tuple[dict[str, str], list[str]]:
+    """Find each wanted tensor under its name, or its name behind a prefix common to all.
+
+    Args:
+        given: tensors that others wrote, such as `model.encoder.conv1.weight`.
+        wanted: tensors by the base's names, such as `conv1.weight`.
+        source: what messages call `given`.
+
+    Returns:
+        The name in `given` of each wanted tensor; and the names that are left over, such as a
+        head's.
+
+    Raises:
+        ValueError: not all wanted tensors are there under any one prefix.
+    """
+    first = min(wanted, default="")
+    prefixes = {name.removesuffix(first) for name in given if name.endswith(first)}
+    whole = [p for p in prefixes if all(p + name in given for name in wanted)]
+    if not whole:
+        prefix = max(prefixes | {""}, key=lambda p: (sum(p + n in given for n in wanted), -len(p)))
+        missing = sorted(name for name in wanted if prefix + name not in given)
+        raise ValueError(
+            f"{source} must hold the base's {len(wanted)} tensors, but lacks {len(missing)}, first "
+            f"{(prefix + missing[0])!r}. Merge models of one architecture."
+        )
+    prefix = min(whole, key=lambda p: (len(p), p))
+    names = {name: prefix + name for name in wanted}
+    return names, sorted(set(given) - set(names.values()))
