@@ -52,21 +52,29 @@ def permute(
         permutations: P by name, int64 (units,); axes of absent names stay as they are.
     """
     return {
-        name: _permute_tensor(tensor, structure[name].axes, permutations)
+        name: permute_tensor(tensor, structure[name].axes, permutations)
         for name, tensor in params.items()
     }
 
 
-def _permute_tensor(
+def permute_tensor(
     tensor: Tensor, axes: tuple[str | None, ...], permutations: Mapping[str, Tensor]
 ) -> Tensor:
     """Return one tensor with each of its named axes permuted."""
+    shape = tensor.shape
     for dim, axis in enumerate(axes):
-        if axis is None:
-            continue
-        before, key, after = axis_layout(axis)
-        if key in permutations:
-            shape = tensor.shape
-            units = tensor.reshape(*shape[:dim], before, -1, after, *shape[dim + 1 :])
-            tensor = units.index_select(dim + 1, permutations[key]).reshape(shape)
+        if axis is not None and (key := axis_layout(axis)[1]) in permutations:
+            units = _unfolded(tensor, dim, axis).index_select(dim + 1, permutations[key])
+            tensor = units.reshape(shape)
     return tensor
+
+
+def units_first(tensor: Tensor, dim: int, axis: str) -> Tensor:
+    """Return the entries of each unit of one axis as a row, (units, entries of a unit)."""
+    return _unfolded(tensor, dim, axis).movedim(dim + 1, 0).flatten(1)
+
+
+def _unfolded(tensor: Tensor, dim: int, axis: str) -> Tensor:
+    """Return the tensor with one axis split into before x units x after; units at dim + 1."""
+    before, _, after = axis_layout(axis)
+    return tensor.unflatten(dim, (before, tensor.shape[dim] // (before * after), after))
