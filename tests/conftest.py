@@ -39,13 +39,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 TINY_STRUCTURE = {
-    "stem.weight": TensorInfo("convolution", 0, "stem"),
-    "norm.weight": TensorInfo("norm", 0, "stem"),
-    "norm.running_mean": TensorInfo("statistic", 0, "stem"),
-    "norm.running_var": TensorInfo("statistic", 0, "stem"),
+    "stem.weight": TensorInfo("convolution", 0, "stem", ("stem", None, None, None)),
+    "norm.weight": TensorInfo("norm", 0, "stem", ("stem",)),
+    "norm.running_mean": TensorInfo("statistic", 0, "stem", ("stem",)),
+    "norm.running_var": TensorInfo("statistic", 0, "stem", ("stem",)),
     "norm.num_batches_tracked": TensorInfo("counter", 0, "stem"),
-    "block.weight": TensorInfo("linear", 1, "block"),
-    "block.bias": TensorInfo("linear", 1, "block"),
+    "block.weight": TensorInfo("linear", 1, "block", ("features", None)),
+    "block.bias": TensorInfo("linear", 1, "block", ("features",)),
     "token": TensorInfo("embedding", 1, "block"),
     "logit_scale": TensorInfo("other", 1, "block"),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.structure import TensorInfo
 
-Form = Literal["linear", "kernel", "whole"]
+Form = Literal["linear", "kernel", "whole", "experts"]
 """How a method is written.
 
 `linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
@@ -17,6 +17,7 @@ Form = Literal["linear", "kernel", "whole"]
     g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor
     first, in as many passes as it likes.
 `whole`: f(experts, *, config) -> Merged.
+`experts`: f(experts, *, config) -> Experts, such as an alignment; their average is the merge.
 """
 
 DataUse = Literal["none", "cards", "train", "val", "test-unlabelled"]
