@@ -38,6 +38,8 @@ def average(experts: Experts) -> Tensor:
     family="averaging",
     data="none",
     source="McMahan et al. 2017, arXiv:1602.05629, alg. 1",
+    # What it is with its defaults: a table of all methods need not show both.
+    by_default="average",
 )
 def weighted_average(experts: Experts, *, weights: list[float] | None = None) -> Tensor:
     """Average the experts with a weight for each.
