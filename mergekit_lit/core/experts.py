@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.bits import pack, unpack
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.params import Params, names_under, with_prefix
+from mergekit_lit.core.params import Params, add, names_under, subtract, with_prefix
 from mergekit_lit.core.structure import Structure, structure_from_json, structure_to_json
 from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
 
@@ -115,6 +116,9 @@ class Merged:
         shared: the backbone's tensors, statistics and counters included.
         statistics: per task, BatchNorm statistics that replace the shared ones.
         heads: per task, `weight` (C, d) and `bias` (C,).
+        masks: per task, booleans of the shapes of `shared`: where the task takes the merge's step.
+        base: the masked tensors at x0, to which a task returns where its mask is false.
+        scales: per task, how much of the step it takes where its mask is true; 1 by default.
         structure: what each tensor is.
         facts: method, config, tasks, coefficients, base, base_hash, backbone, image_size ...
     """
@@ -123,6 +127,9 @@ class Merged:
     structure: Structure
     heads: Mapping[str, Params] = field(default_factory=dict)
     statistics: Mapping[str, Params] = field(default_factory=dict)
+    masks: Mapping[str, Params] = field(default_factory=dict)
+    base: Params = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -131,8 +138,22 @@ class Merged:
         return tuple(self.heads)
 
     def for_task(self, name: str) -> dict[str, Tensor]:
-        """Return the plain backbone parameters for one task."""
-        return {**self.shared, **self.statistics.get(name, {})}
+        """Return the plain backbone parameters for one task.
+
+        theta_t = theta_0 + scale_t * mask_t * (theta - theta_0) where it has masks, else theta
+        """
+        masked = {
+            tensor: self._masked(tensor, mask, self.scales.get(name, 1.0))
+            for tensor, mask in self.masks.get(name, {}).items()
+        }
+        return {**self.shared, **masked, **self.statistics.get(name, {})}
+
+    def _masked(self, name: str, mask: Tensor, scale: float) -> Tensor:
+        base, shared = self.base[name], self.shared[name]
+        if scale == 1:
+            return torch.where(mask, shared, base)
+        step = subtract({name: shared}, {name: base})[name] * mask
+        return add({name: base}, {name: step}, scale=scale)[name]
 
 
 def save_base(path: Path, base: Base, *, dtype: torch.dtype = torch.float32) -> None:
@@ -177,8 +198,11 @@ def load_expert(path: Path) -> Expert:
 
 
 def save_merged(path: Path, merged: Merged) -> None:
-    """Write shared tensors, per-task statistics and heads into one file, atomically."""
-    tensors = with_prefix(merged.shared, "shared.")
+    """Write shared tensors, and what each task keeps of its own, into one file, atomically."""
+    tensors = with_prefix(merged.shared, "shared.") | with_prefix(merged.base, "base.")
+    for task, masks in merged.masks.items():
+        packed = {name: pack(mask) for name, mask in masks.items()}
+        tensors |= with_prefix(packed, f"tasks/{task}/mask.")
     for task, statistics in merged.statistics.items():
         tensors |= with_prefix(statistics, f"tasks/{task}/bn.")
     for task, head in merged.heads.items():
@@ -186,6 +210,7 @@ def save_merged(path: Path, merged: Merged) -> None:
     facts = {
         "kind": "merged",
         "tasks": list(merged.heads),
+        "scales": dict(merged.scales),
         "facts": dict(merged.facts),
         "structure": structure_to_json(merged.structure),
     }
@@ -203,11 +228,16 @@ def load_merged(path: Path) -> Merged:
     _expect_kind(file, "merged")
     tasks = file.facts["tasks"]
     statistics = {task: _under(file, f"tasks/{task}/bn.") for task in tasks}
+    shared = _under(file, "shared.")
+    masks = {task: _masks(file, task, shared) for task in tasks}
     return Merged(
-        shared=_under(file, "shared."),
+        shared=shared,
         structure=structure_from_json(file.facts["structure"]),
         heads={task: _head(file, task) for task in tasks},
         statistics={task: tensors for task, tensors in statistics.items() if tensors},
+        masks={task: tensors for task, tensors in masks.items() if tensors},
+        base=_under(file, "base."),
+        scales=file.facts.get("scales", {}),
         facts=file.facts["facts"],
     )
 
@@ -226,6 +256,11 @@ def load_base_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _under(file: TensorFile, prefix: str) -> dict[str, Tensor]:
     return {short: file[name] for short, name in names_under(file, prefix).items()}
+
+
+def _masks(file: TensorFile, task: str, shared: Params) -> dict[str, Tensor]:
+    packed = _under(file, f"tasks/{task}/mask.")
+    return {name: unpack(tensor, shared[name].shape) for name, tensor in packed.items()}
 
 
 def _head(file: TensorFile, task: str) -> dict[str, Tensor]:

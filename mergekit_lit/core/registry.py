@@ -111,4 +111,5 @@ def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
 
 
 MERGE_METHODS: Registry[Any] = Registry("merge method", "mergekit_lit.merge_methods")
+VENEERS: Registry[Any] = Registry("veneer", "mergekit_lit.veneers")
 SUITES: Registry[Any] = Registry("suite", "mergekit_lit.suites")

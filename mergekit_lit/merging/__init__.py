@@ -1,26 +1,53 @@
 """Merge methods, one pure function each, and the engine that runs them."""
 
-from mergekit_lit.merging.arithmetic import task_arithmetic
+from mergekit_lit.merging.alignment import git_rebasin
+from mergekit_lit.merging.arithmetic import lines, metagpt, task_arithmetic
 from mergekit_lit.merging.averaging import average, travel_normalised, weighted_average
+from mergekit_lit.merging.descent import wudi
+from mergekit_lit.merging.dropping import dare, della
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
-from mergekit_lit.merging.sparsify import dare, magmax, ties
-from mergekit_lit.merging.spectral import iso_c, iso_cts, tsv_m
+from mergekit_lit.merging.masks import consensus, emr, tall_masks
+from mergekit_lit.merging.selection import nearswap, pcb, ram, sce
+from mergekit_lit.merging.sparsify import breadcrumbs, magmax, ties
+from mergekit_lit.merging.spectral import iso_c, iso_cts, knots, tsv_m
+from mergekit_lit.merging.spherical import karcher, model_stock, multislerp, nuslerp, slerp
+from mergekit_lit.merging.veneers import equal_norms
 
 __all__ = [
     "average",
+    "breadcrumbs",
+    "consensus",
     "dare",
+    "della",
+    "emr",
+    "equal_norms",
+    "git_rebasin",
     "in_memory",
     "iso_c",
     "iso_cts",
+    "karcher",
+    "knots",
+    "lines",
     "load_experts",
     "magmax",
     "merge",
+    "metagpt",
     "methods_table",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "pcb",
+    "ram",
+    "sce",
+    "slerp",
+    "tall_masks",
     "task_arithmetic",
     "ties",
     "travel_normalised",
     "tsv_m",
     "weighted_average",
+    "wudi",
 ]

@@ -1,7 +1,6 @@
 """This file is the averages of experts: equal, weighted, and corrected for unequal travel."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_scale
+from mergekit_lit.merging.steps import shares_of
 
 
 @MERGE_METHODS.add(
@@ -30,7 +30,7 @@ def average(experts: Experts) -> Tensor:
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, sec. 2 (uniform soup).
     """
-    return _shares(None, experts)
+    return shares_of(None, len(experts))
 
 
 @MERGE_METHODS.add(
@@ -57,7 +57,7 @@ def weighted_average(experts: Experts, *, weights: list[float] | None = None) ->
     Source: McMahan et al. 2017, arXiv:1602.05629, alg. 1.
     Differs: the weights are the caller's; there they are the numbers of training samples.
     """
-    return _shares(weights, experts)
+    return shares_of(weights, len(experts), experts.names)
 
 
 @MERGE_METHODS.add(
@@ -93,24 +93,8 @@ def travel_normalised(
     check_scale(scale)
     travel = torch.tensor([_travel(experts, t) for t in range(len(experts))], dtype=torch.float64)
     # Only the ratios of the travels matter; dividing by the least keeps every quotient in range.
-    slowness = _shares(weights, experts) * (travel.min() / travel)  # (T,)
+    slowness = shares_of(weights, len(experts), experts.names) * (travel.min() / travel)  # (T,)
     return scale * slowness / slowness.sum()
-
-
-def _shares(weights: Sequence[float] | None, experts: Experts) -> Tensor:
-    """Return weights >= 0 divided by their sum, (T,), in float64."""
-    if weights is None:
-        return torch.full((len(experts),), 1 / len(experts), dtype=torch.float64)
-    if len(weights) != len(experts):
-        raise ValueError(
-            f"`weights` must hold one number for each of the {len(experts)} experts "
-            f"({', '.join(experts.names)}), but holds {len(weights)}."
-        )
-    shares = torch.tensor(weights, dtype=torch.float64)
-    if bool((shares < 0).any()) or not bool((shares > 0).any()):
-        raise ValueError(f"`weights` must be at least 0 and not all 0, but are {list(weights)!r}.")
-    shares = shares / shares.max()
-    return shares / shares.sum()
 
 
 def _travel(experts: Experts, t: int) -> float:

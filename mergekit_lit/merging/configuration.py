@@ -67,6 +67,19 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"`scale` must be at least 0, but is {scale!r}.")
 
 
+def check_interval(name: str, value: float, interval: str) -> None:
+    """Refuse a value outside an interval, which is written as in mathematics: "(0, 1]".
+
+    Raises:
+        ValueError: `value` is outside.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if not (above and below):
+        raise ValueError(f"`{name}` must lie in {interval}, but is {value!r}.")
+
+
 def accepts(annotation: Any, value: object) -> bool:
     """Return whether `value` is of the annotated type: a number must be finite and no bool."""
     origin, arguments = get_origin(annotation), get_args(annotation)

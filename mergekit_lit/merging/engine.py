@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, cast
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import MergeObserver, Slice
-from mergekit_lit.core.params import Params, add, check_same_names_and_shapes
-from mergekit_lit.core.registry import MERGE_METHODS, Registered, unknown_name
-from mergekit_lit.merging.configuration import resolve
+from mergekit_lit.core.params import Params, check_same_names_and_shapes
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
+from mergekit_lit.merging.configuration import parameters, resolve
+from mergekit_lit.merging.steps import moved, weighted_sum
+
+_POSITIONS = ("after", "before")
 
 POLICIES = ("average", "base")
 """BatchNorm policies that need no images; `lit.recalibration` has those that do."""
@@ -24,6 +27,7 @@ def merge(
     method: str,
     *,
     config: Mapping[str, Any] | None = None,
+    veneers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     batch_norm: str = "base",
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
@@ -37,43 +41,92 @@ def merge(
         experts: T experts of one base; never changed.
         method: name of a registered method.
         config: values for the method's parameters; the others keep their defaults.
+        veneers: names and configs of registered veneers. Those that act on the experts do so in
+            this order before anything else, those that act on the result in this order after it.
         batch_norm: statistics of `base`, or the `average` of the experts' with equal weights
             (variances at least 0).
         observers: see every tensor's deltas before the method does, in this order.
-        seed: of methods that draw at random.
+        seed: of methods that draw at random, and of what has a `seed` that its config leaves open.
 
     Returns:
         The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
-        for linear methods, base and base_hash, backbone, image_size, batch_norm, data and seed.
+        for linear methods without veneers, veneers with resolved configs, base and base_hash,
+        backbone, image_size, batch_norm, data and seed.
 
     Raises:
-        KeyError: unknown method or parameter.
+        KeyError: unknown method, veneer or parameter.
         TypeError: a value of the wrong type, NaN or infinite.
-        ValueError: a value out of range, unknown policy, or a step that is not finite.
+        ValueError: a value out of range, unknown policy, a number of experts that the method cannot
+            take, or a step that is not finite.
     """
     entry = MERGE_METHODS.get(method)
-    values = resolve(entry, config or {})
+    values = _values(entry, config or {}, seed)
+    layers = [_layer(name, given, seed) for name, given in veneers]
     run = _form(entry)
     _check_policy(batch_norm)
+    _check_count(entry, experts)
+    for layer in _at("before", layers):
+        experts = layer.function(experts, **layer.config)
     for observer in observers:
         observer.on_merge_start(experts, method, values)
-    result = run(entry, _observed(experts, observers), values, seed)
-    merged = _complete(result, experts, batch_norm)
+    seen = _transformed(entry, _observed(experts, observers), values)
+    result = run(entry, seen, values, seed)
+    for layer in _at("after", layers):
+        result = layer.function(seen, result, **layer.config)
+    merged = _complete(result, seen, batch_norm)
     _check_result(method, merged.shared, experts.base)
     facts = _facts(entry, experts, values) | {"batch_norm": batch_norm, "seed": seed}
-    merged = replace(merged, facts=facts | dict(result.facts))
+    merged = replace(merged, facts=facts | dict(result.facts) | _veneer_facts(layers))
     for observer in observers:
         observer.on_merge_end(experts, merged)
     return merged
 
 
-def weighted_sum(coefficients: Tensor, deltas: Tensor) -> Tensor:
-    """Return sum_t lambda_t tau_t, (*s), of one tensor's deltas (T, *s), in their dtype."""
-    step = torch.zeros_like(deltas[0])
-    # One term after the other: a matrix product would round differently by number of threads.
-    for coefficient, delta in zip(coefficients, deltas, strict=True):
-        step = step + coefficient * delta
-    return step
+@dataclass(frozen=True)
+class _Layer:
+    """One veneer with every parameter's value."""
+
+    name: str
+    position: str
+    function: Callable[..., Any]
+    config: Mapping[str, Any]
+
+
+def _values(entry: Registered[Any], config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return every parameter's value; a `seed` that is not given is the merge's."""
+    default = {"seed": seed} if "seed" in parameters(entry.function) else {}
+    return resolve(entry, {**default, **config})
+
+
+def _layer(name: str, given: Mapping[str, Any], seed: int) -> _Layer:
+    veneer = VENEERS.get(name)
+    position = str(veneer.facts.get("position"))
+    if position not in _POSITIONS:
+        raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
+    return _Layer(name, position, veneer.function, _values(veneer, given, seed))
+
+
+def _at(position: str, layers: Sequence[_Layer]) -> list[_Layer]:
+    return [layer for layer in layers if layer.position == position]
+
+
+def _veneer_facts(layers: Sequence[_Layer]) -> dict[str, Any]:
+    named = [{"name": layer.name, "config": dict(layer.config)} for layer in layers]
+    # With a veneer, the method's coefficients are no longer those of the experts' own deltas.
+    return {"veneers": named} | ({"coefficients": None} if named else {})
+
+
+def _check_count(entry: Registered[Any], experts: Experts) -> None:
+    low, high = entry.facts.get("experts", (1, None))
+    count = len(experts)
+    if count < low or (high is not None and count > high):
+        wanted = (
+            str(low) if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        )
+        raise ValueError(
+            f"{entry.name!r} takes {wanted} experts, but got {count} ({', '.join(experts.names)}). "
+            "Give it so many, or choose another method."
+        )
 
 
 def _linear(
@@ -89,7 +142,7 @@ def _linear(
         (name, weighted_sum(coefficients, experts.deltas(name))) for name in experts.merged_names()
     )
     facts = {"coefficients": coefficients.tolist()}
-    return Merged(shared=_moved(experts.base, steps), structure=experts.structure, facts=facts)
+    return Merged(shared=moved(experts.base, steps), structure=experts.structure, facts=facts)
 
 
 def _kernel(
@@ -106,7 +159,7 @@ def _kernel(
         )
         for name, deltas in _Pairs(experts)
     )
-    return Merged(shared=_moved(experts.base, steps), structure=experts.structure)
+    return Merged(shared=moved(experts.base, steps), structure=experts.structure)
 
 
 def _whole(
@@ -116,8 +169,28 @@ def _whole(
     return merged
 
 
+def _transformed(entry: Registered[Any], experts: Experts, config: Mapping[str, Any]) -> Experts:
+    """Return the experts that a method of the form `experts` makes of these; else these."""
+    if entry.facts["form"] != "experts":
+        return experts
+    transformed: Experts = entry.function(experts, **config)
+    return transformed
+
+
+def _averaged(
+    _entry: Registered[Any], experts: Experts, _config: Mapping[str, Any], _seed: int
+) -> Merged:
+    steps = ((name, experts.deltas(name).mean(dim=0)) for name in experts.merged_names())
+    return Merged(shared=moved(experts.base, steps), structure=experts.structure)
+
+
 _Runner = Callable[[Registered[Any], Experts, Mapping[str, Any], int], Merged]
-_FORMS: dict[str, _Runner] = {"linear": _linear, "kernel": _kernel, "whole": _whole}
+_FORMS: dict[str, _Runner] = {
+    "linear": _linear,
+    "kernel": _kernel,
+    "whole": _whole,
+    "experts": _averaged,
+}
 
 
 def _form(entry: Registered[Any]) -> _Runner:
@@ -159,19 +232,6 @@ def _prepared(
     some = {name: value for name, value in config.items() if name in wanted}
     stats: Mapping[str, Any] = prepare(_Pairs(experts), **some)
     return stats
-
-
-def _moved(base: Params, steps: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return base + step in the base's dtypes, in its order; tensors without a step stay."""
-    moved = dict(base)
-    for name, step in steps:
-        if step.shape != base[name].shape:
-            raise ValueError(
-                f"The step of {name!r} must have shape {tuple(base[name].shape)}, but has "
-                f"{tuple(step.shape)}."
-            )
-        moved |= add({name: base[name]}, {name: step})
-    return moved
 
 
 def _observed(experts: Experts, observers: Sequence[MergeObserver]) -> Experts:

@@ -11,7 +11,8 @@ def methods_table() -> list[dict[str, Any]]:
     """Return one row of plain JSON values for every registered method, plug-ins included.
 
     Each row holds `name`, `family`, `form`, `data`, `source`, `order` (why the order of the
-    experts matters, or None), `summary` and `parameters`: a list of `name`, `type`, `default`
+    experts matters, or None), `experts` (fewest and most experts that it takes; None has no
+    bound), `summary` and `parameters`: a list of `name`, `type`, `default`
     (None also where one must be given), `required`, `help` and `search` (the range to search, or
     None).
     """
@@ -23,6 +24,7 @@ def _row(method: Registered[Any]) -> dict[str, Any]:
     return {
         "name": method.name,
         **declared,
+        "experts": list(method.facts.get("experts", (1, None))),
         "summary": method.summary,
         "parameters": _parameter_rows(method),
     }

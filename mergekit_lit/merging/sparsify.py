@@ -1,4 +1,4 @@
-"""This file is the methods that keep a share of each delta's entries: TIES, DARE, MagMax."""
+"""This file is the methods that keep a share of each delta's entries: TIES, Breadcrumbs, MagMax."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -8,24 +8,28 @@ from torch import Tensor
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.core.seeds import generator
-from mergekit_lit.merging.configuration import check_scale
+from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.quantiles import smallest, threshold
 
 Pairs = Iterable[tuple[str, Tensor]]
 """Name and deltas (T, *s) of every merged tensor; may be gone through more than once."""
 
+Combine = Literal["mean", "sum"]
 
-def trim_and_elect(pairs: Pairs, *, density: float) -> dict[str, Tensor]:
+
+def trim_and_elect(
+    pairs: Pairs, *, density: float, trim: Literal["model", "tensor"] = "model"
+) -> dict[str, Tensor]:
     """Find what TIES needs of the whole model: a threshold per expert, and the majority sign.
 
     threshold_t = the (d - floor(d * density))-th smallest |tau_t| over all d entries, exactly.
     """
-    thresholds = magnitude_thresholds(pairs, density=density)
+    thresholds = None if trim == "tensor" else magnitude_thresholds(pairs, density=density)
     signs = torch.zeros((), dtype=torch.int64)
     for _, deltas in pairs:
-        total = _trimmed(deltas, thresholds).sum(dim=0)
+        total = _trimmed(deltas, thresholds, density).sum(dim=0)
         signs += total.sign().sum(dtype=torch.float64).long()
-    return {"thresholds": thresholds, "majority": signs.sign()}
+    return {"majority": signs.sign()} | ({} if thresholds is None else {"thresholds": thresholds})
 
 
 @MERGE_METHODS.add(
@@ -41,7 +45,8 @@ def ties(
     *,
     density: float = 0.2,
     scale: float = 1.0,
-    combine: Literal["mean", "sum"] = "mean",
+    combine: Combine = "mean",
+    trim: Literal["model", "tensor"] = "model",
 ) -> Tensor:
     """Keep the largest entries, elect a sign, combine what agrees.
 
@@ -53,6 +58,7 @@ def ties(
         density: share of each task vector's entries that is kept, in (0, 1].
         scale: length of the step, unitless, >= 0.
         combine: `mean` over the experts that agree, or their `sum`.
+        trim: keep the largest entries of the whole `model`, or of each `tensor` as mergekit does.
 
     Returns:
         The step, (*s).
@@ -60,50 +66,52 @@ def ties(
     Source: Yadav et al. 2023, arXiv:2306.01708, alg. 1; the threshold over all entries at once and
         the majority sign for exact ties are the published code's.
     """
-    _check_density(density)
+    check_interval("density", density, "(0, 1]")
     check_scale(scale)
-    kept = _trimmed(tensor.deltas, tensor.stats["thresholds"])
+    thresholds = tensor.stats["thresholds"] if trim == "model" else None
+    kept = _trimmed(tensor.deltas, thresholds, density)
     sign = kept.sum(dim=0).sign()
     sign = torch.where(sign == 0, tensor.stats["majority"].to(sign.dtype), sign)
-    agree = kept * ((kept.sign() == sign) & (kept != 0))
-    total = agree.sum(dim=0)
-    if combine == "mean":
-        total = total / (agree != 0).sum(dim=0).clamp(min=1)
-    return scale * total
+    return scale * combined(agreeing(kept, sign), combine)
 
 
 @MERGE_METHODS.add(
     form="kernel",
     family="sparsifying",
     data="none",
-    source="Yu et al. 2024, arXiv:2311.03099, eq. 3",
-    search={"drop": (0.0, 0.99), "scale": (0.0, 1.5)},
-    order="an expert's draws are keyed by its place among the experts",
+    source="Davari & Belilovsky 2023, arXiv:2312.06795 (Model Breadcrumbs)",
+    search={"drop": (0.0, 0.95), "outliers": (0.0, 0.05), "scale": (0.0, 1.5)},
 )
-def dare(tensor: Slice, *, drop: float = 0.5, scale: float = 0.3, rescale: bool = True) -> Tensor:
-    """Drop entries at random, rescale the others, and sum.
+def breadcrumbs(
+    tensor: Slice, *, drop: float = 0.85, outliers: float = 0.007, scale: float = 0.3
+) -> Tensor:
+    """Drop each tensor's smallest entries and its few largest, and sum the rest.
 
-    m_tp ~ Bernoulli(1 - drop),  step = scale * sum_t m_t tau_t / (1 - drop)
+    m_tp = [low_t <= |tau_tp| <= high_t],  step = scale * sum_t m_t tau_t
 
     Args:
-        tensor: deltas (T, *s); the draws depend on seed, tensor name and expert alone.
-        drop: share of the entries that is dropped, in [0, 1).
-        scale: lambda, the weight of every task vector, unitless, >= 0.
-        rescale: divide by 1 - drop, so that the mean of every entry stays.
+        tensor: deltas (T, *s).
+        drop: beta, share of each delta's entries that is dropped as too small, in [0, 1].
+        outliers: 1 - gamma, share that is dropped as too large, in [0, 1 - drop].
+        scale: alpha, the weight of every task vector, unitless, >= 0.
 
     Returns:
         The step, (*s).
 
-    Source: Yu et al. 2024, arXiv:2311.03099, eq. 3, followed by task arithmetic.
+    Source: Davari & Belilovsky 2023, arXiv:2312.06795 (Model Breadcrumbs).
+    Differs: entries as large as a bound are all kept; shares of less than one entry drop none.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"`drop` must lie in [0, 1), but is {drop!r}.")
+    check_interval("drop", drop, "[0, 1]")
+    check_interval("outliers", outliers, "[0, 1]")
     check_scale(scale)
-    total = torch.zeros_like(tensor.deltas[0])
-    for expert, delta in enumerate(tensor.deltas):
-        draw = generator(tensor.seed, tensor.name, expert)
-        total = total + delta * (torch.rand(delta.shape, generator=draw) >= drop)
-    return scale * total / (1 - drop if rescale else 1)
+    if drop + outliers > 1:
+        raise ValueError(
+            f"`drop` + `outliers` must be at most 1, but are {drop!r} + {outliers!r}. Drop less."
+        )
+    step = torch.zeros_like(tensor.deltas[0])
+    for delta in tensor.deltas:
+        step = step + delta * _between_shares(delta.abs(), drop, outliers)
+    return scale * step
 
 
 @MERGE_METHODS.add(
@@ -138,63 +146,49 @@ def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
 def magnitude_thresholds(pairs: Pairs, *, density: float) -> Tensor:
     """Return per expert the (d - floor(d * density))-th smallest |tau|, exactly, (T,) in float64.
 
-    Two passes, whatever the size: count the magnitudes by the upper half of their float32 bit
-    pattern, which orders like the magnitude; then collect the one bin that holds the threshold.
+    It is 0 where every entry is kept.
     """
-    _check_density(density)
-    counts: Tensor | None = None
-    for _, deltas in pairs:
-        bins = _bins(deltas)  # (T, n)
-        rows = torch.stack([row.bincount(minlength=1 << 16) for row in bins])
-        counts = rows if counts is None else counts + rows
-    if counts is None:
-        return torch.zeros(0, dtype=torch.float64)
-    entries = int(counts[0].sum())
-    rank = entries - int(entries * density)  # from 1; 0 keeps everything
-    below = counts.cumsum(dim=1)
-    bin_of = torch.searchsorted(below, torch.full((len(below), 1), max(rank, 1)))[:, 0]
-    inside = _collect(pairs, bin_of)
-    return torch.stack(
-        [
-            _smallest(values, rank - int(below[t, bin_of[t]] - counts[t, bin_of[t]]))
-            for t, values in enumerate(inside)
-        ]
+    check_interval("density", density, "(0, 1]")
+    found = smallest(
+        lambda: (flat_rows(deltas.abs()) for _, deltas in pairs),
+        lambda entries: [entries - int(entries * density)],
     )
+    return found.clamp(min=0).flatten()
 
 
-def _bins(deltas: Tensor) -> Tensor:
-    """Return the upper 16 bits of each |tau| in float32, (T, n) as integers."""
-    pattern = _rows(deltas).float().contiguous().view(torch.int32)
-    return (pattern >> 16).long()
+def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
+    """Return the entries (T, *s) whose sign is the elected one (*s), and 0 for the others."""
+    return kept * ((kept.sign() == sign) & (kept != 0))
 
 
-def _rows(deltas: Tensor) -> Tensor:
-    """Return |tau|, one row an expert, (T, n), whatever the tensor's own shape."""
-    return deltas.abs().reshape(len(deltas), deltas[0].numel())
+def combined(kept: Tensor, combine: Combine) -> Tensor:
+    """Return the sum over experts of the entries kept (T, *s), or the mean of those not 0, (*s)."""
+    total = kept.sum(dim=0)
+    return total if combine == "sum" else total / (kept != 0).sum(dim=0).clamp(min=1)
 
 
-def _collect(pairs: Pairs, bin_of: Tensor) -> list[Tensor]:
-    """Return for each expert the magnitudes that fall into its bin, in float64."""
-    found: list[list[Tensor]] = [[] for _ in bin_of]
-    for _, deltas in pairs:
-        inside = _bins(deltas) == bin_of[:, None]
-        magnitudes = _rows(deltas).double()
-        for t, row in enumerate(inside):
-            found[t].append(magnitudes[t, row])
-    return [torch.cat(values) for values in found]
+def flat_rows(deltas: Tensor) -> Tensor:
+    """Return one row an expert, (T, n), whatever the tensor's own shape."""
+    return deltas.reshape(len(deltas), deltas[0].numel())
 
 
-def _smallest(values: Tensor, rank: int) -> Tensor:
-    """Return the rank-th smallest value, from 1; 0 where everything is kept."""
-    return values.kthvalue(rank).values if rank > 0 else torch.zeros((), dtype=values.dtype)
+def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tensor:
+    """Return the deltas with entries below their expert's threshold set to 0, (T, *s).
 
-
-def _trimmed(deltas: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the deltas with entries below their expert's threshold set to 0, (T, *s)."""
+    Without thresholds of the model, each tensor has its own.
+    """
+    if thresholds is None:
+        thresholds = torch.stack([threshold(delta.abs(), density) for delta in deltas])
     column = thresholds.reshape(-1, *[1] * (deltas.ndim - 1))
     return deltas * (deltas.abs() >= column)
 
 
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"`density` must lie in (0, 1], but is {density!r}.")
+def _between_shares(magnitudes: Tensor, drop: float, outliers: float) -> Tensor:
+    """Return which entries are none of the smallest share nor of the largest, (*s)."""
+    count = magnitudes.numel()
+    if count == 0:
+        return magnitudes.bool()
+    flat = magnitudes.reshape(-1)
+    low = flat.kthvalue(min(int(count * drop) + 1, count)).values
+    high = flat.kthvalue(max(count - int(count * outliers), 1)).values
+    return (magnitudes >= low) & (magnitudes <= high)

@@ -1,15 +1,19 @@
-"""This file is the methods that act on singular vectors: TSV-M, Iso-C, Iso-CTS.
+"""This file is the methods that act on singular vectors: TSV-M, Iso-C, Iso-CTS, KnOTS.
 
 Linear weights and convolutions, the latter reshaped to (C_out, C_in * kh * kw), are decomposed in
 float64; every other tensor takes the mean of the deltas, as the papers do.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.merging.configuration import check_scale
+from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.quantiles import threshold
+from mergekit_lit.merging.sparsify import Combine, agreeing, combined
 
 # Singular values below this share of the largest are rounding noise of float32 deltas, not
 # directions: they are left out instead of being blown up to the size of the others.
@@ -41,7 +45,7 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
         exactly (a singular U) are shared among them, where an SVD would fill in arbitrary ones.
     """
     check_scale(scale)
-    matrices = _matrices(tensor)
+    matrices = matrices_of(tensor)
     if matrices is None:
         return scale * tensor.deltas.mean(dim=0)
     rank = max(1, min(matrices.shape[1:]) // len(matrices))
@@ -50,7 +54,7 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     columns = torch.cat(list(left[:, :, :rank]), dim=1) * _has_direction(kept)  # (m, kT)
     rows = torch.cat(list(right[:, :rank].mT), dim=1) * _has_direction(kept)  # (n, kT)
     step = (_polar(columns) * kept) @ _polar(rows).mT
-    return scale * _like(step, tensor)
+    return scale * like(step, tensor)
 
 
 @MERGE_METHODS.add(
@@ -76,12 +80,12 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     Differs: convolutions too; directions in which no task moved stay at 0.
     """
     check_scale(scale)
-    matrices = _matrices(tensor)
+    matrices = matrices_of(tensor)
     if matrices is None:
         return scale * tensor.deltas.mean(dim=0)
     total = matrices.sum(dim=0)
     flat = torch.linalg.svdvals(total).mean()
-    return scale * _like(flat * _polar(total), tensor)
+    return scale * like(flat * _polar(total), tensor)
 
 
 @MERGE_METHODS.add(
@@ -110,9 +114,8 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     Differs: convolutions too; directions in which no task moved stay at 0.
     """
     check_scale(scale)
-    if not 0 <= common_share <= 1:
-        raise ValueError(f"`common_share` must lie in [0, 1], but is {common_share!r}.")
-    matrices = _matrices(tensor)
+    check_interval("common_share", common_share, "[0, 1]")
+    matrices = matrices_of(tensor)
     if matrices is None:
         return scale * tensor.deltas.mean(dim=0)
     full = min(matrices.shape[1:])
@@ -128,10 +131,64 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     kept = torch.cat([values[:common], own_values[:, :own].flatten()])
     moved = _has_direction(kept)
     step = kept.mean() * _polar(columns * moved) @ _polar(rows * moved).mT
-    return scale * _like(step, tensor)
+    return scale * like(step, tensor)
 
 
-def _matrices(tensor: Slice) -> Tensor | None:
+@MERGE_METHODS.add(
+    form="kernel",
+    family="spectral",
+    data="none",
+    source="Stoica et al. 2024, arXiv:2410.19735 (KnOTS)",
+    search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
+)
+def knots(
+    tensor: Slice,
+    *,
+    rule: Literal["linear", "ties"] = "ties",
+    density: float = 0.2,
+    scale: float = 1.0,
+    combine: Combine = "mean",
+) -> Tensor:
+    """Write all task matrices in one basis of outputs, and merge what is left of each.
+
+    [Delta_1 ... Delta_T] = U S [V_1^T ... V_T^T],  step = scale * U S merge(V_1, ..., V_T)^T
+
+    Made for experts of low rank (LoRA), whose joint rank is far below min(m, T n).
+
+    Args:
+        tensor: deltas (T, *s); matrices are (m, n).
+        rule: `linear` combines the V_t as they are, which equals combining the deltas; `ties`
+            trims them, elects signs, and combines what agrees.
+        density: share of each V_t's entries that `ties` keeps, in (0, 1].
+        scale: length of the step, unitless, >= 0.
+        combine: the `mean`, of the experts or of those that agree, or the `sum`.
+
+    Returns:
+        The step, (*s).
+
+    Source: Stoica et al. 2024, arXiv:2410.19735 (KnOTS-TIES, KnOTS-TA).
+    Differs: trims each layer for itself; convolutions too; directions below 1e-6 of the largest
+        singular value are left out, as noise of the deltas' rounding.
+    """
+    check_scale(scale)
+    check_interval("density", density, "(0, 1]")
+    matrices = matrices_of(tensor)
+    if matrices is None:
+        return scale * tensor.deltas.mean(dim=0)
+    left, values, joint = torch.linalg.svd(torch.cat(list(matrices), dim=1), full_matrices=False)
+    kept = _has_direction(values)
+    parts = torch.stack((joint * kept[:, None]).chunk(len(matrices), dim=1))  # (T, r, n)
+    if rule == "ties":
+        thresholds = torch.stack([threshold(part.abs(), density) for part in parts])
+        parts = parts * (parts.abs() >= thresholds[:, None, None])
+        parts = agreeing(parts, parts.sum(dim=0).sign())
+        merged = combined(parts, combine)
+    else:
+        merged = parts.sum(dim=0) if combine == "sum" else parts.mean(dim=0)
+    return scale * like((left * values) @ merged, tensor)
+
+
+def matrices_of(tensor: Slice) -> Tensor | None:
     """Return the deltas as matrices (T, m, n) in float64, or None where the mean is taken."""
     is_weight = tensor.info.kind in ("linear", "convolution") and tensor.base.ndim >= 2
     if not is_weight or tensor.base.numel() == 0:
@@ -154,5 +211,6 @@ def _has_direction(values: Tensor) -> Tensor:
     return (values > _RELATIVE_RANK_TOLERANCE * values.max()).to(values.dtype)
 
 
-def _like(step: Tensor, tensor: Slice) -> Tensor:
+def like(step: Tensor, tensor: Slice) -> Tensor:
+    """Return a matrix in the shape of the tensor and the dtype of its deltas."""
     return step.reshape(tensor.base.shape).to(tensor.deltas.dtype)

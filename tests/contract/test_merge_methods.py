@@ -18,7 +18,17 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging import merge
 from mergekit_lit.merging.configuration import accepts, parameters
 
-Make = Callable[..., Experts]
+
+class Make:
+    """Makes tiny experts, as many as asked for or as the method can take."""
+
+    def __init__(self, method: str, make_experts: Callable[..., Experts]) -> None:
+        self.any = make_experts
+        self.low, self.high = MERGE_METHODS.get(method).facts.get("experts", (1, None))
+
+    def __call__(self, count: int = 3, **options: Any) -> Experts:
+        fitting = max(self.low, count if self.high is None else min(count, self.high))
+        return self.any(fitting, **options)
 
 
 def same(left: Merged, right: Merged) -> bool:
@@ -35,7 +45,16 @@ def check_declares_facts(method: str, make: Make) -> None:
     assert entry.facts["source"]
     assert "Source:" in (entry.function.__doc__ or "")
     assert entry.summary.endswith(".")
-    assert len(make()) == 3
+    low, high = entry.facts.get("experts", (1, None))
+    assert 1 <= low <= len(make()) <= (high or 3)
+
+
+def check_a_number_of_experts_it_cannot_take_is_refused(method: str, make: Make) -> None:
+    low, high = MERGE_METHODS.get(method).facts.get("experts", (1, None))
+    too_many = [] if high is None else [high + 1]
+    for count in [low - 1] * (low > 1) + too_many:
+        with pytest.raises(ValueError, match=f"{method!r} takes .* experts, but got {count} "):
+            merge(make.any(count), method)
 
 
 def check_search_ranges_belong_to_parameters(method: str, make: Make) -> None:
@@ -92,7 +111,7 @@ def check_leaves_inputs_and_random_state_alone(method: str, make: Make) -> None:
 
 def check_untuned_experts_give_the_base_back(method: str, make: Make) -> None:
     experts = make()
-    merged = merge(replace(experts, tuned=[experts.base] * 3), method)
+    merged = merge(replace(experts, tuned=[experts.base] * len(experts)), method)
     for name, tensor in experts.base.items():
         assert torch.equal(merged.shared[name], tensor), name
 
@@ -136,18 +155,31 @@ def check_second_call_gives_the_same_bytes(method: str, make: Make) -> None:
 
 def check_names_of_tasks_do_not_matter(method: str, make: Make) -> None:
     experts = make()
-    names = ["x", "y", "z"]
+    names = ["x", "y", "z"][: len(experts)]
     cards = [replace(card, task=name) for card, name in zip(experts.cards, names, strict=True)]
     renamed = replace(experts, names=names, cards=cards)
     assert same(merge(experts, method), merge(renamed, method))
-    assert merge(renamed, method).tasks == ("x", "y", "z")
+    assert merge(renamed, method).tasks == tuple(names)
 
 
 def check_one_expert_and_many(method: str, make: Make) -> None:
     for count in (1, 2, 9):
-        merged = merge(make(count), method)
+        experts = make(count)
+        merged = merge(experts, method)
         assert all_finite(merged)
-        assert len(merged.tasks) == count
+        assert len(merged.tasks) == len(experts)
+
+
+def check_every_task_has_a_whole_model(method: str, make: Make) -> None:
+    experts = make(dtype=torch.float32)
+    merged = merge(experts, method)
+    for task in merged.tasks:
+        params = merged.for_task(task)
+        assert list(params) == list(experts.base)
+        for name, tensor in experts.base.items():
+            assert params[name].dtype == tensor.dtype
+            assert params[name].shape == tensor.shape
+            assert bool(torch.isfinite(params[name]).all())
 
 
 def check_facts_are_json_and_whole(method: str, make: Make) -> None:
@@ -160,7 +192,8 @@ def check_facts_are_json_and_whole(method: str, make: Make) -> None:
     assert (facts["backbone"], facts["image_size"]) == ("tiny", 8)
     linear = MERGE_METHODS.get(method).facts["form"] == "linear"
     assert (facts["coefficients"] is not None) == linear
-    assert not linear or len(facts["coefficients"]) == 3
+    assert not linear or len(facts["coefficients"]) == len(experts)
+    assert facts["veneers"] == []
 
 
 def check_bad_values_are_refused(method: str, make: Make) -> None:
@@ -214,7 +247,7 @@ CHECKS = [function for name, function in list(globals().items()) if name.startsw
 @pytest.mark.parametrize("method", MERGE_METHODS.names())
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_contract(check, method, make_experts):
-    check(method, make_experts)
+    check(method, Make(method, make_experts))
 
 
 PLUG_IN = '''
@@ -271,7 +304,7 @@ def plug_in(tmp_path, monkeypatch):
 def test_plug_in_of_another_distribution_keeps_the_contract(plug_in, make_experts):
     assert plug_in in MERGE_METHODS.names()
     for check in CHECKS:
-        check(plug_in, make_experts)
+        check(plug_in, Make(plug_in, make_experts))
 
 
 def test_plug_in_of_another_distribution_stands_in_the_command(plug_in, capsys):

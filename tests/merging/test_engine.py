@@ -10,7 +10,7 @@ from mergekit_lit.core.experts import Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.engine import weighted_sum
+from mergekit_lit.merging.steps import weighted_sum
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def test_averaged_variances_are_never_negative(tiny_experts):
     assert float(merged.shared["norm.running_var"].min()) == 0
 
 
-def test_integers_that_are_no_counters_are_the_bases(tiny_experts):
-    index = {"index": torch.arange(4)}
+def test_integers_that_are_no_counters_are_the_bases(make_experts):
+    index, two = {"index": torch.arange(4)}, make_experts(2)
     experts = replace(
-        tiny_experts,
-        base=tiny_experts.base | index,
-        tuned=[{**tuned, "index": torch.arange(4) + 9} for tuned in tiny_experts.tuned],
-        structure=tiny_experts.structure | {"index": TensorInfo("other", 0, "stem")},
+        two,
+        base=two.base | index,
+        tuned=[{**tuned, "index": torch.arange(4) + 9} for tuned in two.tuned],
+        structure=two.structure | {"index": TensorInfo("other", 0, "stem")},
     )
     for method in MERGE_METHODS.names():
         assert torch.equal(merge(experts, method).shared["index"], index["index"])

@@ -6,7 +6,8 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.sparsify import dare, magmax, magnitude_thresholds, ties, trim_and_elect
+from mergekit_lit.merging.dropping import dare
+from mergekit_lit.merging.sparsify import magmax, magnitude_thresholds, ties, trim_and_elect
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (2, 3, 3, 3), "e": (1,)}
 
@@ -114,7 +115,7 @@ def test_dare_without_drop_is_task_arithmetic():
         torch.testing.assert_close(
             dare(a_slice(name, deltas), drop=0.0, scale=0.3), 0.3 * deltas.sum(0)
         )
-    unscaled = dare(a_slice("w", torch.ones(1, 99)), drop=0.5, scale=1.0, rescale=False)
+    unscaled = dare(a_slice("w", torch.ones(1, 99)), drop=0.5, scale=1.0, rescale="none")
     assert set(unscaled.tolist()) == {0.0, 1.0}
 
 

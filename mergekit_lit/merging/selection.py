@@ -1,0 +1,202 @@
+"""This file is the methods that compare entries between experts: SCE, PCB, RAM, Nearswap."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.quantiles import smallest
+from mergekit_lit.merging.reductions import total
+from mergekit_lit.merging.sparsify import Pairs, agreeing, flat_rows
+from mergekit_lit.merging.steps import weighted_sum
+
+# PCB cuts off this share of the magnitudes at either end before it compares them.
+_TAIL = 1e-4
+
+
+@MERGE_METHODS.add(
+    form="kernel",
+    family="sparsifying",
+    data="none",
+    source="Wan et al. 2024, arXiv:2408.07990 (SCE of FuseChat 2.0)",
+    search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
+)
+def sce(tensor: Slice, *, density: float = 0.1, scale: float = 1.0) -> Tensor:
+    """Select entries on which the experts differ, weigh experts by energy, erase minority signs.
+
+    m_p = [variance_t(tau_tp) among the largest],  w_t = mean_p (m_p tau_tp)^2 / sum over experts,
+    e_tp = [sign(tau_tp) = sign(sum_s m_p tau_sp)],  step_p = scale * sum_t w_t e_tp m_p tau_tp /
+    sum_t w_t e_tp
+
+    Args:
+        tensor: deltas (T, *s).
+        density: share of the tensor's entries with a variance above 0 that is kept, in (0, 1]; 1
+            selects nothing.
+        scale: length of the step, unitless, >= 0.
+
+    Returns:
+        The step, (*s).
+
+    Source: Wan et al. 2024, arXiv:2408.07990 (FuseChat 2.0: select, calculate, erase).
+    Differs: at least one entry of a tensor is kept, and all that vary as much as the last one; one
+        expert comes back whole.
+    """
+    check_interval("density", density, "(0, 1]")
+    check_scale(scale)
+    kept = tensor.deltas * _varying(tensor.deltas, density)
+    energy = torch.stack([total(delta.double().square()) for delta in kept])
+    if not bool(energy.any()):
+        return torch.zeros_like(kept[0])
+    weights = energy / energy.sum()
+    majority = agreeing(kept, kept.sum(dim=0).sign())
+    mass = weighted_sum(weights, (majority != 0).to(kept.dtype))
+    step = weighted_sum(weights, majority)
+    return scale * torch.where(mass > 0, step / torch.where(mass > 0, mass, 1), 0)
+
+
+def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
+    """Find what PCB needs of the whole model, per expert: bounds of |tau|, and of the balance."""
+    check_interval("density", density, "(0, 1]")
+
+    def magnitudes() -> Iterator[Tensor]:
+        return (flat_rows(deltas.abs()) for _, deltas in pairs)
+
+    def tails(entries: int) -> list[int]:
+        cut = int(entries * _TAIL)
+        return [cut + 1, entries - cut]
+
+    def balances() -> Iterator[Tensor]:
+        return (flat_rows(_balance(deltas, bounds)) for _, deltas in pairs)
+
+    def winners(entries: int) -> list[int]:
+        return [max(1, entries - max(1, int(entries * density))), entries]
+
+    bounds = smallest(magnitudes, tails)
+    return {"bounds": bounds, "span": smallest(balances, winners)}
+
+
+@MERGE_METHODS.add(
+    form="kernel",
+    family="sparsifying",
+    data="none",
+    source="Du et al. 2024, arXiv:2410.02396 (PCB)",
+    search={"density": (0.02, 0.5), "scale": (0.0, 3.0)},
+    prepare=competition,
+)
+def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
+    """Let entries compete within and between experts, and average the winners by their balance.
+
+    n_t = ((|tau_t| - min) / (max - min))^2,  b_t = exp(T n_t) * tanh(tau_t sum_s tau_s),
+    w_t = min-max normalised max(b_t, its (1 - density) quantile),
+    step = scale * sum_t w_t tau_t / max(sum_t w_t, 1e-12)
+
+    Args:
+        tensor: deltas (T, *s), and the bounds of the whole model: min and max are over all entries
+            of an expert, without the 0.01 % at either end.
+        density: r, share of each task vector's entries that keeps a weight, in (0, 1].
+        scale: lambda, length of the step, unitless, >= 0.
+
+    Returns:
+        The step, (*s).
+
+    Source: Du et al. 2024, arXiv:2410.02396 (parameter competition balancing).
+    Differs: one scale for all experts; the paper also evolves one for each on validation data.
+    """
+    check_interval("density", density, "(0, 1]")
+    check_scale(scale)
+    low, high = (_column(end, tensor.deltas) for end in tensor.stats["span"].T)
+    balance = _balance(tensor.deltas, tensor.stats["bounds"]).clamp(min=low)
+    width = high - low
+    weights = torch.where(width > 0, (balance - low) / torch.where(width > 0, width, 1), 1)
+    step = (weights * tensor.deltas).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
+    return scale * step
+
+
+@MERGE_METHODS.add(
+    form="kernel",
+    family="sparsifying",
+    data="none",
+    source="Behavior Knowledge Merge in Reinforced Agentic Models, 2026, arXiv:2601.13572 (RAM)",
+    search={"scale": (0.0, 2.0)},
+)
+def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor:
+    """Keep what one expert alone moved, and average what several moved.
+
+    a_tp = [|tau_tp| > threshold],  step_p = scale * sum_t a_tp tau_tp / max(1, sum_t a_tp)
+
+    Args:
+        tensor: deltas (T, *s).
+        threshold: how far an expert must have moved an entry to count, in the units of the
+            weights, >= 0.
+        scale: length of the step, unitless, >= 0.
+
+    Returns:
+        The step, (*s).
+
+    Source: Behavior Knowledge Merge in Reinforced Agentic Models, 2026, arXiv:2601.13572 (RAM).
+    Differs: without the paper's rescaling of what one expert alone moved.
+    """
+    if threshold < 0:
+        raise ValueError(f"`threshold` must be at least 0, but is {threshold!r}.")
+    check_scale(scale)
+    active = tensor.deltas.abs() > threshold
+    step = (tensor.deltas * active).sum(dim=0) / active.sum(dim=0).clamp(min=1)
+    return scale * step
+
+
+@MERGE_METHODS.add(
+    form="kernel",
+    family="sparsifying",
+    data="none",
+    source="Goddard et al. 2024, arXiv:2403.13257 (Nearswap of mergekit 0.1)",
+    search={"scale": (0.0, 4.0)},
+)
+def nearswap(tensor: Slice, *, reach: float = 1e-3, scale: float = 1.0) -> Tensor:
+    """Take each expert's entries where they lie near the base, and go towards them elsewhere.
+
+    w_tp = min(1, reach / |tau_tp|),  step = scale * mean_t w_t tau_t
+
+    Args:
+        tensor: deltas (T, *s).
+        reach: how far an entry is followed, in the units of the weights, >= 0.
+        scale: length of the step, unitless, >= 0.
+
+    Returns:
+        The step, (*s).
+
+    Source: Goddard et al. 2024, arXiv:2403.13257 (Nearswap of mergekit 0.1).
+    Differs: the mean over any number of experts; there it is one.
+    """
+    if reach < 0:
+        raise ValueError(f"`reach` must be at least 0, but is {reach!r}.")
+    check_scale(scale)
+    return scale * tensor.deltas.clamp(-reach, reach).mean(dim=0)
+
+
+def _varying(deltas: Tensor, density: float) -> Tensor:
+    """Return which entries vary most between the experts, (*s)."""
+    variance = deltas.var(dim=0, correction=0)
+    varying = int((variance > 0).sum())
+    if density == 1 or varying == 0:
+        return torch.ones_like(variance, dtype=torch.bool)
+    kept = max(1, int(varying * density))
+    return variance >= variance.reshape(-1).kthvalue(variance.numel() - kept + 1).values
+
+
+def _balance(deltas: Tensor, bounds: Tensor) -> Tensor:
+    """Return exp(T n_t) * tanh(tau_t sum_s tau_s), (T, *s)."""
+    low, high = (_column(end, deltas) for end in bounds.T)
+    width = high - low
+    magnitude = deltas.abs().clamp(min=low, max=high)
+    share = torch.where(width > 0, (magnitude - low) / torch.where(width > 0, width, 1), 0)
+    within = (len(deltas) * share.square()).exp()
+    return within * (deltas * deltas.sum(dim=0)).tanh()
+
+
+def _column(values: Tensor, deltas: Tensor) -> Tensor:
+    """Return one number per expert, (T,), so that it broadcasts to deltas (T, *s)."""
+    return values.to(deltas.dtype).reshape(-1, *[1] * (deltas.ndim - 1))
