@@ -85,7 +85,6 @@ class Calibration:
         logits: (task, features (b, d)) -> logits (b, C) of the task's head.
         statistics: statistics of the model being merged; ignored where the batch's own are used.
         pooled: whether the batch is a mixture of all tasks, as under `recalibrate`.
-        seed: of the draws that a method makes.
     """
 
     split: DataSplit
@@ -95,7 +94,6 @@ class Calibration:
     logits: Callable[[str, Tensor], Tensor]
     statistics: Params = field(default_factory=dict)
     pooled: bool = False
-    seed: int = 0
 
     def merged_features(self, params: Params, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         """Return the features (b, d) of the model being merged, on a batch of each task.

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import MergeObserver, Slice
 from mergekit_lit.core.params import Params, check_same_names_and_shapes
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
 from mergekit_lit.merging.configuration import parameters, resolve
+from mergekit_lit.merging.images import shown
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 _POSITIONS = ("after", "before")
@@ -31,6 +33,7 @@ def merge(
     batch_norm: str = "base",
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
+    calibration: Calibration | None = None,
 ) -> Merged:
     """Merge experts by a registered method.
 
@@ -47,6 +50,7 @@ def merge(
             (variances at least 0).
         observers: see every tensor's deltas before the method does, in this order.
         seed: of methods that draw at random, and of what has a `seed` that its config leaves open.
+        calibration: images, for methods that look at them.
 
     Returns:
         The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
@@ -57,7 +61,7 @@ def merge(
         KeyError: unknown method, veneer or parameter.
         TypeError: a value of the wrong type, NaN or infinite.
         ValueError: a value out of range, unknown policy, a number of experts that the method cannot
-            take, or a step that is not finite.
+            take, missing images, or a step that is not finite.
     """
     entry = MERGE_METHODS.get(method)
     values = _values(entry, config or {}, seed)
@@ -65,6 +69,7 @@ def merge(
     run = _form(entry)
     _check_policy(batch_norm)
     _check_count(entry, experts)
+    entry = shown(entry, experts, calibration)
     for layer in _at("before", layers):
         experts = layer.function(experts, **layer.config)
     for observer in observers:

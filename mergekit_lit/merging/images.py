@@ -1,0 +1,48 @@
+"""This file is how a method that looks at images comes to them, or why it does not."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+from mergekit_lit.core.calibration import Calibration, DataSplit
+from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.registry import Registered
+
+
+def shown(
+    entry: Registered[Any], experts: Experts, calibration: Calibration | None
+) -> Registered[Any]:
+    """Return a method that takes the experts alone: one that looks at images is given them.
+
+    Args:
+        entry: a registered method, f(experts, *, config), or f(experts, calibration, *, config)
+            where the data that it declares are images.
+        experts: what is merged.
+        calibration: images of each task; not looked at by methods that need none.
+
+    Raises:
+        ValueError: the images are missing, of another split than declared, or not of every task.
+    """
+    split = entry.facts.get("data")
+    if split not in get_args(DataSplit):
+        return entry
+    if calibration is None:
+        raise ValueError(
+            f"{entry.name!r} looks at {split} images of every task, but got none. Name the suite "
+            "that has them (`--data.suite`), or choose a method that needs no data."
+        )
+    if calibration.split != split:
+        raise ValueError(
+            f"{entry.name!r} looks at {split} images, but got {calibration.split} images. "
+            "Give it those that it declares."
+        )
+    missing = sorted(set(experts.names) - set(calibration.samples))
+    if missing:
+        raise ValueError(
+            f"{entry.name!r} looks at images of every task, but {missing[0]!r} has none. "
+            "Name a suite that has all tasks."
+        )
+
+    def function(seen: Experts, **config: Any) -> Any:
+        return entry.function(seen, calibration, **config)
+
+    return replace(entry, function=function)
