@@ -122,7 +122,7 @@ def check_disk(folder: Path) -> Iterator[Row]:
 
 def check_wandb() -> Iterator[Row]:
     """Yield W&B's state. It is never needed, so that it is never broken."""
-    from mergekit_lit.lit.loggers import wandb_key
+    from mergekit_lit.lit.wandb_runs import wandb_key
 
     if find_spec("wandb") is None:
         yield _row("wandb", "warning", "not installed", "pip install wandb, if you want it")

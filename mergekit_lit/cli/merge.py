@@ -18,6 +18,7 @@ from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
+from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, merge_files
 
@@ -35,6 +36,7 @@ def merge(  # noqa: PLR0913
     base: str | None = None,
     allow_different_base: bool = False,
     callbacks: list[str | dict[str, Any]] | None = None,
+    logger: LoggerKind = "csv",
     json: bool = False,
 ) -> None:
     """Merge experts.
@@ -53,6 +55,8 @@ def merge(  # noqa: PLR0913
         callbacks: observers of the merge by class path, such as
             `mergekit_lit.callbacks.DeltaGeometry`, or `{class_path: ..., init_args: {...}}`; they
             see the deltas and may change them.
+        logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
+            merged model as its artifact.
         json: whether to print the record as JSON.
     """
 
@@ -165,6 +169,7 @@ def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) 
         allow_different_base=made.allow_different_base,
         calibration=calibration(**vars(made.data)),
         observers=[_observer(given) for given in made.callbacks or ()],
+        logger=made.logger,
     )
 
 

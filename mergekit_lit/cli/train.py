@@ -21,7 +21,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import trainer_arguments
-from mergekit_lit.lit.loggers import LoggerKind
+from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.stages.train import train_expert, world_size
 
 _GIVEN_APART = {"data", "model", "trainer", "callbacks", "loggers", "name"}

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from mergekit_lit.core.experts import Base, Expert, Merged
+from mergekit_lit.core.files import write_text
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.batches import EvalLoader
@@ -29,12 +30,15 @@ from mergekit_lit.lit.merge import MergeModule
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
 from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.reports.results import csv_text, result_rows, summary
 from mergekit_lit.stages.cautions import cautions
 from mergekit_lit.stages.model_files import load_models
 
 
-def evaluate_files(
+# Each argument is one flag of the command line, hence so many.
+def evaluate_files(  # noqa: PLR0913
     models: Sequence[str | Path],
     *,
     data: MergeDataModule,
@@ -43,6 +47,7 @@ def evaluate_files(
     name: str = "evaluation",
     trainer: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
+    logger: LoggerKind = "csv",
     seed: int = 0,
 ) -> Record:
     """Evaluate bases, experts and merged models on the tasks of a suite.
@@ -55,10 +60,13 @@ def evaluate_files(
         data: suite, tasks, split and batch.
         batch_norm: BatchNorm statistics of bases and experts: `stored`, or estimated alike for all
             on at most 512 training images of the task. Merged files carry theirs.
-        out: folder of the record; nothing is written without one.
-        name: name of the record, written to `<out>/<name>.record.json`.
+        out: folder of the results; nothing is written without one.
+        name: name of the results: `<out>/<name>.record.json`, and `<name>.csv` with one row a model
+            and task.
         trainer: arguments of Lightning's Trainer, such as `devices`.
         callbacks: callbacks for the Trainer.
+        logger: `csv` (with JSON, always written), `wandb` (offline) or `wandb-online`: one run with
+            the table of results.
         seed: seed of the bootstrap intervals.
 
     Returns:
@@ -71,6 +79,7 @@ def evaluate_files(
         ValueError: models that do not fit one another, the suite, or the launcher.
     """
     watch = Stopwatch()
+    check_logger(logger, out)
     loaded = load_models(models)
     _choose_tasks(data, loaded.by_name)
     data.setup()
@@ -79,7 +88,7 @@ def evaluate_files(
         runner = _trainer(trainer or {}, callbacks)
         runner.test(module, datamodule=data, verbose=False)
     table = _told(module.results(), loaded.by_name)
-    path = None if out is None else Path(out) / f"{name}.record.json"
+    files = [] if out is None else [f"{name}.record.json", f"{name}.csv"]
     record = Record(
         stage="evaluate",
         name=name,
@@ -91,11 +100,11 @@ def evaluate_files(
             "splits": _splits(data),
             "warnings": cautions(table, loaded.by_name, data.task_data, split=data.split),
         },
-        outputs=[] if path is None else [path.name],
+        outputs=files,
     )
     watch.finish(record)
-    if path is not None and runner.is_global_zero:
-        record.write(path)
+    if out is not None and runner.is_global_zero:
+        _write(record, Path(out), logger)
     return record
 
 
@@ -143,6 +152,21 @@ def evaluate_models(
         for task, found in by_task.items()
     }
     return score_table(outcomes, experts=experts, seed=seed)
+
+
+def _write(record: Record, out: Path, logger: LoggerKind) -> None:
+    """Write the record and its table, and tell W&B if asked."""
+    rows = result_rows(record)
+    write_text(out / f"{record.name}.csv", csv_text(rows))
+    record.write(out / f"{record.name}.record.json")
+    facts = RunFacts(
+        name=record.name,
+        job=record.stage,
+        group=out.name,
+        tags=[Path(record.config["suite"]).name, record.config["split"]],
+        config=record.config,
+    )
+    log_run(logger, out / "logs" / record.name, facts, Outcome(summary=summary(rows), rows=rows))
 
 
 def _choose_tasks(data: MergeDataModule, models: Mapping[str, Model]) -> None:

@@ -14,6 +14,7 @@ from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
 from mergekit_lit.data.splits import Images, SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES, calibration_images, recalibrate
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import load_experts
@@ -85,6 +86,7 @@ def merge_files(
     allow_different_base: bool = False,
     calibration: Calibration | None = None,
     observers: Sequence[MergeObserver] = (),
+    logger: LoggerKind = "csv",
 ) -> MergeResult:
     """Merge expert files into one file, with a record beside it; write both or neither.
 
@@ -97,6 +99,8 @@ def merge_files(
         allow_different_base: take experts whose card names another base, or none.
         calibration: images for the `recalibrate` policies.
         observers: see every tensor's deltas; what their `to_json` returns goes to the record.
+        logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
+            merged model as its artifact.
 
     Raises:
         FileNotFoundError: an expert is missing.
@@ -110,6 +114,7 @@ def merge_files(
     paths = [Path(path) for path in experts]
     out = _checked_out(Path(out), paths)
     _check_recipe(recipe, calibration)
+    check_logger(logger)
     backbone, loaded = load_base_of(paths, base)
     gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
     images = _images(gathered, recipe, calibration)
@@ -120,6 +125,7 @@ def merge_files(
     with _restored_on_error(record_path):
         record.write(record_path)
         save_merged(out, merged)
+    _tell_wandb(record, out, merged, logger)
     return MergeResult(out, record_path, record)
 
 
@@ -245,6 +251,28 @@ def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -
             data.train, task, count=calibration.images, seed=recipe.seed
         )
     return chosen
+
+
+def _tell_wandb(record: Record, out: Path, merged: Merged, logger: LoggerKind) -> None:
+    """Tell W&B the merge, if asked: its facts, its coefficients, and the model as an artifact."""
+    coefficients = merged.facts.get("coefficients") or [None] * len(merged.tasks)
+    facts = RunFacts(
+        name=record.name,
+        job=record.stage,
+        group=out.resolve().parent.name,
+        tags=[merged.facts["method"], merged.facts["base"]],
+        config=record.config,
+    )
+    outcome = Outcome(
+        summary=merged.facts,
+        rows=[
+            {"task": task, "coefficient": coefficient}
+            for task, coefficient in zip(merged.tasks, coefficients, strict=True)
+        ],
+        files={out: merged.facts},
+        kind="merged",
+    )
+    log_run(logger, out.parent / "logs" / out.stem, facts, outcome)
 
 
 def _record(

@@ -18,9 +18,10 @@ from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
-from mergekit_lit.lit.loggers import LoggerKind, log_results, make_loggers
+from mergekit_lit.lit.loggers import log_outcome, make_loggers
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts
 
 _DEFAULTS: Mapping[str, Any] = {
     "enable_progress_bar": False,
@@ -116,14 +117,14 @@ def train_expert(  # noqa: PLR0913
         Path(out) / "checkpoints" / name / "last.ckpt", every=checkpoint_every, config=config
     )
     if isinstance(loggers, str):
-        loggers = make_loggers(
-            loggers,
-            Path(out) / "logs" / name,
+        facts = RunFacts(
             name=name,
+            job="train",
             group=Path(out).name,
             tags=[Path(data.suite).name, model.base.name],
             config=config,
         )
+        loggers = make_loggers(loggers, Path(out) / "logs" / name, facts)
     with quiet():
         observers = [*_standard(callbacks), *callbacks, export, last]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
@@ -141,9 +142,12 @@ def train_expert(  # noqa: PLR0913
         record.metrics = {"experts": cards}
         stopwatch.finish(record).write(record_path)
         last.remove()
-        rows = [{"expert": stem, **facts} for stem, facts in cards.items()]
-        files = {path: cards[path.stem] for path in experts}
-        log_results(loggers, summary=cards[experts[-1].stem], rows=rows, files=files)
+        outcome = Outcome(
+            summary=cards[experts[-1].stem],
+            rows=[{"expert": stem, **card} for stem, card in cards.items()],
+            files={path: cards[path.stem] for path in experts},
+        )
+        log_outcome(loggers, outcome)
     return TrainResult(experts, record_path, record)
 
 

@@ -1,5 +1,6 @@
 """Tests of the evaluation stage: files in, one record out, whatever the number of processes."""
 
+import csv
 import json
 import os
 import subprocess
@@ -63,6 +64,21 @@ def files(family, tmp_path):
     return [*paths, merged]
 
 
+@pytest.mark.slow
+def test_wandb_keeps_one_run_of_an_evaluation(files, tiny_suite, tmp_path):
+    out = tmp_path / "out"
+    evaluate_files([BASE, *files], data=_data(tiny_suite), out=out, logger="wandb")
+    (run,) = (out / "logs" / "evaluation" / "wandb").glob("offline-run-*")
+    tables = [path.read_text() for path in run.rglob("results_*.table.json")]
+    assert len(tables) == 1
+    assert '"stripes"' in tables[0]
+
+
+def test_wandb_without_a_folder_is_refused_before_anything_is_read(tiny_suite):
+    with pytest.raises(ValueError, match="`out` is not given"):
+        evaluate_files(["nowhere.safetensors"], data=_data(tiny_suite), logger="wandb")
+
+
 def _data(suite, **options):
     return MergeDataModule(suite, **{"reserve": 4, "batch": 7, **options})
 
@@ -78,6 +94,13 @@ def test_files_become_a_record(files, tiny_suite, tmp_path):
         "average": "merged",
     }
     assert models["average"]["method"] == "average"
+    assert written.outputs == ["evaluation.record.json", "evaluation.csv"]
+    with (tmp_path / "out" / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    told = {(r["model"], r["task"]): float(r["accuracy"]) for r in rows}
+    assert len(told) == len(rows) == 3 * 3
+    assert told["average", "dots"] == models["average"]["tasks"]["dots"]["accuracy"]
+    assert told["experts", "(mean)"] == models["experts"]["mean"]["accuracy"]
     for entry in models.values():
         assert list(entry["tasks"]) == list(TASKS)
         row = entry["tasks"]["dots"]

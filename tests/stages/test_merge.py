@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def test_models_without_batchnorm_need_no_images(tmp_path, tiny_suite):
     assert load_merged(out).facts["batch_norm"] == "recalibrate"
 
 
+@pytest.mark.slow
+def test_wandb_keeps_the_merged_model(family, tmp_path):
+    merge_files(family.paths, out=tmp_path / "m.safetensors", logger="wandb")
+    (run,) = (tmp_path / "logs" / "m" / "wandb").glob("offline-run-*")
+    assert len(list(run.rglob("results_*.table.json"))) == 1
+    (stored,) = run.glob("run-*.wandb")
+    deadline = time.monotonic() + 60
+    while b"merged" not in (text := stored.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"base_hash" in text
+
+
 def test_a_users_callback_changes_the_merge(family, tmp_path):
     class Halve(MergeCallback):
         def on_merge_tensor(self, name, deltas):
@@ -281,7 +294,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another base": (
         {"base": "timm/test_resnet@random:1"},
         ValueError,
-        "Align the expert to this base first, or take it as it is with `allow_different_base`.",
+        "Align the experts with `--method git_rebasin --allow_different_base true`, or merge",
     ),
     "another architecture": (
         {"base": VIT, "allow_different_base": True},
