@@ -4,30 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from mergekit_lit.core.experts import Base, load_base_file
 from mergekit_lit.core.params import content_hash
-from mergekit_lit.core.registry import unknown_name
-from mergekit_lit.models.architectures import SmallResNet, small_vit
+from mergekit_lit.models.encoders import EFFICIENTNET, HALF, OURS, make_encoder, unfit_size
 from mergekit_lit.models.structure import structure_of
 from mergekit_lit.models.weights import (
-    Enclosed,
     adapt,
     efficientnet_lite0,
     file_weights,
     hub_weights,
     shipped_weights,
 )
-
-OURS = ("resnet", "vit")
-EFFICIENTNET = "efficientnet_lite0"
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
@@ -52,8 +42,8 @@ class Backbone(nn.Module):
         name: str,
         features: int,
         image_size: int,
-        mean: tuple[float, ...] = _HALF,
-        std: tuple[float, ...] = _HALF,
+        mean: tuple[float, ...] = HALF,
+        std: tuple[float, ...] = HALF,
     ) -> None:
         super().__init__()
         # The encoder is not a child: its tables are ours, so names gain no prefix and
@@ -92,16 +82,9 @@ def build_backbone(name: str, image_size: int | None = None) -> Backbone:
         KeyError: no such encoder.
         ValueError: it cannot take this image size.
     """
-    if image_size is not None and image_size < 8:
-        raise ValueError(f"`image_size` must be at least 8 pixels, but is {image_size}.")
-    if name in OURS:
-        return _build_ours(name, image_size or 32)
-    library, _, rest = name.rpartition("/")
-    if library == "torchvision":
-        return _build_torchvision(rest, image_size)
-    if library in ("", "timm"):
-        return _build_timm(rest, image_size)
-    raise KeyError(unknown_name("library of backbones", library, ["timm", "torchvision"]))
+    backbone = Backbone(**make_encoder(name, image_size)._asdict())
+    _check_forward(backbone, name)
+    return backbone
 
 
 def load_base(spec: str, *, image_size: int | None = None) -> tuple[Backbone, Base]:
@@ -148,6 +131,30 @@ def describe_base(backbone: Backbone, name: str, facts: Mapping[str, Any]) -> Ba
     )
 
 
+def _check_forward(backbone: Backbone, name: str) -> None:
+    """Check that one image of zeros becomes one feature vector, by far cheaper than the building.
+
+    It leaves the global random stream and the statistics of norm layers as they are.
+
+    Raises:
+        ValueError: the encoder cannot take its image size.
+    """
+    size = backbone.image_size
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            features = backbone.eval()(torch.zeros(1, 3, size, size))
+    # What an encoder raises is its own choice: RuntimeError, AssertionError, IndexError, ...
+    except Exception as error:
+        raise unfit_size(name, size, error) from None
+    backbone.train()
+    if not isinstance(features, Tensor) or features.shape != (1, backbone.features):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"A backbone must turn an image into one feature vector of length {backbone.features}, "
+            f"but {name!r} makes {found} of it. Take an encoder that pools."
+        )
+
+
 def _weights_of(name: str, source: str) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Return the tensors that a spec names, by the names of its encoder, and facts about them."""
     if source:
@@ -179,93 +186,3 @@ def _random(name: str, image_size: int | None, seed: str) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         return build_backbone(name, image_size)
-
-
-def _build_ours(name: str, image_size: int) -> Backbone:
-    if name == "vit" and image_size % 8:
-        raise ValueError(
-            f"`image_size` of 'vit' must be a multiple of its patch of 8 pixels, but is "
-            f"{image_size}."
-        )
-    encoder: Any = SmallResNet() if name == "resnet" else small_vit(image_size)
-    return Backbone(encoder, name=name, features=encoder.num_features, image_size=image_size)
-
-
-def _build_timm(name: str, image_size: int | None) -> Backbone:
-    architecture = "tf_efficientnet_lite0" if name == EFFICIENTNET else name
-    if not timm.is_model(architecture):
-        known = (*OURS, EFFICIENTNET, *timm.list_models())
-        raise KeyError(_unknown_backbone(architecture, known))
-    config: Any = timm.get_pretrained_cfg(architecture, allow_unregistered=False)
-    size = image_size or config.input_size[-1]
-    # Only encoders with a fixed input (ViTs) take a size: the others refuse the argument.
-    sized: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
-    try:
-        encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0, **sized)
-    except (AssertionError, TypeError) as error:
-        raise _unfit_size(name, size, str(error)) from None
-    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1, 1))
-    if size % patch[0]:
-        raise _unfit_size(name, size, f"its patch is {patch[0]} pixels wide")
-    mean, std = config.mean, config.std
-    if name == EFFICIENTNET:
-        mean, std = _HALF, _HALF
-    return Backbone(
-        encoder,
-        name=name if name == EFFICIENTNET else f"timm/{name}",
-        features=getattr(encoder, "head_hidden_size", None) or encoder.num_features,
-        image_size=size,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
-
-
-def _build_torchvision(name: str, image_size: int | None) -> Backbone:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise KeyError(_unknown_backbone(name, known))
-    size = image_size or 224
-    sized = {"image_size": size} if name.startswith("vit_") else {}
-    try:
-        encoder = torchvision.models.get_model(name, weights=None, **sized)
-    except (AssertionError, ValueError) as error:
-        raise _unfit_size(name, size, str(error)) from None
-    features = _strip_classifier(encoder, name)
-    # Backbone's tables are its encoder's, so a child called `features` would hide their number.
-    clashes = "features" in dict(encoder.named_children())
-    return Backbone(
-        Enclosed(encoder) if clashes else encoder,
-        name=f"torchvision/{name}",
-        features=features,
-        image_size=size,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-    )
-
-
-def _unfit_size(name: str, size: int, reason: str) -> ValueError:
-    return ValueError(
-        f"`image_size` must fit the encoder, but {name!r} cannot take {size} pixels: {reason}. "
-        "Give another `image_size`."
-    )
-
-
-def _strip_classifier(encoder: nn.Module, name: str) -> int:
-    """Replace the last linear layer by the identity and return the length of its input."""
-    linear = [(path, m) for path, m in encoder.named_modules() if isinstance(m, nn.Linear)]
-    auxiliary = any(path.startswith(("aux", "AuxLogits")) for path, _ in linear)
-    if not linear or linear[-1][1].out_features != 1000 or auxiliary:
-        raise ValueError(
-            f"A torchvision backbone must end in one linear classifier, but {name!r} does not. "
-            "Take a ResNet, ViT, EfficientNet, ConvNeXt, Swin or RegNet."
-        )
-    path, layer = linear[-1]
-    parent, _, child = path.rpartition(".")
-    setattr(encoder.get_submodule(parent), child, nn.Identity())
-    return layer.in_features
-
-
-def _unknown_backbone(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """Return the message for an unknown encoder: over a thousand are known, so not all of them."""
-    hint = unknown_name("backbone", name, known).partition(" Known:")[0]
-    return f"{hint} Known: resnet, vit, {EFFICIENTNET}, timm/NAME, torchvision/NAME."

