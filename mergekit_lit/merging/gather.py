@@ -123,8 +123,8 @@ def _check_base(expert: Expert, base: Base) -> None:
         came = f"it was tuned from {card.base or 'one'!r} ({card.base_hash[:12]})"
     raise ValueError(
         f"{_file(expert)} must be tuned from the base {base.name!r} ({base.content[:12]}), but "
-        f"{came}. Align the expert to this base first, or take it as it is with "
-        "`allow_different_base`."
+        f"{came}. Align the experts with `--method git_rebasin --allow_different_base true`, or "
+        "merge them as they are with `--allow_different_base true`."
     )
 
 

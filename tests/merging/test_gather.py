@@ -247,12 +247,12 @@ SPOILT: dict[str, tuple[Callable[[Folder], object], type[Exception], str]] = {
         lambda f: f.card(base="other", base_hash="f" * 64),
         ValueError,
         r"must be tuned from the base 'tiny' \(.{12}\), but it was tuned from 'other' "
-        r"\(ffffffffffff\)\. Align the expert .* or take it as it is with `allow_different_base`",
+        r"\(ffffffffffff\)\. Align .* `--method git_rebasin --allow_different_base true`, or merge",
     ),
     "no base on the card": (
         lambda f: f.card(base=None, base_hash=None),
         ValueError,
-        "but its card names no base. Align .* `allow_different_base`",
+        "but its card names no base. Align .* `--allow_different_base true`",
     ),
     "another image size": (
         lambda f: f.card(image_size=16),
