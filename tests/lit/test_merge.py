@@ -300,7 +300,6 @@ import sys
 from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
-from mergekit_lit.callbacks import DeltaGeometry
 from mergekit_lit.core.experts import save_merged
 from mergekit_lit.lit.merge import MergeModule, PendingMerge
 from mergekit_lit.lit.suite_data import MergeDataModule
@@ -310,7 +309,8 @@ from mergekit_lit.models.backbones import load_base
 torch.set_num_threads(1)
 suite, out, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 backbone, base = load_base("resnet@random:0", image_size=8)
-experts = load_experts([out / "dots.safetensors", out / "stripes.safetensors"], base=base)
+files = [out / "dots.safetensors", out / "stripes.safetensors"]
+experts = load_experts(files, base=base, allow_different_base=True)
 models = {
     policy: PendingMerge(experts, "average", batch_norm=policy)
     for policy in ("recalibrate", "recalibrate-per-task")
