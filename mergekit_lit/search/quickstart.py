@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
+from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record, Stopwatch
-from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.suite_data import MergeDataModule
-from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
+from mergekit_lit.reports.results import csv_text, result_rows, summary
+from mergekit_lit.search.candidates import WELL_KNOWN, chosen_methods
 from mergekit_lit.search.coefficients import Choice
 from mergekit_lit.search.crew import Crew, Message
 from mergekit_lit.search.display import Display, results
@@ -30,6 +32,7 @@ class QuickstartResult:
     Attributes:
         record: every number, with its configuration.
         record_path: the same as a file.
+        table_path: the scores as CSV, one row a model and task.
         report_path: the page, self-contained.
         experts: the expert files, in the order of the tasks.
         merged: the merged model of each method.
@@ -37,91 +40,108 @@ class QuickstartResult:
 
     record: Record
     record_path: Path
+    table_path: Path
     report_path: Path
     experts: tuple[Path, ...]
     merged: dict[str, Path]
 
 
-def run_quickstart(
+# Each argument is one flag of the command line, hence so many.
+def run_quickstart(  # noqa: PLR0913
     *,
     backbone: str = "resnet",
     out: Path = Path("runs/quickstart"),
     suite: str = "embedded8",
+    tasks: Sequence[str] | None = None,
+    methods: Sequence[str] = WELL_KNOWN,
     steps: int = 200,
     lr: float = 0.03,
     seed: int = 0,
     jobs: int = 2,
+    logger: LoggerKind = "csv",
     quiet: bool = False,
 ) -> QuickstartResult:
-    """Fine-tune an expert for each task, merge them by every method at hand, score and report.
+    """Fine-tune an expert for each task, merge them by several methods, score and report.
 
     Heads are frozen nearest class means; BatchNorm statistics are estimated per task on training
     images for base, experts and merges alike. Each method's scale is chosen on validation images;
     test images are used once, for the scores.
 
+    With W&B each expert is a run of the process that trains it, and the results are one more: all
+    of them in one group, named like the folder.
+
     Args:
         backbone: `resnet` or `vit` (shipped), or any other base.
-        out: folder of the run: experts, `merged/`, `logs/`, `record.json` and `report.html`.
+        out: folder of the run: experts, `merged/`, `logs/`, `record.json`, `results.csv` and
+            `report.html`.
         suite: name of a suite, or a folder with the user's own tasks.
+        tasks: names of tasks of the suite, in the order to merge them; None for all.
+        methods: names of merge methods that need no data, or `all` for every one at hand.
         steps: optimizer steps of each expert, at least 1.
         lr: peak learning rate of SGD with momentum, positive. The default was chosen on validation
             images for both shipped bases.
         seed: seed of the data split, the order of images and all else.
         jobs: worker processes of one thread each; 1 runs everything in this process.
+        logger: `csv` (with JSON, always written), `wandb` (offline) or `wandb-online`.
         quiet: whether to draw no progress and print no table.
 
     Raises:
-        KeyError: an unknown suite or backbone.
+        KeyError: an unknown suite, task, method or backbone.
         ValueError: an argument out of range, or an expert that diverged.
     """
     watch = Stopwatch()
-    plan = _plan(backbone, suite, Path(out), seed=seed, steps=steps, lr=lr)
+    plan = _plan(backbone, suite, tasks, Path(out), seed=seed, steps=steps, lr=lr, logger=logger)
+    chosen = chosen_methods(methods)
     console = Console(quiet=quiet)
-    methods = [method.name for method in methods_at_hand()]
     with Display(console) as display, Crew(jobs, listen=_drawer(display)) as crew:
         for task in plan.tasks:
             display.show(task, 0, plan.steps, "waiting")
         experts = crew.run(train_one, [(plan, task) for task in plan.tasks])
-        for method in methods:
+        for method in chosen:
             display.show(method, 0, 1, "waiting")
-        made = crew.run(merge_one, [(plan, method) for method in methods])
+        made = crew.run(merge_one, [(plan, method) for method in chosen])
         display.show("test images", 0, 1)
         scored = _score(plan, made)
         display.show("test images", 1, 1)
     record = watch.finish(_record(plan, scored, made, jobs))
-    record_path = plan.out / "record.json"
+    record_path, table_path = plan.out / "record.json", plan.out / "results.csv"
+    rows = result_rows(record)
+    write_text(table_path, csv_text(rows))
     record.write(record_path)
     report = build_report(plan.out, title=_title(plan))
     console.print(results(record))
     console.print(f"{record.seconds:.0f} s. Report: {report}", highlight=False)
+    _tell_wandb(plan, record, rows, made)
     merged = {merge.method: merge.path for merge in made}
-    return QuickstartResult(record, record_path, report, tuple(experts), merged)
+    return QuickstartResult(record, record_path, table_path, report, tuple(experts), merged)
 
 
-def methods_at_hand() -> list[Registered[Any]]:
-    """Return the methods that need only experts and their cards, and whose config has defaults."""
-    return [
-        method
-        for method in MERGE_METHODS
-        if method.facts.get("data") in ("none", "cards")
-        and all(p.default is not p.empty for p in parameters(method.function).values())
-    ]
-
-
-def _plan(backbone: str, suite: str, out: Path, *, seed: int, steps: int, lr: float) -> Plan:
+def _plan(
+    backbone: str, suite: str, tasks: Sequence[str] | None, out: Path, **settings: Any
+) -> Plan:
+    """Return the plan, with everything that can be refused refused before any work."""
+    steps = settings["steps"]
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, but is {steps!r}.")
+    check_logger(settings["logger"])
     return Plan(
         backbone=backbone,
         suite=suite,
-        tasks=load_suite(suite).names,
+        tasks=_tasks(suite, tasks),
         out=out,
-        seed=seed,
-        steps=steps,
-        lr=lr,
         batch=_BATCH,
         warmup_steps=min(_WARMUP_STEPS, steps // 2),
+        **settings,
     )
+
+
+def _tasks(suite: str, names: Sequence[str] | None) -> tuple[str, ...]:
+    found = load_suite(suite)
+    if names is None:
+        return found.names
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`tasks` must name each task once, but is {list(names)!r}.")
+    return tuple(found.task(name).name for name in names)
 
 
 def _drawer(display: Display) -> Any:
@@ -159,6 +179,8 @@ def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
             "backbone": plan.backbone,
             "out": str(plan.out),
             "suite": plan.suite,
+            "tasks": list(plan.tasks),
+            "methods": [merge.method for merge in made],
             "steps": plan.steps,
             "lr": plan.lr,
             "seed": plan.seed,
@@ -174,6 +196,26 @@ def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
         },
         outputs=[str(path) for path in (*plan.expert_paths(), *(merge.path for merge in made))],
     )
+
+
+def _tell_wandb(
+    plan: Plan, record: Record, rows: Sequence[Mapping[str, Any]], made: Sequence[Made]
+) -> None:
+    """Tell W&B the results, if asked; the experts' runs, in the same group, have ended by now."""
+    facts = RunFacts(
+        name="results",
+        job=record.stage,
+        group=plan.out.name,
+        tags=[Path(plan.suite).name, plan.backbone],
+        config=record.config,
+    )
+    outcome = Outcome(
+        summary=summary(rows),
+        rows=rows,
+        files={merge.path: merge.facts for merge in made},
+        kind="merged",
+    )
+    log_run(plan.logger, plan.out / "logs" / "results", facts, outcome)
 
 
 def _with_val(models: Mapping[str, Any], made: Sequence[Made]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, recalibrate
+from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
@@ -47,6 +48,7 @@ class Plan:
         lr: peak learning rate.
         batch: samples in one step.
         warmup_steps: steps of linear warm-up; a cosine to 0 follows.
+        logger: where the experts' curves go beside CSV and JSON.
     """
 
     backbone: str
@@ -58,6 +60,7 @@ class Plan:
     lr: float
     batch: int
     warmup_steps: int
+    logger: LoggerKind = "csv"
 
     @property
     def split(self) -> SplitOptions:
@@ -71,10 +74,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Made:
-    """One merge: its file, its score on val, the search for its scale, how the deltas lie."""
+    """One merge: its file and facts, its score on val, the search for its scale, its deltas."""
 
     method: str
     path: Path
+    facts: Mapping[str, Any]
     val: float
     choice: Choice | None
     geometry: Mapping[str, Any]
@@ -102,6 +106,7 @@ def train_one(job: tuple[Plan, str]) -> Path:
         out=plan.out,
         trainer={"accelerator": "cpu", "devices": 1, "log_every_n_steps": 2},
         callbacks=[Progress(report)],
+        loggers=plan.logger,
         checkpoint_every=0,
     )
     return result.experts[0]
@@ -126,7 +131,8 @@ def merge_one(job: tuple[Plan, str]) -> Made:
     val = choice.best if choice else judge.of_defaults()
     note = f"scale {choice.chosen:g}" if choice else ""
     tell("merge", method, len(grid) + 1, len(grid) + 1, note)
-    return Made(method, result.path, val, choice, geometry.to_json())
+    facts = result.record.metrics["merged"]
+    return Made(method, result.path, facts, val, choice, geometry.to_json())
 
 
 class _Judge:
