@@ -1,6 +1,5 @@
 """This file draws the figures of a report as SVG text: small panels that read at any width."""
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -101,35 +100,18 @@ def coefficient_panel(title: str, curve: Sequence[tuple[float, float]], chosen: 
 
 
 def cosine_figure(names: Sequence[str], cosine: Sequence[Sequence[float | None]]) -> str:
-    """Draw the cosines between the experts' deltas as a map; the diagonal is 1 and left blank.
+    """Draw the cosines between the experts' deltas as a map; the diagonal is 1 and left blank."""
+    return _pair_map(names, cosine, title="Cosine between the deltas of each two experts")
 
-    Colour says sign, depth says size, relative to the largest off the diagonal; up to 12 experts
-    the numbers stand in the cells.
+
+def conflict_figure(names: Sequence[str], conflict: Sequence[Sequence[float | None]]) -> str:
+    """Draw the sign conflicts of the experts' deltas as a map, coloured by how far from 1/2.
+
+    Below 1/2 (the colour of positive cosines) two experts agree more often than chance has it.
     """
-    count = len(names)
-    left, top, cell = 112.0, 84.0, min(44.0, 440.0 / max(count, 1))
-    known = [[math.nan if value is None else value for value in row] for row in cosine]
-    others = [abs(known[i][j]) for i in range(count) for j in range(i) if cosine[i][j] is not None]
-    limit = max(others, default=0.0) or 1.0
-    parts = []
-    for i, name in enumerate(names):
-        across, down = left + cell * (i + 0.5), top + cell * (i + 0.5)
-        turned = f"rotate(-45 {across:.1f} {top - 8:.1f})"
-        parts.append(label(name, left - 8, down + 4, anchor="end"))
-        parts.append(
-            element("text", escape(name), x=across, y=top - 8, class_="label", transform=turned)
-        )
-        for j in range(count):
-            corner = (left + cell * j, top + cell * i)
-            parts.append(_cell(known[i][j], limit, corner, cell, shown=count <= 12, own=i == j))
-    pairs = [f"{names[i]} and {names[j]} {known[i][j]:.3f}" for i in range(count) for j in range(i)]
-    return drawing(
-        *parts,
-        width=left + cell * count + 40,
-        height=top + cell * count + 4,
-        title="Cosine between the deltas of each two experts",
-        description="; ".join(pairs),
-    )
+    agreement = [[None if x is None else 0.5 - x for x in row] for row in conflict]
+    title = "Sign conflict between the deltas of each two experts"
+    return _pair_map(names, conflict, title=title, colours=agreement)
 
 
 def thinned(series: Series) -> list[tuple[float, float]]:
@@ -152,10 +134,54 @@ def smoothed(points: Sequence[tuple[float, float]], *, window: int) -> list[tupl
     return found
 
 
-def panels(drawings: Mapping[str, str]) -> str:
+def panels(drawings: Mapping[str, str], *, wide: bool = False) -> str:
     """Return drawings side by side, as many a line as the page is wide."""
     inner = "".join(f"<div>{text}</div>" for text in drawings.values())
-    return f'<div class="panels">{inner}</div>'
+    return f'<div class="panels{" wide" if wide else ""}">{inner}</div>'
+
+
+def _pair_map(
+    names: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    title: str,
+    colours: Sequence[Sequence[float | None]] | None = None,
+) -> str:
+    """Draw one number for each two experts; the diagonal is left blank.
+
+    Colour says the sign of `colours` (the values themselves by default), depth the size, relative
+    to the largest off the diagonal; up to 12 experts the numbers stand in the cells.
+    """
+    count = len(names)
+    left, top, cell = 112.0, 84.0, min(44.0, 440.0 / max(count, 1))
+    shade = values if colours is None else colours
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    limit = max((abs(shade[i][j] or 0.0) for i, j in pairs), default=0.0) or 1.0
+    parts = []
+    for i, name in enumerate(names):
+        across, down = left + cell * (i + 0.5), top + cell * (i + 0.5)
+        turned = f"rotate(-45 {across:.1f} {top - 8:.1f})"
+        parts.append(label(name, left - 8, down + 4, anchor="end"))
+        parts.append(
+            element("text", escape(name), x=across, y=top - 8, class_="label", transform=turned)
+        )
+        for j in range(count):
+            known = None if i == j else values[i][j]
+            share = None if known is None else (shade[i][j] or 0.0) / limit
+            corner = (left + cell * j, top + cell * i)
+            parts.append(_cell(known, share, corner, cell, shown=count <= 12))
+    told = "; ".join(f"{names[i]} and {names[j]} {_known(values[i][j])}" for i, j in pairs)
+    return drawing(
+        *parts,
+        width=left + cell * count + 40,
+        height=top + cell * count + 4,
+        title=title,
+        description=told,
+    )
+
+
+def _known(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _dot(row: Score, x: Scale, y: float) -> str:
@@ -190,25 +216,29 @@ def _curve(
 
 
 def _cell(
-    value: float, limit: float, corner: tuple[float, float], cell: float, *, shown: bool, own: bool
+    value: float | None,
+    share: float | None,
+    corner: tuple[float, float],
+    cell: float,
+    *,
+    shown: bool,
 ) -> str:
+    """Draw one cell: its value, on a colour of depth |share| <= 1; blank where it is unknown."""
     left, top = corner
-    if own or math.isnan(value):  # an expert that did not move has no direction
+    if value is None or share is None:  # an expert that did not move has no direction
         return element("rect", x=left, y=top, width=cell - 1, height=cell - 1, class_="cell own")
-    share = min(abs(value) / limit, 1.0)
-    sign = "positive" if value >= 0 else "negative"
     box = element(
         "rect",
         x=left,
         y=top,
         width=cell - 1,
         height=cell - 1,
-        class_=f"cell {sign}",
-        fill_opacity=0.06 + 0.94 * share,
+        class_=f"cell {'positive' if share >= 0 else 'negative'}",
+        fill_opacity=0.06 + 0.94 * abs(share),
     )
     if not shown:
         return box
-    deep = "value on" if share > 0.55 else "value"
+    deep = "value on" if abs(share) > 0.55 else "value"
     middle = (left + cell / 2, top + cell / 2 + 4)
     return box + label(
         f"{round(value, 2) + 0.0:.2f}", *middle, class_=f"{deep} small", anchor="middle"

@@ -211,13 +211,19 @@ def _geometry(records: Sequence[Record]) -> str:
     body = [[Cell(name), measured(norm, digits=4)] for name, norm in norms]
     cancelled = overall.get("cancellation")
     lost = "" if cancelled is None else f" A plain sum of the deltas loses {cancelled:.0%} of all "
+    drawn = {"Cosine": figures.cosine_figure(names, overall["cosine"])}
+    if overall.get("sign_conflict"):
+        drawn["Sign conflict"] = figures.conflict_figure(names, overall["sign_conflict"])
     return section(
         "How the experts' deltas lie to each other",
         paragraph(
-            "Cosine between the deltas of each two experts, over all merged weights."
+            "Over all merged weights, for each two experts: first the cosine between their deltas; "
+            "then the sign conflict, the share of the weights moved by both that they move in "
+            "opposite directions: 0.5 for experts that know nothing of each other, less where they "
+            "agree, more where they undo each other's work."
             + (lost and f"{lost}movement, where they pull against each other.")
         ),
-        f'<div class="single">{figures.cosine_figure(names, overall["cosine"])}</div>',
+        figures.panels(drawn, wide=True),
         folded("Lengths of the deltas", table("L2 norm of each delta", ("expert", "norm"), body)),
     )
 

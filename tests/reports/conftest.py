@@ -15,6 +15,7 @@ TASKS = ("digits", "letters", "<b>odd & name</b>")
 GEOMETRY = {
     "norms": [1.0, 2.0, 0.0],
     "cosine": [[1.0, 0.1, None], [0.1, 1.0, None], [None, None, None]],
+    "sign_conflict": [[0.0, 0.45, None], [0.45, 0.0, None], [None, None, None]],
     "cancellation": 0.25,
 }
 

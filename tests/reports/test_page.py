@@ -46,8 +46,9 @@ def test_page_is_whole_self_contained_and_small(run_folder):
     assert re.findall(r"(?:https?:)?//[a-z]|@import|url\(", page) == []
     assert "default-src 'none'" in page
     assert len(page.encode()) < 2_000_000
-    # The mean and three tasks, one coefficient curve, one map, three training panels.
-    assert tags.counts["svg"] == 4 + 1 + 1 + 3
+    # The mean and three tasks, one coefficient curve, two maps, three training panels.
+    assert tags.counts["svg"] == 4 + 1 + 2 + 3
+    assert "less where they agree, more where they undo" in page
 
 
 def test_page_holds_every_number_and_its_provenance(run_folder):
@@ -87,6 +88,18 @@ def test_cosine_map_of_any_size_is_valid(count):
     assert len(list(root.iter("rect"))) == count**2
     assert texts.count("-0.00") == 0
     assert texts.count("0.00") == (count**2 - count if count <= 12 else 0)
+
+
+def test_conflict_map_is_coloured_by_the_distance_from_chance():
+    conflict = [[0.0, 0.4, 0.55], [0.4, 0.0, None], [0.55, None, 0.0]]
+    root = ET.fromstring(figures.conflict_figure(["a", "b", "c"], conflict))
+    classes = [node.get("class") for node in root.iter("rect")]
+    assert classes[1] == "cell positive"
+    assert classes[2] == "cell negative"
+    assert classes[0] == classes[4] == classes[5] == "cell own"
+    depths = [float(node.get("fill-opacity") or 0) for node in root.iter("rect")]
+    assert depths[1:3] == pytest.approx([1.0, 0.06 + 0.94 * 0.5])
+    assert "b and a 0.400; c and a 0.550; c and b unknown" in root.get("aria-label")
 
 
 def test_accuracy_panel_places_dots_by_value(evaluation):
