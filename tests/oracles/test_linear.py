@@ -57,7 +57,21 @@ def reference_travel_normalised(experts, scale):
     return result
 
 
+def reference_metagpt(experts, scale):
+    """Theta = theta_0 + scale * sum_t ||tau_t||^2 / (sum_k ||tau_k||^2) tau_t."""
+    base = arrays(experts.base)
+    taus = [{n: params[n].numpy() - base[n] for n in moved(experts)} for params in experts.tuned]
+    squares = [sum((array**2).sum() for array in tau.values()) for tau in taus]
+    return {
+        name: base[name]
+        + scale * sum(q / sum(squares) * tau[name] for q, tau in zip(squares, taus, strict=True))
+        for name in moved(experts)
+    }
+
+
 CASES = [
+    ("metagpt", {}, reference_metagpt, {"scale": 1.0}),
+    ("metagpt", {"scale": 2.5}, reference_metagpt, {"scale": 2.5}),
     ("average", {}, reference_average, {}),
     (
         "weighted_average",

@@ -6,7 +6,7 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.spectral import iso_c, iso_cts, tsv_m
+from mergekit_lit.merging.spectral import iso_c, iso_cts, knots, tsv_m
 
 
 def a_slice(shape, tasks=3, seed=0, kind="linear", deltas=None) -> Slice:
@@ -59,6 +59,58 @@ def reference_iso_cts(deltas, share):
     return np.concatenate(ss).mean() * polar(np.hstack(us)) @ polar(np.hstack(vs)).T
 
 
+def reference_knots(deltas, density, combine):
+    """Stoica et al. 2024: one basis of outputs, then TIES on what each task has in it."""
+    u, s, vt = svd(np.hstack(deltas))
+    parts = []
+    for v in np.split(vt, len(deltas), axis=1):
+        size = np.sort(np.abs(v).ravel())
+        dropped = v.size - int(v.size * density)
+        parts.append(np.where(np.abs(v) >= size[dropped - 1] if dropped else True, v, 0.0))
+    merged = np.zeros(parts[0].shape)
+    for p in np.ndindex(merged.shape):
+        values = [part[p] for part in parts]
+        agree = [v for v in values if v != 0 and np.sign(v) == np.sign(sum(values))]
+        if agree:
+            merged[p] = np.mean(agree) if combine == "mean" else np.sum(agree)
+    return u @ np.diag(s) @ merged
+
+
+def low_rank(shape, rank, tasks=3):
+    draw = torch.Generator().manual_seed(5)
+    left = torch.randn(tasks, shape[0], rank, generator=draw, dtype=torch.float64)
+    return left @ torch.randn(tasks, rank, shape[1], generator=draw, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
+def test_knots_equals_its_paper(shape, density, combine):
+    tensor = a_slice(shape)
+    found = knots(tensor, density=density, combine=combine).numpy()
+    expected = reference_knots(list(tensor.deltas.numpy()), density, combine)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_knots_of_lora_experts_stays_in_their_directions():
+    deltas = low_rank((20, 15), rank=2)
+    step = knots(a_slice((20, 15), deltas=deltas))
+    assert torch.linalg.matrix_rank(step) <= 6
+    together = torch.cat([*deltas, step], dim=1)
+    assert torch.linalg.matrix_rank(together) == 6
+    noise = 1e-9 * torch.randn(deltas.shape, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(
+        knots(a_slice((20, 15), deltas=deltas + noise)), step, atol=1e-5, rtol=0
+    )
+
+
+def test_knots_without_election_is_the_average_of_the_deltas():
+    tensor = a_slice((12, 9))
+    torch.testing.assert_close(knots(tensor, rule="linear"), tensor.deltas.mean(dim=0))
+    summed = knots(tensor, rule="linear", combine="sum", scale=0.3)
+    torch.testing.assert_close(summed, 0.3 * tensor.deltas.sum(dim=0))
+
+
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10)])
 def test_methods_equal_their_papers(shape):
     tensor = a_slice(shape)
@@ -73,13 +125,13 @@ def test_methods_equal_their_papers(shape):
 def test_a_convolution_is_its_matrix():
     convolution = a_slice((6, 2, 3, 3), kind="convolution")
     matrix = a_slice((6, 18), deltas=convolution.deltas.flatten(2))
-    for method in (tsv_m, iso_c, iso_cts):
+    for method in (tsv_m, iso_c, iso_cts, knots):
         step = method(convolution)
         assert step.shape == (6, 2, 3, 3)
         torch.testing.assert_close(step.flatten(1), method(matrix))
 
 
-@pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts])
+@pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts, knots])
 def test_other_tensors_take_the_scaled_mean(method):
     for shape, kind in [
         ((), "other"),
@@ -112,7 +164,7 @@ def test_the_isotropic_spectrum_is_flat():
         torch.testing.assert_close(values, values.mean().expand_as(values))
 
 
-@pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts])
+@pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts, knots])
 def test_more_tasks_than_directions_and_no_movement(method):
     assert torch.isfinite(method(a_slice((3, 2), tasks=7))).all()
     assert not method(a_slice((4, 4), deltas=torch.zeros(3, 4, 4).double())).any()

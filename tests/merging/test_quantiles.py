@@ -1,0 +1,60 @@
+"""Exact order statistics and sums, whatever the chunks, signs, ties and threads."""
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_lit.merging.quantiles import smallest, threshold
+from mergekit_lit.merging.reductions import gram, total
+
+
+def chunked(values, sizes):
+    return lambda: iter(values.split(sizes, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_smallest_is_sorting(dtype, coarse):
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 500, generator=draw, dtype=torch.float64)
+    values = ((values * 3).round() / 7 if coarse else values * 10**values).to(dtype)
+    ranks = [1, 2, 250, 251, 499, 500]
+    found = smallest(chunked(values, [200, 1, 299]), lambda _: ranks)
+    expected = np.sort(values.double().numpy(), axis=1)[:, np.array(ranks) - 1]
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_zeros_of_both_signs_huge_and_tiny_numbers():
+    row = [-0.0, 0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0]
+    values = torch.tensor([row])
+    found = smallest(chunked(values, 3), lambda entries: list(range(1, entries + 1)))
+    np.testing.assert_array_equal(found[0].numpy(), np.sort(np.float32(row)))
+
+
+def test_rank_0_lies_below_everything_and_no_entries_have_no_ranks():
+    values = torch.tensor([[1.0, -5.0]])
+    assert smallest(chunked(values, 2), lambda _: [0]).tolist() == [[-np.inf]]
+    assert smallest(lambda: iter(()), lambda _: [1]).shape == (0, 0)
+
+
+@pytest.mark.parametrize(("density", "expected"), [(1.0, 0), (0.5, 2), (0.25, 3), (0.01, 4)])
+def test_threshold_of_one_tensor(density, expected):
+    assert threshold(torch.tensor([[4.0, 2.0], [1.0, 3.0]]), density) == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 4096, 4097, 100_001])
+def test_total_is_the_sum_for_any_number_of_threads(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    one = total(values)
+    assert one.dtype == torch.float64
+    assert float(one) == pytest.approx(float(values.double().sum()), rel=1e-12, abs=1e-12)
+    rows = values[: count // 3 * 3].reshape(3, -1)
+    products = gram(rows)
+    np.testing.assert_allclose(products, rows.double() @ rows.double().T, rtol=1e-10, atol=1e-10)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(total(values), one)
+        assert torch.equal(gram(rows), products)
+    finally:
+        torch.set_num_threads(threads)
