@@ -12,7 +12,6 @@ from torch import Tensor
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.params import Params
-from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.evaluation import (
     Entry,
     EvaluationBatchNorm,
@@ -23,7 +22,12 @@ from mergekit_lit.lit.evaluation import (
     observe,
     pixels,
 )
-from mergekit_lit.lit.recalibration import calibration_images, merge_calibrated
+from mergekit_lit.lit.recalibration import (
+    ImagesBySplit,
+    images_by_split,
+    merge_calibrated,
+    splits_needed,
+)
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, no_outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.models.backbones import Backbone
@@ -41,8 +45,8 @@ class PendingMerge:
         config: its configuration.
         batch_norm: where the BatchNorm statistics come from, as in `merge_calibrated`.
         seed: seed of the merge.
-        images: training images of each task for the `recalibrate` policies; None for those of the
-            MergeDataModule's training split.
+        images: images of each task by split, as `merge_calibrated` takes them; None for those of
+            the MergeDataModule.
     """
 
     experts: Experts
@@ -50,7 +54,7 @@ class PendingMerge:
     config: Mapping[str, Any] = field(default_factory=dict)
     batch_norm: BatchNormPolicy = "base"
     seed: int = 0
-    images: Mapping[str, Images] | None = None
+    images: ImagesBySplit | None = None
 
 
 class MergeModule(LightningModule):
@@ -188,12 +192,10 @@ class MergeModule(LightningModule):
         # Processors may differ in rounding from one machine to the next.
         return self.trainer.strategy.broadcast(merged)
 
-    def _images(self, pending: PendingMerge) -> dict[str, Images]:
-        """Return the images of each task that `merge_files` would calibrate on."""
-        return {
-            data.name: calibration_images(data.train, data.name, seed=pending.seed)
-            for data in self._data().task_data
-        }
+    def _images(self, pending: PendingMerge) -> ImagesBySplit:
+        """Return the images that `merge_files` would look at and calibrate on."""
+        needed = splits_needed(pending.method, pending.batch_norm, pending.experts.structure)
+        return images_by_split(self._data().task_data, needed, seed=pending.seed)
 
     def _log_table(self, name: str, table: Mapping[str, Any]) -> None:
         # Every process holds the same numbers; `sync_dist` keeps Lightning from warning of it.

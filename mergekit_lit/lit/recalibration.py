@@ -1,23 +1,29 @@
 """This file is BatchNorm recalibration: statistics estimated again on a task's training images."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.calibration import Calibration, DataSplit
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.params import Params
-from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
 from mergekit_lit.core.seeds import generator
+from mergekit_lit.core.structure import Structure
 from mergekit_lit.data.splits import Images, TaskData
+from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.passes import statistics_of
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.models.statistics import has_statistics
+
+ImagesBySplit: TypeAlias = Mapping[DataSplit, Mapping[str, Images]]
+"""Images of each task, by split."""
 
 CALIBRATION_IMAGES = 4096
 """Largest number of a task's training images that BatchNorm statistics are estimated on.
@@ -30,7 +36,7 @@ them count, beyond it a subset does, the same everywhere, so that a large task c
 def merge_calibrated(
     experts: Experts,
     method: str,
-    images: Mapping[str, Images],
+    images: ImagesBySplit,
     *,
     backbone: Backbone,
     config: Mapping[str, Any] | None = None,
@@ -38,12 +44,13 @@ def merge_calibrated(
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
 ) -> Merged:
-    """Merge in memory, under any BatchNorm policy; nothing is read from or written to disk.
+    """Merge in memory, by any method under any policy; nothing is read from or written to disk.
 
     Args:
         experts: T experts of one base.
         method: name of a registered method.
-        images: training images of each task, for the `recalibrate` policies alone.
+        images: images of each task: of `train` for the `recalibrate` policies, and of the split
+            that the method declares, if it looks at any; `splits_needed` names them.
         backbone: a module of the experts' architecture; never changed.
         config: values for the method's parameters; the others keep their defaults.
         batch_norm: the `base`'s statistics, the `average` of the experts', or estimated again on
@@ -54,19 +61,55 @@ def merge_calibrated(
     Raises:
         KeyError: unknown method, parameter or policy, or a task without images.
         TypeError: a parameter of the wrong type.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or no images for a method that looks at some.
     """
     if batch_norm not in get_args(BatchNormPolicy):
         raise KeyError(unknown_name("BatchNorm policy", batch_norm, get_args(BatchNormPolicy)))
     later = batch_norm.startswith("recalibrate")
-    stored = "base" if later else batch_norm
     merged = merge(
-        experts, method, config=config, batch_norm=stored, observers=observers, seed=seed
+        experts,
+        method,
+        config=config,
+        batch_norm="base" if later else batch_norm,
+        observers=observers,
+        seed=seed,
+        calibration=_calibration(experts, method, images, backbone, batch_norm),
     )
     if not later:
         return merged
     per_task = batch_norm == "recalibrate-per-task"
-    return recalibrate(merged, images, backbone=backbone, per_task=per_task, seed=seed)
+    train = images.get("train", {})
+    return recalibrate(merged, train, backbone=backbone, per_task=per_task, seed=seed)
+
+
+def splits_needed(
+    method: str, batch_norm: BatchNormPolicy, structure: Structure
+) -> tuple[DataSplit, ...]:
+    """Return the splits of which `merge_calibrated` needs images.
+
+    Raises:
+        KeyError: unknown method.
+    """
+    declared = _declared_split(method)
+    again = batch_norm.startswith("recalibrate") and has_statistics(structure)
+    needed = (["train"] if again else []) + ([declared] if declared else [])
+    return tuple(dict.fromkeys(cast("list[DataSplit]", needed)))
+
+
+def images_by_split(
+    tasks: Iterable[TaskData],
+    splits: Iterable[DataSplit],
+    *,
+    count: int = CALIBRATION_IMAGES,
+    seed: int = 0,
+) -> dict[DataSplit, dict[str, Images]]:
+    """Return at most `count` images of each task, drawn by `seed`, of each of the splits."""
+    found: dict[DataSplit, dict[str, Images]] = {split: {} for split in splits}
+    for task in tasks:
+        whole = {"train": task.train, "val": task.val, "test-unlabelled": task.test}
+        for split, chosen in found.items():
+            chosen[task.name] = calibration_images(whole[split], task.name, count=count, seed=seed)
+    return found
 
 
 def recalibrate(
@@ -143,6 +186,27 @@ def calibration_images(
         return train
     positions = torch.randperm(len(train), generator=generator(seed, "calibration", task))[:count]
     return train.subset(positions.sort().values.numpy())
+
+
+def _calibration(
+    experts: Experts,
+    method: str,
+    images: ImagesBySplit,
+    backbone: Backbone,
+    batch_norm: BatchNormPolicy,
+) -> Calibration | None:
+    split = _declared_split(method)
+    if split is None or split not in images:
+        return None
+    return calibration_on(
+        images[split], experts, backbone=backbone, split=split, batch_norm=batch_norm
+    )
+
+
+def _declared_split(method: str) -> DataSplit | None:
+    """Return the split that a method looks at images of, if any."""
+    declared = MERGE_METHODS.get(method).facts.get("data")
+    return cast("DataSplit", declared) if declared in get_args(DataSplit) else None
 
 
 def _pool(task: str, images: Mapping[str, Images]) -> Images:

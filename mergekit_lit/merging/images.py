@@ -22,19 +22,9 @@ def shown(
     Raises:
         ValueError: the images are missing, of another split than declared, or not of every task.
     """
-    split = entry.facts.get("data")
-    if split not in get_args(DataSplit):
+    check_shown(entry, calibration)
+    if calibration is None or entry.facts.get("data") not in get_args(DataSplit):
         return entry
-    if calibration is None:
-        raise ValueError(
-            f"{entry.name!r} looks at {split} images of every task, but got none. Name the suite "
-            "that has them (`--data.suite`), or choose a method that needs no data."
-        )
-    if calibration.split != split:
-        raise ValueError(
-            f"{entry.name!r} looks at {split} images, but got {calibration.split} images. "
-            "Give it those that it declares."
-        )
     missing = sorted(set(experts.names) - set(calibration.samples))
     if missing:
         raise ValueError(
@@ -46,3 +36,24 @@ def shown(
         return entry.function(seen, calibration, **config)
 
     return replace(entry, function=function)
+
+
+def check_shown(entry: Registered[Any], calibration: Calibration | None) -> None:
+    """Refuse a method that looks at images without them, or with those of another split.
+
+    Raises:
+        ValueError: the images are missing, or of another split than declared.
+    """
+    split = entry.facts.get("data")
+    if split not in get_args(DataSplit):
+        return
+    if calibration is None:
+        raise ValueError(
+            f"{entry.name!r} looks at {split} images of every task, but got none. Name the suite "
+            "that has them (--data.suite), or choose a method that needs no data."
+        )
+    if calibration.split != split:
+        raise ValueError(
+            f"{entry.name!r} looks at {split} images, but got {calibration.split} images. "
+            "Give it those that it declares."
+        )

@@ -11,15 +11,20 @@ from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
-from mergekit_lit.data.splits import Images, SplitOptions
+from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
-from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES, calibration_images, recalibrate
+from mergekit_lit.lit.recalibration import (
+    CALIBRATION_IMAGES,
+    ImagesBySplit,
+    images_by_split,
+    merge_calibrated,
+    splits_needed,
+)
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
 from mergekit_lit.merging.configuration import resolve
-from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import load_experts
+from mergekit_lit.merging.images import check_shown
 from mergekit_lit.models.backbones import Backbone, load_base
-from mergekit_lit.models.statistics import has_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +48,13 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Where the images come from on which BatchNorm statistics are estimated again.
+    """Where the images come from that a method looks at, or BatchNorm statistics are made of.
 
     Attributes:
         suite: name of a suite, or a folder of tasks.
         root: where the data sets lie; `$MERGEKIT_LIT_DATA` by default.
         options: how val and reserve were carved out of train when the experts were trained.
-        images: largest number of training images of one task, at least 2.
+        images: largest number of images of one task, at least 2.
         size: largest side to which images are decoded, in pixels; None keeps the source's.
         download: whether missing images may be fetched.
     """
@@ -97,7 +102,7 @@ def merge_files(
         base: spec of the base, as `load_base` takes it; the one that the first card names by
             default.
         allow_different_base: take experts whose card names another base, or none.
-        calibration: images for the `recalibrate` policies.
+        calibration: images for methods that look at some, and for the `recalibrate` policies.
         observers: see every tensor's deltas; what their `to_json` returns goes to the record.
         logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
             merged model as its artifact.
@@ -133,7 +138,7 @@ def merge_recipe(
     experts: Experts,
     recipe: Recipe,
     backbone: Backbone,
-    images: Mapping[str, Images],
+    images: ImagesBySplit,
     *,
     observers: Sequence[MergeObserver] = (),
 ) -> Merged:
@@ -143,7 +148,7 @@ def merge_recipe(
         experts: T experts of one base.
         recipe: method, its configuration, BatchNorm policy and seed.
         backbone: a module of the experts' architecture; never changed.
-        images: training images of each task, for the `recalibrate` policies alone.
+        images: images of each task by split, as `merge_calibrated` takes them.
         observers: see every tensor's deltas.
 
     Raises:
@@ -151,19 +156,16 @@ def merge_recipe(
         TypeError: a parameter of the wrong type.
         ValueError: a value out of range.
     """
-    later = recipe.batch_norm.startswith("recalibrate")
-    merged = merge(
+    return merge_calibrated(
         experts,
         recipe.method,
+        images,
+        backbone=backbone,
         config=recipe.config,
-        batch_norm="base" if later else recipe.batch_norm,
+        batch_norm=recipe.batch_norm,
         observers=observers,
         seed=recipe.seed,
     )
-    if not later:
-        return merged
-    per_task = recipe.batch_norm == "recalibrate-per-task"
-    return recalibrate(merged, images, backbone=backbone, per_task=per_task, seed=recipe.seed)
 
 
 def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Backbone, Base]:
@@ -217,8 +219,9 @@ def _checked_out(out: Path, experts: Sequence[Path]) -> Path:
 
 
 def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
-    """Refuse, before anything is read, unknown names and values, and a policy without images."""
-    resolve(MERGE_METHODS.get(recipe.method), recipe.config)
+    """Refuse, before anything is read, unknown names and values, and what lacks its images."""
+    method = MERGE_METHODS.get(recipe.method)
+    resolve(method, recipe.config)
     known = get_args(BatchNormPolicy)
     if recipe.batch_norm not in known:
         raise KeyError(unknown_name("BatchNorm policy", recipe.batch_norm, known))
@@ -227,30 +230,30 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
             f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
             "from, but got none. Name the suite, or use 'base' or 'average'."
         )
-    if calibration is not None and calibration.images < 2:
+    if calibration is None:
+        check_shown(method, None)
+    elif calibration.images < 2:
         raise ValueError(
             f"`images` must be at least 2, to have a variance, but is {calibration.images}."
         )
 
 
-def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> dict[str, Images]:
-    """Return the training images that the recipe needs, by task; none where it needs none."""
-    needed = recipe.batch_norm.startswith("recalibrate") and has_statistics(experts.structure)
+def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> ImagesBySplit:
+    """Return the images that the recipe needs, by split and task; none where it needs none."""
+    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure)
     if calibration is None or not needed:
         return {}
     suite = load_suite(calibration.suite, root=calibration.root)
-    chosen = {}
-    for task in experts.names:
-        data = suite.task(task).load(
+    tasks = (
+        suite.task(task).load(
             calibration.options,
             root=calibration.root,
             size=calibration.size,
             download=calibration.download,
         )
-        chosen[task] = calibration_images(
-            data.train, task, count=calibration.images, seed=recipe.seed
-        )
-    return chosen
+        for task in experts.names
+    )
+    return images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
 
 
 def _tell_wandb(record: Record, out: Path, merged: Merged, logger: LoggerKind) -> None:

@@ -240,9 +240,11 @@ def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy)
         task.name: calibration_images(task.train, task.name, seed=3) for task in data.task_data
     }
     recipe = Recipe(method="task_arithmetic", config={"scale": 0.4}, batch_norm=policy, seed=3)
-    expected = merge_recipe(gathered, recipe, backbone, images)
+    expected = merge_recipe(gathered, recipe, backbone, {"train": images})
     pending = PendingMerge(gathered, recipe.method, recipe.config, policy, recipe.seed)
-    module = MergeModule(backbone, {"m": pending, "given": replace(pending, images=images)})
+    module = MergeModule(
+        backbone, {"m": pending, "given": replace(pending, images={"train": images})}
+    )
     _test(module, data)
     for name in ("m", "given"):
         found = module.models[name]
