@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,18 +28,29 @@ _MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2
 _DISK_GB = 2.0
 
 
-def doctor(*, suite: list[str] | None = None, root: Path | None = None, json: bool = False) -> bool:
+def doctor(
+    *,
+    suite: list[str] | None = None,
+    tasks: list[str] | None = None,
+    root: Path | None = None,
+    download: bool = False,
+    json: bool = False,
+) -> bool:
     """Check data, versions, devices, disk and W&B; return whether nothing is broken.
 
     Args:
         suite: suites, or folders of your own tasks, whose data are checked; null for embedded8.
+        tasks: names of the tasks of these suites to check; null for all.
         root: folder of the downloaded data sets; null for the default one.
+        download: whether to fetch data sets that are not there, or not whole.
         json: whether to print JSON.
     """
     rows = [*check_versions(), *check_devices(), *check_disk(Path.cwd()), *check_wandb()]
     rows += check_commands()
     for name in suite or ["embedded8"]:
-        rows += check_suite(name, root)
+        # Loaders tell what they fetch, which must not stand in what a program reads.
+        with redirect_stdout(sys.stderr):
+            rows += check_suite(name, tasks=tasks, root=root, download=download)
     whole = all(row["status"] != "broken" for row in rows)
     if json:
         print_json({"ok": whole, "checks": rows})
@@ -50,7 +62,7 @@ def doctor(*, suite: list[str] | None = None, root: Path | None = None, json: bo
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; 1 if something is broken."""
-    parser = command_parser("doctor", COMMANDS["doctor"], usage="[SUITE ...] [--json]")
+    parser = command_parser("doctor", COMMANDS["doctor"], usage="[SUITE ...] [options]")
     add_parameters(parser, doctor)
     return 0 if doctor(**vars(parse(parser, argv, positional="suite"))) else 1
 
@@ -147,11 +159,13 @@ def check_commands() -> Iterator[Row]:
     yield _row("commands", "warning", what, mend)
 
 
-def check_suite(name: str, root: Path | None) -> Iterator[Row]:
+def check_suite(
+    name: str, *, tasks: Sequence[str] | None, root: Path | None, download: bool
+) -> Iterator[Row]:
     """Yield the state of a suite's data: counts, hashes, leaks."""
     from mergekit_lit.data.listing import check_data
 
-    for row in check_data(name, root=root):
+    for row in check_data(name, tasks=tasks, root=root, download=download):
         yield {"area": f"data {name}", **row}
 
 

@@ -57,7 +57,7 @@ def image_task(folder: Path, suite: str) -> Task:
         kind="your own",
         source=folder.name,
         licence="your own",
-        where="Put the folder back.",
+        where="Put the folder back, or make it again.",
         read=_image_reader(folder, suite),
         found=exists(folder),
     )

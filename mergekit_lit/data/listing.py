@@ -1,7 +1,7 @@
 """This file tells of tasks what `mergekit-lit tasks` lists, and checks data for `doctor`."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,36 @@ def tasks_table(*suites: str, root: Path | None = None) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def check_data(suite: str, *, root: Path | None = None) -> list[dict[str, str]]:
-    """Check counts, hashes and leaks of every task of a suite.
+def check_data(
+    suite: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    root: Path | None = None,
+    download: bool = False,
+) -> list[dict[str, str]]:
+    """Check counts, hashes and leaks of the tasks of a suite.
 
     A leak is an image of the test set that stands, pixel by pixel, in train or val as well.
+
+    Args:
+        suite: name of a suite, or a folder of the user's own tasks.
+        tasks: names of some of its tasks; None for all.
+        root: folder of the downloaded data sets; None for the default one.
+        download: whether to fetch what is not there, or not whole.
 
     Returns:
         Rows of `status` (`ok`, `warning` or `broken`), `what` and `mend`, at least one a task.
 
     Raises:
-        KeyError: an unknown suite.
+        KeyError: an unknown suite or task.
     """
-    return [row for task in load_suite(suite, root=root).tasks for row in _check(task)]
+    try:
+        loaded = load_suite(suite, root=root)
+    except (ValueError, OSError) as error:
+        # A folder of one's own, of which every file is looked at.
+        return [_finding("broken", f"{suite} cannot be read: {error}", "mend or remove that file")]
+    chosen = [loaded.task(name) for name in (loaded.names if tasks is None else tasks)]
+    return [row for task in chosen for row in _check(task, download=download)]
 
 
 def pool_hashes(name: str, pool: Pool) -> dict[str, str]:
@@ -71,21 +89,25 @@ def _row(task: Task) -> dict[str, Any]:
         "licence": task.licence,
         "source": task.source,
         "present": task.present(),
-        "where": task.where,
+        "where": task.remedy(),
         "seen_by": list(task.seen_by),
     }
 
 
-def _check(task: Task) -> Iterator[dict[str, str]]:
-    if not task.present():
-        yield _finding("warning", f"{task.name} is not here", task.where)
+def _check(task: Task, *, download: bool) -> Iterator[dict[str, str]]:
+    if not (download or task.present()):
+        yield _finding("warning", f"{task.name} is not here", task.remedy())
         return
     try:
-        pool = task.pool()
+        pool = task.pool(download=download)
+        problems = [
+            *_check_counts(task, pool),
+            *_check_hashes(task, pool),
+            *_check_leaks(task, pool),
+        ]
     except (ValueError, OSError, ImportError) as error:
-        yield _finding("broken", f"{task.name} cannot be read: {error}", task.where)
+        yield _finding("broken", f"{task.name} cannot be read: {error}", task.remedy())
         return
-    problems = [*_check_counts(task, pool), *_check_hashes(task, pool), *_check_leaks(task, pool)]
     yield from problems
     if not problems:
         what = f"{task.name}: {len(pool.train)} + {len(pool.test)} images, no leak into test"
@@ -98,7 +120,7 @@ def _check_counts(task: Task, pool: Pool) -> Iterator[dict[str, str]]:
     for what, count in counts.items():
         if count != expected[what]:
             told = f"{task.name} has {count} {what}, but must have {expected[what]}"
-            yield _finding("broken", told, task.where)
+            yield _finding("broken", told, task.remedy())
 
 
 def _check_hashes(task: Task, pool: Pool) -> Iterator[dict[str, str]]:
@@ -108,7 +130,7 @@ def _check_hashes(task: Task, pool: Pool) -> Iterator[dict[str, str]]:
     for part, found in pool_hashes(task.name, pool).items():
         if found != shipped[part]:
             told = f"{task.name}: the {part} images are not those that were shipped"
-            yield _finding("broken", told, task.where)
+            yield _finding("broken", told, task.remedy())
 
 
 def _check_leaks(task: Task, pool: Pool) -> Iterator[dict[str, str]]:

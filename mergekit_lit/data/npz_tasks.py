@@ -33,7 +33,7 @@ def npz_task(path: Path, suite: str) -> Task:
         kind="your own",
         source=path.name,
         licence="your own",
-        where="Put the file back.",
+        where="Put the file back, or make it again.",
         read=_reader(path),
         found=exists(path),
     )

@@ -1,6 +1,7 @@
 """This file holds the noun Task: what is known of a task before its images are read."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,11 +39,12 @@ class Task:
         kind: `photographs`, `scans`, `masks of photographs`, `drawings` or `renderings`.
         source: where the images come from.
         licence: under which they may be used.
-        where: what to do to have them here.
+        where: what to do to have them here; empty where a command does it all.
         read: reads the pool.
         found: tells whether it can be read.
         seen_by: shipped bases whose pretraining saw this task or drawings of it.
         shipped: whether the images are inside the package, with their hashes.
+        fetch: command that fetches the images; empty where there is none.
         root: folder of the data sets; None for the default one.
     """
 
@@ -60,11 +62,24 @@ class Task:
     found: Finder
     seen_by: tuple[str, ...] = ()
     shipped: bool = False
+    fetch: str = ""
     root: Path | None = None
 
     def present(self, root: Path | None = None) -> bool:
         """Tell whether the images are here; reads none of them."""
         return self.found(data_root(root or self.root))
+
+    def remedy(self, root: Path | None = None) -> str:
+        """Return what to do to have the images here, and the command that does it if there is one.
+
+        Args:
+            root: folder of the data sets; None for the default one.
+        """
+        if not self.fetch:
+            return self.where
+        folder = root or self.root
+        command = self.fetch + (f" --root {shlex.quote(str(folder))}" if folder else "")
+        return f"{self.where}, or fetch it: {command}" if self.where else f"Fetch it: {command}"
 
     def pool(
         self, root: Path | None = None, *, size: int | None = None, download: bool = False
@@ -78,7 +93,8 @@ class Task:
         folder = data_root(root or self.root)
         if not (download or self.shipped or self.found(folder)):
             raise FileNotFoundError(
-                f"Task {self.name!r} must lie under {str(folder)!r}, but is not there. {self.where}"
+                f"Task {self.name!r} must lie under {str(folder)!r}, but is not there. "
+                f"{self.remedy(root)}"
             )
         return self.read(folder, size=size, download=download)
 

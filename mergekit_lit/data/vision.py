@@ -44,7 +44,7 @@ def _official(name: str, folder: str, train: str = "train") -> Opener:
 
 
 _CARS = "Put the official files into stanford_cars/ (devkit, cars_train, cars_test)"
-_SUN = "Put the images and the lists of Partitions.zip into SUN397/"
+_SUN = "Put the images and the lists of Partitions.zip into SUN397/."
 _RESISC = "Put NWPU-RESISC45/ and resisc45-train.txt, resisc45-test.txt into resisc45/"
 _FER = "Put fer2013.csv, or folders train/<emotion>/ and test/<emotion>/, into fer2013/"
 _NONE = "none stated"
@@ -254,13 +254,8 @@ def _suite(name: str, tasks: tuple[str, ...]) -> Suite:
 def _task(suite: str, name: str) -> Task:
     facts = _FACTS[name]
     source = "official files or Hugging Face" if facts.instead else "torchvision"
-    fetch = f"load_suite({suite!r}).task({name!r}).load(download=True)"
-    if name == "sun397":
-        where, source = f"{facts.manual}.", "official files and lists"
-    elif facts.manual:
-        where = f"{facts.manual}, or fetch it in Python: {fetch}"
-    else:
-        where = f"Fetch it in Python: {fetch}"
+    # Torchvision fetches the images of SUN397, but not its lists.
+    fetch = "" if name == "sun397" else f"mergekit-lit doctor {suite} --tasks {name} --download"
     return Task(
         name=name,
         suite=suite,
@@ -269,9 +264,10 @@ def _task(suite: str, name: str) -> Task:
         test=facts.test,
         image_size=facts.image_size,
         kind=facts.kind,
-        source=source,
+        source="official files and lists" if name == "sun397" else source,
         licence=facts.licence,
-        where=where,
+        where=facts.manual,
+        fetch=fetch,
         read=_reader(name, facts),
         found=_finder(facts),
     )
@@ -281,8 +277,10 @@ def _reader(name: str, facts: _Facts) -> Reader:
     def read(root: Path, *, size: int | None, download: bool) -> Pool:
         try:
             opened = facts.opener(root, download)
-        except RuntimeError as error:
-            # Torchvision's word for files that are missing or damaged.
+        except (ImportError, OSError, ValueError):
+            raise
+        # Torchvision says RuntimeError of missing and damaged files, but not of all.
+        except Exception as error:
             raise ValueError(
                 f"Task {name!r} must lie whole under {str(root)!r}, but: {_first_line(error)}"
             ) from None

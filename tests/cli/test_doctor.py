@@ -1,12 +1,23 @@
+import json
+import shlex
+import sys
 from importlib import metadata
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
 # Imported here so that no test pays for Lightning.
 import mergekit_lit.lit.loggers  # noqa: F401
 from mergekit_lit.cli import doctor
-from mergekit_lit.cli.doctor import check_commands, check_disk, check_versions, check_wandb
+from mergekit_lit.cli.doctor import (
+    check_commands,
+    check_disk,
+    check_suite,
+    check_versions,
+    check_wandb,
+)
+from mergekit_lit.data.suites import load_suite
 
 
 def versions_with(monkeypatch, name: str, version: str | None) -> dict[str, str]:
@@ -88,8 +99,83 @@ def test_something_broken_is_exit_code_1(monkeypatch, capsys):
     for name in ("check_versions", "check_devices", "check_wandb", "check_commands"):
         monkeypatch.setattr(doctor, name, list)
     monkeypatch.setattr(doctor, "check_disk", lambda _: [])
-    monkeypatch.setattr(doctor, "check_suite", lambda *_: [broken])
+    monkeypatch.setattr(doctor, "check_suite", lambda *_, **__: [broken])
     assert doctor.run([]) == 1
     assert "Something is broken" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "check_suite", lambda *_: [])
+    monkeypatch.setattr(doctor, "check_suite", lambda *_, **__: [])
     assert doctor.run([]) == 0
+
+
+def test_damaged_tasks_are_rows_with_a_mend_and_the_others_are_checked(tmp_path):
+    one = {"y": np.array([0, 1, 1]), "split": np.array([0, 0, 1]), "classes": np.array(["a", "b"])}
+    x = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    np.savez(tmp_path / "good.npz", x=x, **one)
+    path = tmp_path / "bad.npz"
+    np.savez(path, x=x, **one)
+    # Flipped in the images: seen when they are read.
+    whole = path.read_bytes()
+    position = whole.index(x.tobytes()) + 9000
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    rows = list(check_suite(str(tmp_path), tasks=None, root=None, download=False))
+    assert [row["status"] for row in rows] == ["broken", "ok"]
+    assert "bad.npz' must be a whole npz file" in rows[0]["what"]
+    assert rows[0]["mend"] == "Put the file back, or make it again."
+    # Cut off: seen when the folder is listed.
+    path.write_bytes(whole[:100])
+    (row,) = check_suite(str(tmp_path), tasks=None, root=None, download=False)
+    assert row["status"] == "broken"
+    assert "bad.npz" in row["what"]
+    assert row["mend"]
+
+
+def test_a_task_that_cannot_be_carved_is_a_row(tiny_suite, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("`reserve` must leave at least 2 images")
+
+    monkeypatch.setattr("mergekit_lit.data.listing.carve", refuse)
+    (row,) = check_suite(tiny_suite, tasks=["dots"], root=None, download=False)
+    assert row["status"] == "broken"
+    assert "dots cannot be read: `reserve` must leave" in row["what"]
+    assert row["mend"]
+
+
+def test_unknown_tasks_are_told_with_the_nearest(tiny_suite):
+    with pytest.raises(KeyError, match="Did you mean 'dots'"):
+        list(check_suite(tiny_suite, tasks=["dot"], root=None, download=False))
+
+
+@pytest.mark.parametrize("suite", ["vision20", "paper20"])
+def test_the_command_that_a_missing_task_names_fetches_it(monkeypatch, tmp_path, suite):
+    asked = []
+
+    def record(name, **options):
+        asked.append({"name": name, **options})
+        return []
+
+    for name in ("check_versions", "check_devices", "check_wandb", "check_commands"):
+        monkeypatch.setattr(doctor, name, list)
+    monkeypatch.setattr(doctor, "check_disk", lambda _: [])
+    monkeypatch.setattr(doctor, "check_suite", record)
+    root = tmp_path / "a root"
+    for task in load_suite(suite, root=root).tasks:
+        command = task.remedy().partition("etch it: ")[2]
+        if task.name == "sun397":
+            assert command == ""
+            continue
+        program, name, *arguments = shlex.split(command)
+        assert (program, name) == ("mergekit-lit", "doctor")
+        assert doctor.run(arguments) == 0
+        expected = {"name": suite, "tasks": [task.name], "root": root, "download": True}
+        assert asked.pop() == expected
+
+
+def test_what_loaders_print_does_not_stand_in_the_json(monkeypatch, capsys):
+    def talk(*_, **__):
+        sys.stdout.write("Downloading")
+        return []
+
+    monkeypatch.setattr(doctor, "check_suite", talk)
+    assert doctor.run(["--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["ok"]
+    assert "Downloading" in captured.err
