@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_lit.core.registry import MERGE_METHODS, Registered, unknown_name
+from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.merging.configuration import parameters
 
 ALL = "all"
@@ -23,8 +23,8 @@ WELL_KNOWN = (
 """One or two representatives of each family: what fits into a few minutes."""
 
 
-def methods_at_hand() -> list[Registered[Any]]:
-    """Return the methods that need only experts and their cards, and whose config has defaults.
+def methods_at_hand(experts: int) -> list[Registered[Any]]:
+    """Return the methods that merge so many experts with nothing beside but their cards.
 
     Methods that declare `by_default`, the method that they are with their defaults, are left out:
     they would only repeat its scores.
@@ -34,23 +34,32 @@ def methods_at_hand() -> list[Registered[Any]]:
         for method in MERGE_METHODS
         if method.facts.get("data") in ("none", "cards")
         and "by_default" not in method.facts
+        and _takes(method, experts)
         and all(p.default is not p.empty for p in parameters(method.function).values())
     ]
 
 
-def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
+def chosen_methods(names: Sequence[str], *, experts: int) -> tuple[str, ...]:
     """Return the names of the methods to compare, each once; `all` is every method at hand.
 
     Raises:
-        KeyError: no such method at hand; the message offers the nearest and lists all.
-        ValueError: no name.
+        KeyError: no such method.
+        ValueError: no name, or a method that needs more than so many experts, or another number.
     """
-    known = [method.name for method in methods_at_hand()]
+    known = [method.name for method in methods_at_hand(experts)]
     if list(names) == [ALL]:
         return tuple(known)
     if not names:
-        raise ValueError(f"`methods` must name at least one method, or be [{ALL!r}], but is empty.")
+        raise ValueError(f"`methods` must name at least one method, or be {ALL!r}, but is empty.")
     for name in names:
-        if name not in known:
-            raise KeyError(unknown_name("method for the quickstart", name, [*known, ALL]))
+        if MERGE_METHODS.get(name).name not in known:
+            raise ValueError(
+                f"`methods` must need no data and no settings and take {experts} experts, "
+                f"but {name!r} does not. Choose among: {', '.join(known)}."
+            )
     return tuple(dict.fromkeys(names))
+
+
+def _takes(method: Registered[Any], experts: int) -> bool:
+    low, high = method.facts.get("experts", (1, None))
+    return low <= experts and (high is None or experts <= high)

@@ -91,7 +91,7 @@ def run_quickstart(  # noqa: PLR0913
     """
     watch = Stopwatch()
     plan = _plan(backbone, suite, tasks, Path(out), seed=seed, steps=steps, lr=lr, logger=logger)
-    chosen = chosen_methods(methods)
+    chosen = chosen_methods(methods, experts=len(plan.tasks))
     console = Console(quiet=quiet)
     with Display(console) as display, Crew(jobs, listen=_drawer(display)) as crew:
         for task in plan.tasks:

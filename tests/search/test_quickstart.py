@@ -95,22 +95,29 @@ def test_unknown_names_are_told_with_the_nearest(tiny_suite):
     with pytest.raises(KeyError, match="Did you mean 'stripes'"):
         run_quickstart(suite=tiny_suite, tasks=["stripe"], quiet=True)
     with pytest.raises(KeyError, match="Did you mean 'ties'"):
-        chosen_methods(["tise"])
+        chosen_methods(["tise"], experts=2)
 
 
 def test_methods_at_hand_need_no_images():
-    names = {method.name for method in methods_at_hand()}
+    names = {method.name for method in methods_at_hand(8)}
     assert set(WELL_KNOWN) <= names
-    assert {method.facts["data"] for method in methods_at_hand()} <= {"none", "cards"}
-    assert chosen_methods(["all"]) == tuple(sorted(names))
-    assert chosen_methods(["ties", "average", "ties"]) == ("ties", "average")
+    assert {method.facts["data"] for method in methods_at_hand(8)} <= {"none", "cards"}
+    assert chosen_methods(["all"], experts=8) == tuple(sorted(names))
+    assert chosen_methods(["ties", "average", "ties"], experts=8) == ("ties", "average")
+
+
+def test_methods_for_two_experts_are_compared_on_two_alone():
+    assert "slerp" in chosen_methods(["all"], experts=2)
+    assert "slerp" not in chosen_methods(["all"], experts=8)
+    with pytest.raises(ValueError, match="take 8 experts, but 'slerp' does not"):
+        chosen_methods(["slerp"], experts=8)
 
 
 def test_what_a_method_is_by_default_is_true_and_not_shown_twice(tiny_experts):
     declared = [method for method in MERGE_METHODS if "by_default" in method.facts]
     assert "weighted_average" in {method.name for method in declared}
     for method in declared:
-        assert method.name not in chosen_methods(["all"])
+        assert method.name not in chosen_methods(["all"], experts=3)
         one, other = (merge(tiny_experts, m) for m in (method.name, method.facts["by_default"]))
         assert all(torch.equal(one.shared[name], t) for name, t in other.shared.items())
 
