@@ -9,6 +9,11 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.structure import Structure
 
 
+def has_axes(structure: Structure) -> bool:
+    """Return whether the structure tells which axes permute: it does for ResNets and plain ViTs."""
+    return any(axis is not None for info in structure.values() for axis in info.axes)
+
+
 def permutation_sizes(params: Params, structure: Structure) -> dict[str, int]:
     """Return the number of units that each permutation moves, by its name, sorted.
 

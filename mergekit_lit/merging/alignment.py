@@ -15,6 +15,7 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.permutations import (
     axis_layout,
+    has_axes,
     permutation_sizes,
     permute_tensor,
     units_first,
@@ -148,7 +149,7 @@ def check_axes(experts: Experts) -> None:
     Raises:
         ValueError: no tensor has a named axis.
     """
-    if not any(any(info.axes) for info in experts.structure.values()):
+    if not has_axes(experts.structure):
         raise ValueError(
             f"Alignment needs to know which units can change places, but the structure of "
             f"{experts.backbone!r} names none (it does for ResNets and plain ViTs). Merge experts "

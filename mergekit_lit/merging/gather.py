@@ -11,6 +11,7 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.checkpoints import match_names, open_tensors
 from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
 from mergekit_lit.core.params import Params, check_finite, check_same_names_and_shapes
+from mergekit_lit.core.permutations import has_axes
 from mergekit_lit.core.tensorfiles import TensorFile
 
 
@@ -121,10 +122,13 @@ def _check_base(expert: Expert, base: Base) -> None:
         came = "its card names no base"
     else:
         came = f"it was tuned from {card.base or 'one'!r} ({card.base_hash[:12]})"
+    merge = "Merge them as they are with `--allow_different_base true`."
+    if has_axes(base.structure):
+        align = "Align the experts with `--method git_rebasin --allow_different_base true`"
+        merge = f"{align}, or m{merge[1:]}"
     raise ValueError(
         f"{_file(expert)} must be tuned from the base {base.name!r} ({base.content[:12]}), but "
-        f"{came}. Align the experts with `--method git_rebasin --allow_different_base true`, or "
-        "merge them as they are with `--allow_different_base true`."
+        f"{came}. {merge}"
     )
 
 

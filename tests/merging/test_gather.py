@@ -252,7 +252,7 @@ SPOILT: dict[str, tuple[Callable[[Folder], object], type[Exception], str]] = {
     "no base on the card": (
         lambda f: f.card(base=None, base_hash=None),
         ValueError,
-        "but its card names no base. Align .* `--allow_different_base true`",
+        "but its card names no base. Align .* or merge them .* `--allow_different_base true`",
     ),
     "another image size": (
         lambda f: f.card(image_size=16),
