@@ -18,6 +18,7 @@ from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
+from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES
 from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, merge_files
@@ -66,7 +67,7 @@ def calibration(  # noqa: PLR0913
     *,
     suite: str | None = None,
     root: Path | None = None,
-    images: int = 512,
+    images: int = CALIBRATION_IMAGES,
     n: int | None = None,
     train_share: float = 1.0,
     val_share: float = 0.1,

@@ -173,6 +173,8 @@ class _Judge:
         Where an expert has no image right the ratio is undefined; plain accuracy takes its place.
         """
         experts = [load_expert(path) for path in self._paths]
+        # What an expert's file stores is what the final table estimates again: both take
+        # `lit.recalibration.task_statistics`. Only candidates make do with fewer images.
         models: dict[str, Model] = {"experts": experts, **candidates}
         table = evaluate_models(
             self._backbone, models, self._data, split="val", batch_norm="stored"

@@ -59,7 +59,7 @@ def evaluate_files(  # noqa: PLR0913
         models: files of ours, or specs of bases such as `resnet`.
         data: suite, tasks, split and batch.
         batch_norm: BatchNorm statistics of bases and experts: `stored`, or estimated alike for all
-            on at most 512 training images of the task. Merged files carry theirs.
+            on training images of the task, as the head was fitted. Merged files carry theirs.
         out: folder of the results; nothing is written without one.
         name: name of the results: `<out>/<name>.record.json`, and `<name>.csv` with one row a model
             and task.
