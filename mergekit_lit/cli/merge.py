@@ -76,12 +76,13 @@ def calibration(  # noqa: PLR0913
     size: int | None = None,
     download: bool = False,
 ) -> Calibration | None:
-    """Say where the images for BatchNorm statistics come from.
+    """Say where the images come from that a method looks at, or BatchNorm statistics are made of.
 
     Args:
-        suite: suite, or folder of tasks, whose training images the `recalibrate` policies use.
+        suite: suite, or folder of tasks, whose images the method looks at, if any, and whose
+            training images the `recalibrate` policies use.
         root: folder of the downloaded data sets; null for the default one.
-        images: largest number of training images of one task, at least 2.
+        images: largest number of images of one task, at least 2.
         n: number of training samples that the experts used; null for all.
         train_share: share of the training samples that the experts used, in (0, 1].
         val_share: share of the training samples carved out for validation, in [0, 1).

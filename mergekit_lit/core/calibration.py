@@ -113,20 +113,38 @@ class Calibration:
 
 
 def drawn(samples: Samples, count: int, *key: str | int, seed: int) -> Tensor:
-    """Return the positions of `count` images at most, without replacement, ascending.
+    """Return the positions of at most `count` images, without replacement, ascending.
 
     Args:
         samples: the images of one task.
-        count: how many; all where there are fewer.
-        key: names the draw, so that others do not depend on it.
+        count: how many, at least 1; all where there are fewer.
+        key: names the draw, so that it does not depend on others.
         seed: of the draw.
+
+    Raises:
+        ValueError: `count` is below 1.
     """
+    if count < 1:
+        raise ValueError(f"The number of images to look at must be at least 1, but is {count}.")
     order = torch.randperm(len(samples), generator=generator(seed, *key))
     return order[:count].sort().values
 
 
-def in_batches(samples: Samples, positions: Tensor, size: int) -> Iterator[Batch]:
-    """Yield the images at `positions` in batches of at most `size`, which differ by at most one."""
-    for part in positions.tensor_split(max(1, -(-len(positions) // size))):
-        if len(part):
-            yield samples.take(part)
+def in_batches(
+    samples: Samples, positions: Tensor, *, size: int = 256, numbers: int = 2**20
+) -> Iterator[Batch]:
+    """Yield the images at `positions` in batches whose sizes differ by at most one.
+
+    Args:
+        samples: the images of one task.
+        positions: (b,), in the order in which the images come.
+        size: largest number of images in a batch.
+        numbers: largest number of input numbers in a batch, one image excepted: what a pass holds
+            in memory is a multiple of it.
+    """
+    if len(positions) == 0:
+        return
+    each = samples.take(positions[:1]).inputs.numel()
+    fitting = max(1, min(size, numbers // each))
+    for part in positions.tensor_split(-(-len(positions) // fitting)):
+        yield samples.take(part)

@@ -1,9 +1,11 @@
 """This file is what merge methods and their observers agree on: the forms and the protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
@@ -15,9 +17,13 @@ Form = Literal["linear", "kernel", "whole", "experts"]
 `linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
 `kernel`: f(slice, *, config) -> the step of one tensor, (*s). It may declare `prepare`, a function
     g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor
-    first, in as many passes as it likes.
+    first, in as many passes as it likes. A kernel whose entries do not depend on one another
+    declares `elementwise` (True, or a function of its config), and then sees blocks of entries.
 `whole`: f(experts, *, config) -> Merged.
 `experts`: f(experts, *, config) -> Experts, such as an alignment; their average is the merge.
+
+A method of any form but `kernel` that declares a split of images as its data takes a
+`core.calibration.Calibration` as its second argument.
 """
 
 DataUse = Literal["none", "cards", "train", "val", "test-unlabelled"]
@@ -29,23 +35,32 @@ BatchNormPolicy = Literal["base", "average", "recalibrate", "recalibrate-per-tas
 
 @dataclass(frozen=True)
 class Slice:
-    """One tensor of the merge: what a per-tensor kernel sees.
+    """One tensor of the merge, or one block of its entries: what a per-tensor kernel sees.
 
     Attributes:
         name: the tensor's name.
         base: its value at x0, (*s).
-        deltas: tau_t, (T, *s), float32 or better.
+        each: tau_t of each expert, T of shape (*s), float32 or better; read when asked for, so
+            that a method that needs one at a time holds one.
         info: what the tensor is.
         stats: what the method's `prepare` function returned; empty without one.
-        seed: seed of the merge; draw from `core.seeds.generator(seed, name, expert)`.
+        seed: seed of the merge; draw from `core.seeds.generator(seed, name, expert, offset)`.
+        offset: place of the first entry in the tensor; 0 but for elementwise methods, which get
+            tensors in blocks of `core.experts.BLOCK` entries, (n,).
     """
 
     name: str
     base: Tensor
-    deltas: Tensor
+    each: Sequence[Tensor] | Tensor
     info: TensorInfo
     stats: Mapping[str, Any]
     seed: int
+    offset: int = 0
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """tau_t of all experts, (T, *s)."""
+        return self.each if isinstance(self.each, Tensor) else torch.stack(list(self.each))
 
 
 @runtime_checkable

@@ -6,9 +6,11 @@ from mergekit_lit.merging.averaging import average, travel_normalised, weighted_
 from mergekit_lit.merging.descent import wudi
 from mergekit_lit.merging.dropping import dare, della
 from mergekit_lit.merging.engine import merge
+from mergekit_lit.merging.fisher import fisher
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
 from mergekit_lit.merging.masks import consensus, emr, tall_masks
+from mergekit_lit.merging.regression import regmean
 from mergekit_lit.merging.selection import nearswap, pcb, ram, sce
 from mergekit_lit.merging.sparsify import breadcrumbs, magmax, ties
 from mergekit_lit.merging.spectral import iso_c, iso_cts, knots, tsv_m
@@ -23,6 +25,7 @@ __all__ = [
     "della",
     "emr",
     "equal_norms",
+    "fisher",
     "git_rebasin",
     "in_memory",
     "iso_c",
@@ -41,6 +44,7 @@ __all__ = [
     "nuslerp",
     "pcb",
     "ram",
+    "regmean",
     "sce",
     "slerp",
     "tall_masks",

@@ -12,11 +12,74 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from mergekit_lit.core.calibration import Batch, Calibration, DataSplit
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import DataUse, Form
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.merging import merge
+from mergekit_lit.merging import engine
 from mergekit_lit.merging.configuration import accepts, parameters
+from mergekit_lit.models.capture import network
+
+
+class TinyNet(torch.nn.Module):
+    """A network whose tensors are those of the tiny experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.norm.register_parameter("bias", None)
+        self.block = torch.nn.Linear(5, 7)
+        self.token = torch.nn.Parameter(torch.zeros(1, 1))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x):
+        pooled = self.norm(self.stem(x.to(self.stem.weight.dtype))).relu().mean((2, 3))
+        token = self.token.expand(len(x), 1)
+        return self.logit_scale * self.block(torch.cat([pooled, token], dim=1))
+
+
+NETWORK = TinyNet()
+
+
+class TinySamples:
+    """Twelve random images, labels included."""
+
+    def __init__(self, seed):
+        draw = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(12, 3, 5, 5, generator=draw, dtype=torch.float64)
+
+    def __len__(self):
+        return 12
+
+    def take(self, positions):
+        return Batch(self.inputs[positions], positions % 2)
+
+
+def tiny_calibration(experts: Experts, split: str) -> Calibration:
+    """Return images and heads that follow the experts' travels, whatever their order and names."""
+    seeds = {
+        name: int(card.travel) for name, card in zip(experts.names, experts.cards, strict=True)
+    }
+    heads = {
+        name: torch.randn(2, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for name, seed in seeds.items()
+    }
+    return Calibration(
+        split=split,
+        samples={name: TinySamples(seed) for name, seed in seeds.items()},
+        expert=network(NETWORK),
+        merged=network(NETWORK, batch_statistics=True),
+        logits=lambda task, features: features @ heads[task].to(features.dtype).T,
+    )
+
+
+def merge(experts: Experts, method: str, **options: Any) -> Merged:
+    """Merge as the engine does, with images for the methods that look at some."""
+    split = MERGE_METHODS.get(method).facts["data"]
+    if split in get_args(DataSplit):
+        options = {"calibration": tiny_calibration(experts, split), **options}
+    return engine.merge(experts, method, **options)
 
 
 class Make:
@@ -180,6 +243,23 @@ def check_every_task_has_a_whole_model(method: str, make: Make) -> None:
             assert params[name].dtype == tensor.dtype
             assert params[name].shape == tensor.shape
             assert bool(torch.isfinite(params[name]).all())
+
+
+def check_missing_images_are_refused(method: str, make: Make) -> None:
+    split = MERGE_METHODS.get(method).facts["data"]
+    if split not in get_args(DataSplit):
+        return
+    experts = make()
+    message = f"{method!r} looks at {split} images of every task, but got none. Name the suite"
+    with pytest.raises(ValueError, match=message):
+        merge(experts, method, calibration=None)
+    given = tiny_calibration(experts, split)
+    other = replace(given, split="val" if split != "val" else "train")
+    with pytest.raises(ValueError, match=f"looks at {split} images, but got {other.split} images"):
+        merge(experts, method, calibration=other)
+    without = {name: given.samples[name] for name in experts.names[1:]}
+    with pytest.raises(ValueError, match=f"every task, but {experts.names[0]!r} has none"):
+        merge(experts, method, calibration=replace(given, samples=without))
 
 
 def check_facts_are_json_and_whole(method: str, make: Make) -> None:

@@ -100,7 +100,7 @@ def test_integers_that_are_no_counters_are_the_bases(make_experts):
         tuned=[{**tuned, "index": torch.arange(4) + 9} for tuned in two.tuned],
         structure=two.structure | {"index": TensorInfo("other", 0, "stem")},
     )
-    for method in MERGE_METHODS.names():
+    for method in [m.name for m in MERGE_METHODS if m.facts["data"] in ("none", "cards")]:
         assert torch.equal(merge(experts, method).shared["index"], index["index"])
 
 
