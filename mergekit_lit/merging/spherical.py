@@ -12,7 +12,8 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.reductions import gram, total
+from mergekit_lit.merging.directions import lengths_and_cosines, mean_direction
+from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.steps import shares_of, weighted_sum
 
 Along = Literal["tensor", "rows", "columns"]
@@ -23,12 +24,6 @@ Space = Literal["weights", "deltas"]
 
 # Vectors this close to one line are joined by a straight line.
 _ON_ONE_LINE = 0.9995
-
-# Angles below this, in radians, cannot be told from 0 (or pi) in float64.
-_SMALLEST_ANGLE = 1e-7
-
-# The Karcher mean has been found when the tangents' mean is shorter than this, in radians.
-_CONVERGED = 1e-5
 
 _TWO = (2, 2)
 
@@ -192,7 +187,7 @@ def model_stock(tensor: Slice) -> Tensor:
         for one expert.
     """
     count = len(tensor.deltas)
-    _, cosines = _lengths_and_cosines(_rows(tensor.deltas))
+    _, cosines = lengths_and_cosines(_rows(tensor.deltas))
     pairs = count * (count - 1) / 2
     c = float(cosines.triu(diagonal=1).sum()) / pairs if pairs else 1.0
     ratio = max(0.0, count * c / (1 + (count - 1) * c)) if c > 0 else 0.0
@@ -238,8 +233,8 @@ def _combined(tensor: Slice, shares: Tensor, *, iterations: int, space: Space) -
     """Return the step to the mean direction times the mean length, (*s)."""
     if not bool((tensor.deltas != tensor.deltas[0]).any()):
         return tensor.deltas[0].clone()  # where all agree, rounding must not move it
-    lengths, cosines = _lengths_and_cosines(_rows(_points(tensor, space)))
-    direction = _mean_direction(cosines, shares, iterations)
+    lengths, cosines = lengths_and_cosines(_rows(_points(tensor, space)))
+    direction = mean_direction(cosines, shares, iterations)
     if direction is None:
         return weighted_sum(shares, tensor.deltas)
     length = (shares * lengths).sum()
@@ -248,41 +243,6 @@ def _combined(tensor: Slice, shares: Tensor, *, iterations: int, space: Space) -
     if space == "weights":
         step = step + (coefficients.sum() - 1).to(step.dtype) * tensor.base.to(step.dtype)
     return step
-
-
-def _mean_direction(cosines: Tensor, shares: Tensor, iterations: int) -> Tensor | None:
-    """Return a, (T,), of the unit vector sum_t a_t u_t in the middle of T; None if they cancel."""
-    mean = shares
-    length = _length(mean, cosines)
-    if length < _SMALLEST_ANGLE:
-        return None
-    mean = mean / length
-    for _ in range(iterations):
-        cosine = (cosines @ mean).clamp(-1, 1)  # of u_t and the mean, (T,)
-        sine = (1 - cosine.square()).sqrt()
-        near = torch.where(cosine > 0, 1.0, 0.0)  # of angle / sine, at angles 0 and pi
-        stretch = torch.where(sine > _SMALLEST_ANGLE, cosine.acos() / sine, near)
-        pull = shares * stretch
-        tangent = pull - (pull * cosine).sum() * mean
-        length = _length(tangent, cosines)
-        if length < _CONVERGED:
-            break
-        mean = length.cos() * mean + length.sin() / length * tangent
-        mean = mean / _length(mean, cosines)
-    return mean
-
-
-def _length(coefficients: Tensor, cosines: Tensor) -> Tensor:
-    """Return |sum_t a_t u_t|, 0-dimensional."""
-    return (coefficients @ cosines @ coefficients).clamp(min=0).sqrt()
-
-
-def _lengths_and_cosines(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |x_t|, (T,), and the cosines of x_s and x_t, (T, T); 0 with a zero vector."""
-    products = gram(rows)
-    lengths = products.diagonal().sqrt()
-    unit = torch.where(lengths > 0, 1 / lengths, 0)
-    return lengths, products * unit[:, None] * unit
 
 
 def _points(tensor: Slice, space: Space) -> Tensor:
