@@ -277,7 +277,7 @@ def _reader(name: str, facts: _Facts) -> Reader:
     def read(root: Path, *, size: int | None, download: bool) -> Pool:
         try:
             opened = facts.opener(root, download)
-        except (ImportError, OSError, ValueError):
+        except (ImportError, OSError):
             raise
         # Torchvision says RuntimeError of missing and damaged files, but not of all.
         except Exception as error:
