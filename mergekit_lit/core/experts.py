@@ -1,6 +1,6 @@
 """This file is the nouns that every merge method speaks: Base, Expert, Experts, Merged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from mergekit_lit.core.bits import pack, unpack
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.params import Params, add, names_under, subtract, with_prefix
+from mergekit_lit.core.params import Params, add, names_under, subtract, wide, with_prefix
 from mergekit_lit.core.structure import Structure, structure_from_json, structure_to_json
 from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
+
+BLOCK = 1 << 16
+"""Entries of one block: small enough that a few experts' deltas stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,27 @@ class Experts:
 
     def deltas(self, name: str) -> Tensor:
         """Return tau_t = theta_t - theta_0 of one tensor, (T, *s), in float32 or better."""
-        base = self.base[name]
-        base = base if base.dtype == torch.float64 else base.float()
-        return torch.stack([tuned[name].to(base.dtype) - base for tuned in self.tuned])
+        return torch.stack([self.delta(name, t) for t in range(len(self))])
+
+    def delta(self, name: str, expert: int) -> Tensor:
+        """Return tau_t = theta_t - theta_0 of one tensor and expert, in float32 or better."""
+        base = wide(self.base[name])
+        return self.tuned[expert][name].to(base.dtype) - base
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Go through one tensor's deltas in blocks of entries, whatever its shape.
+
+        Yields:
+            The place of the block's first entry, and tau_t of its entries, (T, n), n <= `BLOCK`.
+        """
+        base = wide(self.base[name]).reshape(-1)
+        tuned = [params[name].reshape(-1) for params in self.tuned]
+        for start in range(0, len(base), BLOCK):
+            part = base[start : start + BLOCK]
+            deltas = torch.empty(len(tuned), len(part), dtype=part.dtype)
+            for row, params in zip(deltas, tuned, strict=True):
+                torch.sub(params[start : start + BLOCK].to(part.dtype), part, out=row)
+            yield start, deltas
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Params: TypeAlias = Mapping[str, Tensor]
 
 def subtract(left: Params, right: Params) -> dict[str, Tensor]:
     """Return left - right in float32 or better, over the names of `left`."""
-    return {name: _wide(tensor) - _wide(right[name]) for name, tensor in left.items()}
+    return {name: wide(tensor) - wide(right[name]) for name, tensor in left.items()}
 
 
 def add(base: Params, step: Params, *, scale: float = 1.0) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def add(base: Params, step: Params, *, scale: float = 1.0) -> dict[str, Tensor]:
     moved = {}
     for name, tensor in base.items():
         if name in step:
-            total = _wide(tensor) + scale * _wide(step[name])
+            total = wide(tensor) + scale * wide(step[name])
             moved[name] = total.to(tensor.dtype)
         else:
             moved[name] = tensor
@@ -63,6 +63,11 @@ def content_hash(params: Params) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the raw bytes of a contiguous CPU tensor of any dtype, without a copy."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is if it is wider."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def check_finite(params: Params, *, source: str) -> None:
@@ -119,8 +124,3 @@ def with_prefix(params: Params, prefix: str) -> dict[str, Tensor]:
 def names_under(names: Iterable[str], prefix: str) -> dict[str, str]:
     """Return a mapping of short name to full name for the names that start with `prefix`."""
     return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or as it is if it is wider."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

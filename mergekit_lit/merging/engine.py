@@ -1,7 +1,7 @@
 """This file is the merge engine: it alone iterates over tensors, whatever a method's form."""
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, cast
@@ -12,10 +12,11 @@ from torch import Tensor
 from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import MergeObserver, Slice
-from mergekit_lit.core.params import Params, check_same_names_and_shapes
+from mergekit_lit.core.params import Params, check_same_names_and_shapes, is_finite
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
 from mergekit_lit.merging.configuration import parameters, resolve
 from mergekit_lit.merging.images import shown
+from mergekit_lit.merging.passes import Deltas, Pairs, blockwise
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 _POSITIONS = ("after", "before")
@@ -144,7 +145,8 @@ def _linear(
             f"returned a tensor of shape {tuple(coefficients.shape)}."
         )
     steps = (
-        (name, weighted_sum(coefficients, experts.deltas(name))) for name in experts.merged_names()
+        (name, blockwise(experts, name, lambda deltas, _: weighted_sum(coefficients, deltas)))
+        for name in experts.merged_names()
     )
     facts = {"coefficients": coefficients.tolist()}
     return Merged(shared=moved(experts.base, steps), structure=experts.structure, facts=facts)
@@ -153,17 +155,27 @@ def _linear(
 def _kernel(
     entry: Registered[Any], experts: Experts, config: Mapping[str, Any], seed: int
 ) -> Merged:
-    stats = _prepared(entry, experts, config)
-    steps = (
-        (
+    elementwise = _is_elementwise(entry, config)
+    stats = _prepared(entry, experts, config, elementwise=elementwise)
+
+    def step(name: str) -> Tensor:
+        base, info = experts.base[name], experts.structure[name]
+        if not elementwise:
+            each = Deltas(experts, name)
+            return cast(
+                "Tensor", entry.function(Slice(name, base, each, info, stats, seed), **config)
+            )
+        flat = base.reshape(-1)
+        return blockwise(
+            experts,
             name,
-            entry.function(
-                Slice(name, experts.base[name], deltas, experts.structure[name], stats, seed),
+            lambda deltas, start: entry.function(
+                Slice(name, flat[start:][: deltas.shape[1]], deltas, info, stats, seed, start),
                 **config,
             ),
         )
-        for name, deltas in _Pairs(experts)
-    )
+
+    steps = ((name, step(name)) for name in experts.merged_names())
     return Merged(shared=moved(experts.base, steps), structure=experts.structure)
 
 
@@ -185,7 +197,10 @@ def _transformed(entry: Registered[Any], experts: Experts, config: Mapping[str, 
 def _averaged(
     _entry: Registered[Any], experts: Experts, _config: Mapping[str, Any], _seed: int
 ) -> Merged:
-    steps = ((name, experts.deltas(name).mean(dim=0)) for name in experts.merged_names())
+    steps = (
+        (name, blockwise(experts, name, lambda deltas, _: deltas.mean(dim=0)))
+        for name in experts.merged_names()
+    )
     return Merged(shared=moved(experts.base, steps), structure=experts.structure)
 
 
@@ -215,19 +230,13 @@ def _check_policy(batch_norm: str) -> None:
         raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))
 
 
-class _Pairs(Iterable[tuple[str, Tensor]]):
-    """The name and the deltas (T, *s) of every merged tensor, as often as they are asked for."""
-
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._experts.merged_names():
-            yield name, self._experts.deltas(name)
+def _is_elementwise(entry: Registered[Any], config: Mapping[str, Any]) -> bool:
+    declared = entry.facts.get("elementwise", False)
+    return bool(declared(config) if callable(declared) else declared)
 
 
 def _prepared(
-    entry: Registered[Any], experts: Experts, config: Mapping[str, Any]
+    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], *, elementwise: bool
 ) -> Mapping[str, Any]:
     """Return what a kernel's first pass over all tensors found, if it declares one."""
     prepare = entry.facts.get("prepare")
@@ -235,7 +244,7 @@ def _prepared(
         return {}
     wanted = signature(prepare).parameters
     some = {name: value for name, value in config.items() if name in wanted}
-    stats: Mapping[str, Any] = prepare(_Pairs(experts), **some)
+    stats: Mapping[str, Any] = prepare(Pairs(experts, in_blocks=elementwise), **some)
     return stats
 
 
@@ -297,7 +306,7 @@ def _mean(experts: Experts, name: str) -> Tensor:
 def _check_result(method: str, shared: Params, base: Params) -> None:
     check_same_names_and_shapes(shared, base, source=f"The result of {method!r}")
     for name, tensor in shared.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ValueError(
                 f"The result of {method!r} must be finite, but {name!r} is not in "
                 f"{tensor.dtype}. Merge with a smaller scale, or from a base in float32."

@@ -1,0 +1,71 @@
+"""This file is passes over experts: tensor by tensor, or block by block, never all at once."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.params import wide
+
+
+class Deltas(Sequence[Tensor]):
+    """tau_t of one tensor for each expert, (*s), read when asked for."""
+
+    def __init__(self, experts: Experts, name: str) -> None:
+        self._experts = experts
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return [self._experts.delta(self._name, expert) for expert in chosen]
+        return self._experts.delta(self._name, chosen)
+
+
+class Pairs(Iterable[tuple[str, Tensor]]):
+    """The name and the deltas of every merged tensor, as often as they are asked for.
+
+    Whole tensors give (T, *s); in blocks, each name comes with several (T, n).
+    """
+
+    def __init__(self, experts: Experts, *, in_blocks: bool = False) -> None:
+        self._experts = experts
+        self._in_blocks = in_blocks
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._experts.merged_names():
+            if self._in_blocks:
+                yield from ((name, deltas) for _, deltas in self._experts.blocks(name))
+            else:
+                yield name, self._experts.deltas(name)
+
+
+def blockwise(experts: Experts, name: str, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return f(deltas (T, n), place of the first entry) -> (n,) of all blocks, joined to (*s).
+
+    Raises:
+        ValueError: the function returns another shape.
+    """
+    base = experts.base[name]
+    step = torch.empty_like(wide(base), memory_format=torch.contiguous_format)
+    flat = step.view(-1)
+    for start, deltas in experts.blocks(name):
+        part = function(deltas, start)
+        if part.shape != deltas.shape[1:]:
+            raise ValueError(
+                f"The step of {name!r} must have shape {tuple(deltas.shape[1:])}, but has "
+                f"{tuple(part.shape)}."
+            )
+        flat[start : start + len(part)] = part
+    return step
