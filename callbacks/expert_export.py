@@ -77,7 +77,7 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
     """
     data = module.data.task_data
     told = f"expert {data.name!r} after {trainer.global_step} steps"
-    params = floats({name: t.detach().clone() for name, t in module.backbone.state_dict().items()})
+    params = floats({name: t.detach().clone() for name, t in module.tuned().items()})
     head = floats({name: t.detach().clone() for name, t in module.head.state_dict().items()})
     weights = with_prefix(params, "backbone.") | with_prefix(head, "head.")
     check_finite(weights, source=f"E{told[1:]}")

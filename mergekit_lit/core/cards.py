@@ -37,6 +37,11 @@ class Card:
         clip_norm: largest gradient norm, or None.
         precision: Lightning's name of the precision.
         norm_statistics: `train` if BatchNorm used batch statistics, `frozen` if the base's.
+        finetuning: what moved: the weights (`full`), those of the tangent model (`linearised`), or
+            low-rank factors (`lora`).
+        sam_radius: radius of sharpness-aware minimisation; 0 without.
+        lora_rank: rank of the factors; None without.
+        lora_alpha: their scale times the rank; None without.
         head: how the head was made: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
         seed: seed of the data order, the augmentation and the head's initialisation.
         replaced: m, samples replaced in a neighbouring data set; 0 for the plain run.
@@ -78,6 +83,10 @@ class Card:
     clip_norm: float | None = None
     precision: str | None = None
     norm_statistics: str | None = None
+    finetuning: str | None = None
+    sam_radius: float | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
     head: str | None = None
     seed: int | None = None
     replaced: int | None = None

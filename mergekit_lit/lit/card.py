@@ -28,6 +28,7 @@ def expert_card(
         measured: path constants by the names of the card's fields.
     """
     optimization, data = module.optimization, module.data
+    lora = module.adapter is not None
     is_sgd = optimization.optimizer == "sgd"
     horizon = trainer.max_steps if optimization.horizon_matters else None
     facts = {
@@ -50,6 +51,10 @@ def expert_card(
         "clip_norm": _clip_norm(trainer),
         "precision": str(trainer.precision),
         "norm_statistics": module.norm_statistics,
+        "finetuning": module.finetuning,
+        "sam_radius": module.sam_radius,
+        "lora_rank": module.lora_rank if lora else None,
+        "lora_alpha": module.lora_alpha if lora else None,
         "head": module.head_kind,
         "seed": module.seed,
         "train_loss": train.loss,
@@ -57,7 +62,8 @@ def expert_card(
         "val_loss": val.loss,
         "val_accuracy": val.accuracy,
     }
-    return Card.from_json({**measured, **facts})
+    # Of low-rank factors, path and gradients are not those of the weights that merging moves.
+    return Card.from_json({**({} if lora else measured), **facts})
 
 
 def _data_facts(data: TaskDataModule) -> dict[str, str | int | None]:

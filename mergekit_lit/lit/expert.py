@@ -1,11 +1,13 @@
 """This file is the fine-tuning of one expert: what a Trainer moves, and how."""
 
-from typing import Literal, cast
+import math
+from typing import Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,13 +17,18 @@ from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import Batch
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.heads import Head, head_at, head_kind
+from mergekit_lit.lit.lora import LowRank, check_low_rank, matrices_of
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
 from mergekit_lit.lit.passes import inputs
 from mergekit_lit.lit.randomness import seed_stream
 from mergekit_lit.lit.recalibration import task_statistics
+from mergekit_lit.lit.sharpness import Ascent, statistics_kept
+from mergekit_lit.lit.tangent import linearised
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
+from mergekit_lit.models.statistics import has_statistics
 
 NormStatistics = Literal["train", "frozen"]
+Finetuning = Literal["full", "linearised", "lora"]
 
 
 class ExpertModule(LightningModule):
@@ -43,10 +50,14 @@ class ExpertModule(LightningModule):
         optimization: optimizer and schedule.
         head_kind: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
         norm_statistics: `train` or `frozen`.
+        finetuning: `full`, `linearised` or `lora`.
+        adapter: the low-rank factors of `lora`, after `setup`; else None.
         seed: the seed of everything random.
     """
 
     head: Head
+    _origin: dict[str, Tensor]
+    _ascent: Ascent
 
     # Each argument is one flag of the command line, hence so many.
     def __init__(  # noqa: PLR0913
@@ -64,6 +75,11 @@ class ExpertModule(LightningModule):
         warmup_steps: int = 20,
         label_smoothing: float = 0.0,
         norm_statistics: NormStatistics = "train",
+        finetuning: Finetuning = "full",
+        sam_radius: float = 0.0,
+        lora_rank: int = 8,
+        lora_alpha: float = 8.0,
+        channels_last: bool = False,
         compile: bool = False,  # noqa: A002 (the user's word for torch.compile)
         seed: int = 0,
     ) -> None:
@@ -85,6 +101,15 @@ class ExpertModule(LightningModule):
             label_smoothing: share of the label's mass spread over all classes, in [0, 1).
             norm_statistics: `train` uses batch statistics in BatchNorm; `frozen` those of the
                 training images at the base, throughout.
+            finetuning: `full`; `linearised`, the tangent model at the base, whose displacements add
+                up with less interference, at two to three times the cost; or `lora`, low-rank
+                factors of every matrix, whose product is added to the weights in the expert's file.
+            sam_radius: r of sharpness-aware minimisation, at least 0: the gradient is taken at
+                x + r g / ||g||, at twice the cost; 0 for none.
+            lora_rank: rank of the factors of `lora`, at least 1.
+            lora_alpha: positive; the product of the factors is scaled by lora_alpha / lora_rank.
+            channels_last: whether convolutions run in channels-last memory: often faster, rounds
+                differently.
             compile: whether torch.compile runs the backbone.
             seed: seed of the data order, the augmentation, dropout and a trained head.
         """
@@ -99,15 +124,16 @@ class ExpertModule(LightningModule):
             schedule=schedule,
             warmup_steps=warmup_steps,
         )
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"`label_smoothing` must lie in [0, 1), but is {label_smoothing!r}.")
-        if norm_statistics not in ("train", "frozen"):
-            raise ValueError(unknown_name("norm_statistics", norm_statistics, ("frozen", "train")))
         self.head_kind = head_kind(head)
         self.head_spec, self.label_smoothing, self.seed = head, label_smoothing, seed
         self.norm_statistics, self.compiles = norm_statistics, compile
+        self.finetuning, self.sam_radius = finetuning, sam_radius
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.adapter: LowRank | None = None
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
+        self._check_options()
 
     @property
     def data(self) -> TaskDataModule:
@@ -134,13 +160,36 @@ class ExpertModule(LightningModule):
         head = head_at(start, data, self.head_spec, seed=self.seed)
         self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
+        self.backbone.to(memory_format=self.memory)
+        self._prepare(start)
         super().train()
         if self.compiles:
             self.backbone.compile()
 
     def on_train_start(self) -> None:
-        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before."""
+        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before.
+
+        Raises:
+            ValueError: sharpness-aware steps that are accumulated, or in fp16.
+        """
+        trainer = self.trainer
+        if self.sam_radius and trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "`trainer.accumulate_grad_batches` must be 1 with `sam_radius`, which goes uphill "
+                f"once a step, but is {trainer.accumulate_grad_batches}. Raise `data.batch`."
+            )
+        if self.sam_radius and getattr(trainer.precision_plugin, "scaler", None):
+            raise ValueError(
+                f"`trainer.precision` must not scale the loss with `sam_radius`, but is "
+                f"{trainer.precision!r}. Use 'bf16-mixed' or '32-true'."
+            )
+        self._ascent = Ascent([p for p in self.parameters() if p.requires_grad])
         self.train()
+
+    def on_after_backward(self) -> None:
+        """Come back from the point at which a sharpness-aware gradient was taken."""
+        if self.sam_radius:
+            self._ascent.down()
 
     def plain_backbone(self, params: Params, device: torch.device | None = None) -> Backbone:
         """Return a second backbone in eval mode that holds `params`, never compiled or wrapped."""
@@ -159,19 +208,43 @@ class ExpertModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of uint8 images (B, H, W, 3)."""
-        return cast("Tensor", self.head(self.backbone(inputs(self.backbone, x))))
+        images = inputs(self.backbone, x).contiguous(memory_format=self.memory)
+        if self.finetuning == "linearised":
+            return linearised(
+                lambda params: self.head(functional_call(self.backbone, params, (images,))),
+                self._origin,
+                dict(self.backbone.named_parameters()),
+            )
+        if self.adapter is not None:
+            adapted = self.adapter(dict(self.backbone.named_parameters()))
+            return cast("Tensor", self.head(functional_call(self.backbone, adapted, (images,))))
+        return cast("Tensor", self.head(self.backbone(images)))
+
+    def tuned(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors as tuned so far, low-rank steps added."""
+        state = self.backbone.state_dict()
+        with torch.no_grad():
+            return state | (self.adapter(state) if self.adapter is not None else {})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
         x, y, _ = batch
         step, slot = self.trainer.global_step, self._slot(batch_idx)
-        seed_stream(derive_seed(self.seed, "forward", step, slot), self.device)
+        seed = derive_seed(self.seed, "forward", step, slot)
         x = self.data.augmented(x, step, slot, seed=self.seed)
-        loss = cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
+        loss = self._loss(x, y, seed)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set untyped
-        if (step + 1) % every == 0:
+        logs = (step + 1) % every == 0
+        if logs:
             self._report(loss, step)
-        return loss
+        # In eval mode others ask for the gradient at x itself.
+        if not (self.sam_radius and self.training):
+            return loss
+        norm = self._ascent.up(self._gradients(loss), self.sam_radius)
+        if logs:
+            self.log("sam/first_norm", norm.float())
+        with statistics_kept(self):
+            return self._loss(x, y, seed)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 (Lightning's)
         """Log cross-entropy and accuracy on the validation images."""
@@ -189,6 +262,65 @@ class ExpertModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _check_options(self) -> None:
+        """Refuse values out of range, and what does not go together."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"`label_smoothing` must lie in [0, 1), but is {self.label_smoothing!r}."
+            )
+        for noun, value, known in (
+            ("norm_statistics", self.norm_statistics, get_args(NormStatistics)),
+            ("finetuning", self.finetuning, get_args(Finetuning)),
+        ):
+            if value not in known:
+                raise ValueError(unknown_name(noun, value, known))
+        if not 0 <= self.sam_radius < math.inf:
+            raise ValueError(f"`sam_radius` must be at least 0, but is {self.sam_radius!r}.")
+        check_low_rank(self.lora_rank, self.lora_alpha)
+        if self.finetuning != "full" and self.compiles:
+            raise ValueError(f"`compile` must be off with `finetuning` {self.finetuning!r}.")
+        batch_statistics = has_statistics(self.structure) and self.norm_statistics == "train"
+        if self.finetuning == "linearised" and batch_statistics:
+            raise ValueError(
+                "`norm_statistics` must be 'frozen' with `finetuning` 'linearised', whose base "
+                "must not depend on the batch, but is 'train'."
+            )
+
+    def _prepare(self, start: Backbone) -> None:
+        """Hold what the kind of fine-tuning needs of the starting point."""
+        state = start.state_dict()
+        self._origin = (
+            {
+                name: state[name].to(
+                    memory_format=self.memory if state[name].dim() == 4 else torch.preserve_format
+                )
+                for name, _ in start.named_parameters()
+            }
+            if self.finetuning == "linearised"
+            else {}
+        )
+        if self.finetuning != "lora":
+            return
+        self.backbone.requires_grad_(requires_grad=False)
+        shapes = matrices_of(dict(start.named_parameters()), self.structure)
+        self.adapter = LowRank(shapes, rank=self.lora_rank, alpha=self.lora_alpha, seed=self.seed)
+
+    def _loss(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        """Return the loss, all that the forward pass draws at random keyed by `seed`."""
+        seed_stream(seed, self.device)
+        return cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """Return the gradient of a loss, the mean over all processes."""
+        parameters = self._ascent.parameters
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        if self.trainer.world_size == 1:
+            return list(found)
+        flat = torch.cat([gradient.flatten() for gradient in found])
+        mean = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        parts = mean.split([gradient.numel() for gradient in found])
+        return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
 
     def _slot(self, batch_idx: int) -> int:
         """Return which micro-batch of its step this one is, over accumulation and processes."""

@@ -82,7 +82,7 @@ def _mean(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _track(layer: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
     """Update the running statistics as the layer itself would."""
-    if layer.running_mean is None or layer.running_var is None:
+    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
         return
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
