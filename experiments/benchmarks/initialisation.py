@@ -1,14 +1,15 @@
-"""Whether the initialisation helps: python experiments/benchmarks/initialisation.py --out FILE.
+"""Whether the initialisation helps: python experiments/benchmarks/initialisation.py.
 
 Each task of a suite is fine-tuned from the shipped initialisation and from scratch, by one recipe,
-with trained heads. Prints a table of test accuracies in Markdown; the record holds every run.
+with trained heads. Prints a table of test accuracies in Markdown; the record, by default
+runs/initialisation/<backbones>.json, holds every run with the hashes of its base and its images.
 """
 
 import argparse
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,15 @@ from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.passes import score
 from mergekit_lit.stages.train import train_expert
 
+FOLDER = Path("runs") / "initialisation"
 ARMS = ("from scratch", "from the initialisation")
+
+
+class Outcome(NamedTuple):
+    """Test accuracies by task and arm, one a seed; hashes of the bases and the training images."""
+
+    accuracies: dict[str, dict[str, list[float]]]
+    inputs: dict[str, str]
 
 
 def main() -> None:
@@ -31,35 +40,48 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=0.03, help="of SGD with momentum 0.9, cosine")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="record to write")
+    parser.add_argument("--tasks", nargs="+", help="some tasks of the suite; all by default")
+    parser.add_argument("--out", type=Path, help=f"record; by default in {FOLDER}")
     options = parser.parse_args()
     torch.set_num_threads(1)
     stopwatch = Stopwatch()
-    found: dict[str, Any] = {}
+    found: dict[str, Outcome] = {}
     for backbone in options.backbones:
         found[backbone] = measure(backbone, options)
-        print("\n".join(table(backbone, found[backbone])), flush=True)
-    if options.out:
-        config = {name: value for name, value in vars(options).items() if name != "out"}
-        record = Record(stage="train", name="initialisation", config=config, metrics=found)
-        stopwatch.finish(record).write(options.out)
+        print("\n".join(table(backbone, found[backbone].accuracies)), flush=True)
+    record = Record(
+        stage="train",
+        name="initialisation",
+        config={name: value for name, value in vars(options).items() if name != "out"},
+        inputs={name: text for outcome in found.values() for name, text in outcome.inputs.items()},
+        seeds={f"run {index}": seed for index, seed in enumerate(options.seeds)},
+        metrics={backbone: outcome.accuracies for backbone, outcome in found.items()},
+    )
+    out = options.out or FOLDER / f"{'_'.join(options.backbones)}.json"
+    stopwatch.finish(record).write(out)
+    print(f"record: {out}")
 
 
-def measure(backbone: str, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Return the test accuracies of each task, by arm, one for each seed."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for task in load_suite(options.suite).names:
+def measure(backbone: str, options: argparse.Namespace) -> Outcome:
+    """Train every task from both starts with every seed."""
+    found = Outcome({}, {})
+    suite = load_suite(options.suite)
+    for task in [suite.task(name).name for name in options.tasks or suite.names]:
         rows: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for seed in options.seeds:
             for arm, base in zip(ARMS, (f"{backbone}@random:{seed}", backbone), strict=True):
-                rows[arm].append(accuracy(base, task, seed, options))
+                reached, inputs = accuracy(base, task, seed, options)
+                rows[arm].append(reached)
+                found.inputs.update(inputs)
         print(backbone, task, rows, flush=True)
-        found[task] = rows
+        found.accuracies[task] = rows
     return found
 
 
-def accuracy(base: str, task: str, seed: int, options: argparse.Namespace) -> float:
-    """Return the test accuracy of one expert."""
+def accuracy(
+    base: str, task: str, seed: int, options: argparse.Namespace
+) -> tuple[float, dict[str, str]]:
+    """Return the test accuracy of one expert, and the hashes of what it was made from."""
     data = TaskDataModule(options.suite, task, batch=options.batch)
     model = ExpertModule(base, head="trained", lr=options.lr, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +89,8 @@ def accuracy(base: str, task: str, seed: int, options: argparse.Namespace) -> fl
     reached = score(model.backbone.eval(), model.head, data.task_data.test).accuracy
     if reached is None:
         raise ValueError(f"Task {task!r} must have test images, but has none.")
-    return reached
+    hashes = {base: model.base.content, f"{options.suite}/{task}": data.task_data.split_hash}
+    return reached, hashes
 
 
 def table(backbone: str, found: dict[str, dict[str, list[float]]]) -> list[str]:
