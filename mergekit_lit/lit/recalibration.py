@@ -140,7 +140,7 @@ def recalibrate(
     pools = {task: _pool(task, images) for task in merged.tasks}
     if per_task:
         statistics = {
-            task: statistics_on([pool], merged.shared, backbone=backbone, seed=seed)
+            task: statistics_on([pool], merged.for_task(task), backbone=backbone, seed=seed)
             for task, pool in pools.items()
         }
         return replace(merged, statistics=statistics, facts=facts)
