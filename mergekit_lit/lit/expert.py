@@ -211,7 +211,7 @@ class ExpertModule(LightningModule):
         images = inputs(self.backbone, x).contiguous(memory_format=self.memory)
         if self.finetuning == "linearised":
             return linearised(
-                lambda params: self.head(functional_call(self.backbone, params, (images,))),
+                lambda params: self.head(functional_call(self.backbone, dict(params), (images,))),
                 self._origin,
                 dict(self.backbone.named_parameters()),
             )

@@ -19,7 +19,7 @@ class Ascent:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self._below: list[Tensor] = []
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """This file is linearised fine-tuning: a model that is exactly linear in its displacement."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 from torch.func import jvp
@@ -24,11 +25,10 @@ def linearised(model: Callable[[Params], Tensor], origin: Params, params: Params
 
     Source: Ortiz-Jimenez et al. 2023, arXiv:2305.12827, eq. 5.
     """
-    step: Mapping[str, Tensor] = {name: params[name] - origin[name] for name in origin}
+    step = {name: params[name] - origin[name] for name in origin}
     # Fused attention kernels have no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # torch's own rules of forward mode are scripted, which torch deprecates.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        value, slope = jvp(model, (dict(origin),), (dict(step),))
-    total: Tensor = value + slope
-    return total
+        value, slope = cast("tuple[Tensor, Tensor]", jvp(model, (dict(origin),), (step,)))
+    return value + slope
