@@ -100,8 +100,10 @@ def _tasks(namespace: Namespace) -> list[str]:
     suite = load_suite(namespace.data.suite, root=namespace.data.root)
     if namespace.data.task == "all":
         return list(suite.names)
-    names = [name.strip() for name in namespace.data.task.split(",")]
-    return [suite.task(name).name for name in names]
+    names = [suite.task(name.strip()).name for name in namespace.data.task.split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`data.task` must name each task once, but is {namespace.data.task!r}.")
+    return names
 
 
 def _train_one(

@@ -19,6 +19,7 @@ from mergekit_lit.search.crew import Crew, Message
 from mergekit_lit.search.display import Display, results
 from mergekit_lit.search.stations import Made, Plan, merge_one, train_one
 from mergekit_lit.stages.evaluate import evaluate_files
+from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.report import build_report
 
 _BATCH = 32
@@ -124,6 +125,7 @@ def _plan(
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, but is {steps!r}.")
     check_logger(settings["logger"])
+    check_folder(out)
     return Plan(
         backbone=backbone,
         suite=suite,

@@ -34,6 +34,7 @@ from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_log
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.reports.results import csv_text, result_rows, summary
 from mergekit_lit.stages.cautions import cautions
+from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.model_files import load_models
 
 
@@ -80,6 +81,10 @@ def evaluate_files(  # noqa: PLR0913
     """
     watch = Stopwatch()
     check_logger(logger, out)
+    if not name or Path(name).name != name:
+        raise ValueError(f"`name` must be the stem of a file, but is {name!r}.")
+    if out is not None:
+        check_folder(Path(out))
     loaded = load_models(models)
     _choose_tasks(data, loaded.by_name)
     data.setup()

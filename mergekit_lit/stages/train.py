@@ -22,6 +22,7 @@ from mergekit_lit.lit.loggers import log_outcome, make_loggers
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts
+from mergekit_lit.stages.folders import check_folder
 
 _DEFAULTS: Mapping[str, Any] = {
     "enable_progress_bar": False,
@@ -106,6 +107,7 @@ def train_expert(  # noqa: PLR0913
     stopwatch = Stopwatch()
     name = name or data.task
     chosen = _checked_steps(steps, model)
+    check_folder(Path(out))
     data.setup("fit")
     config = _config(data, model, chosen, trainer or {})
     record_path = Path(out) / f"{name}.record.json"

@@ -178,6 +178,7 @@ def test_card_and_methods_and_tasks_speak_json(experts, tiny_suite, capsys):
 
 BAD_TRAINING = {
     "unknown task": (["--data.task=dotz"], "Did you mean 'dots'?"),
+    "one task twice": (["--data.task=dots,dots"], "`data.task` must name each task once"),
     "unknown suite": (["--data.suite=embeded8"], "Did you mean 'embedded8'?"),
     "unknown backbone": (["--model.base=resnett@random:0"], "resnett"),
     "unknown key": (["--model.lrr=1"], "Did you mean 'model.lr'?"),

@@ -79,6 +79,12 @@ def test_wandb_without_a_folder_is_refused_before_anything_is_read(tiny_suite):
         evaluate_files(["nowhere.safetensors"], data=_data(tiny_suite), logger="wandb")
 
 
+@pytest.mark.parametrize("name", ["", "../x", "a/b"])
+def test_names_stay_in_their_folder(tiny_suite, tmp_path, name):
+    with pytest.raises(ValueError, match="`name` must be the stem of a file"):
+        evaluate_files([BASE], data=_data(tiny_suite), out=tmp_path, name=name)
+
+
 def _data(suite, **options):
     return MergeDataModule(suite, **{"reserve": 4, "batch": 7, **options})
 

@@ -1,0 +1,23 @@
+"""This file checks, before any work, that results can be written where they are wanted."""
+
+import os
+from pathlib import Path
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder of results that cannot be one; nothing is made.
+
+    Raises:
+        ValueError: `out` or a folder above it is a file.
+        PermissionError: nothing may be written there.
+    """
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(
+            f"`out` must be a folder, but {str(nearest)!r} is a file. Choose another folder."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"`out` must be a folder that can be written, but {str(nearest)!r} cannot. "
+            "Choose another folder."
+        )
