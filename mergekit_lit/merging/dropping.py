@@ -1,6 +1,7 @@
 """This file is the methods that drop entries at random: DARE, and DELLA by magnitude.
 
-The draws of an expert's tensor depend on seed, tensor name and the expert's place alone.
+The draws of a block of an expert's tensor depend on seed, tensor name, the expert's place and the
+block's alone.
 """
 
 from typing import Literal
@@ -30,6 +31,7 @@ Rule = Literal["linear", "ties"]
     source="Yu et al. 2024, arXiv:2311.03099, eq. 3",
     search={"drop": (0.0, 0.99), "scale": (0.0, 1.5)},
     order="an expert's draws are keyed by its place among the experts",
+    elementwise=lambda config: config["rescale"] != "l1",
 )
 def dare(
     tensor: Slice,
@@ -122,8 +124,8 @@ def _dropped(tensor: Slice, drop: float, window: float, rescale: Rescale) -> Ten
     kept = torch.empty_like(tensor.deltas)
     for expert, delta in enumerate(tensor.deltas):
         probability = drop + (window / 2 - window * _rank_shares(delta) if window else 0.0)
-        draw = generator(tensor.seed, tensor.name, expert)
-        rest = delta * (torch.rand(delta.shape, generator=draw) >= probability)
+        draw = generator(tensor.seed, tensor.name, expert, tensor.offset)
+        rest = delta * torch.rand(delta.shape, generator=draw).ge_(probability)
         kept[expert] = _rescaled(rest, delta, 1 - probability, rescale)
     return kept
 

@@ -1,7 +1,9 @@
 """This file is exact order statistics of all entries of a model, in two passes of little memory."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,39 +11,30 @@ Chunks = Callable[[], Iterable[Tensor]]
 """Starts a pass over all entries: tensors (T, n), one row an expert, of any n."""
 
 _BINS = 1 << 16
+_SAMPLE = 1 << 18
 
 
 def smallest(chunks: Chunks, ranks: Callable[[int], Sequence[int]]) -> Tensor:
     """Return per expert the values of given ranks among all its entries, exactly.
 
-    Two passes, whatever the size: count the entries by the upper half of their float32 bit
-    pattern, put into the order of the numbers; then collect the bins that hold the ranks.
+    A sample brackets each value; a second pass counts the entries below the bracket and collects
+    those inside it. Where a sample was misleading, a count by bit pattern takes its place.
 
     Args:
-        chunks: starts a pass over the entries; called twice.
+        chunks: starts a pass over the entries; called twice, or four times after a bad sample.
         ranks: tells, from the number of entries of an expert, R ranks: 1 for the smallest, up to
             the number of entries for the largest; 0 gives minus infinity.
 
     Returns:
         Values, (T, R), in float64; (0, 0) where there are no entries.
     """
-    below = _counts(chunks).cumsum(dim=1)  # (T, bins)
-    if below.numel() == 0:
+    sample, entries = _sample(chunks)
+    if entries == 0:
         return torch.zeros(0, 0, dtype=torch.float64)
-    wanted = torch.tensor(ranks(int(below[0, -1]))).repeat(len(below), 1)  # (T, R)
-    bins = torch.searchsorted(below, wanted)
-    before = torch.where(bins > 0, below.gather(1, (bins - 1).clamp(min=0)), 0)
-    found: list[list[list[Tensor]]] = [[[] for _ in row] for row in bins]
-    for values in chunks():
-        for t, (row, keys) in enumerate(zip(values.double(), _keys(values), strict=True)):
-            for r, key in enumerate(bins[t]):
-                found[t][r].append(row[keys == key])
-    return torch.stack(
-        [
-            torch.stack([_value(parts, rank) for parts, rank in zip(*rows, strict=True)])
-            for rows in zip(found, wanted - before, strict=True)
-        ]
-    )
+    wanted = list(ranks(entries))
+    brackets = [[_bracket(row, rank / entries) for rank in wanted] for row in sample]
+    found = _inside(chunks, brackets, wanted)
+    return _by_counting(chunks, wanted) if found is None else found
 
 
 def threshold(values: Tensor, density: float) -> Tensor:
@@ -50,6 +43,77 @@ def threshold(values: Tensor, density: float) -> Tensor:
     if rank == 0:
         return torch.zeros((), dtype=values.dtype)
     return values.reshape(-1).kthvalue(rank).values
+
+
+def _sample(chunks: Chunks) -> tuple[np.ndarray, int]:
+    """Return evenly spaced entries of each expert, sorted, (T, m); and how many it has in all."""
+    parts: list[np.ndarray] = []
+    stride, taken, entries = 1, 0, 0
+    for values in chunks():
+        entries += values.shape[1]
+        parts.append(values.numpy()[:, ::stride])
+        taken += parts[-1].shape[1]
+        if taken > _SAMPLE:
+            parts = [np.concatenate(parts, axis=1)[:, ::2]]
+            taken, stride = parts[0].shape[1], 2 * stride
+    return np.sort(np.concatenate(parts, axis=1), axis=1) if parts else np.zeros((0, 0)), entries
+
+
+def _bracket(ordered: np.ndarray, share: float) -> tuple[float, float]:
+    """Return bounds that a share of all entries lies below, by a sample in order."""
+    # At least 8 standard deviations of a share, if the sample were drawn at random.
+    place, slack = share * len(ordered), 4 * math.sqrt(len(ordered))
+    low, high = math.floor(place - slack), math.ceil(place + slack)
+    return (
+        float(ordered[low]) if low >= 0 else -math.inf,
+        float(ordered[high]) if high < len(ordered) else math.inf,
+    )
+
+
+def _inside(
+    chunks: Chunks, brackets: list[list[tuple[float, float]]], wanted: Sequence[int]
+) -> Tensor | None:
+    """Return the values of the ranks, (T, R), or None where one lies outside its bracket."""
+    below = np.zeros((len(brackets), len(wanted)), dtype=np.int64)
+    found: list[list[list[np.ndarray]]] = [[[] for _ in wanted] for _ in brackets]
+    for values in chunks():
+        for t, row in enumerate(values.numpy()):
+            for r, (low, high) in enumerate(brackets[t]):
+                reached = row >= row.dtype.type(low)
+                below[t, r] += len(row) - np.count_nonzero(reached)
+                found[t][r].append(row[reached & (row <= row.dtype.type(high))])
+    result = torch.full(below.shape, -torch.inf, dtype=torch.float64)
+    for t, r in np.ndindex(below.shape):
+        inside = np.concatenate(found[t][r])
+        rank = wanted[r] - int(below[t, r])
+        if wanted[r] >= 1 and not 1 <= rank <= len(inside):
+            return None
+        if wanted[r] >= 1:
+            result[t, r] = float(np.partition(inside, rank - 1)[rank - 1])
+    return result
+
+
+def _by_counting(chunks: Chunks, wanted: Sequence[int]) -> Tensor:
+    """Return the values of the ranks, (T, R), whatever the entries.
+
+    Two passes: count the entries by the upper half of their float32 bit pattern, put into the
+    order of the numbers; then collect the bins that hold the ranks.
+    """
+    below = _counts(chunks).cumsum(dim=1)  # (T, bins)
+    rows = torch.tensor(wanted).repeat(len(below), 1)  # (T, R)
+    bins = torch.searchsorted(below, rows)
+    before = torch.where(bins > 0, below.gather(1, (bins - 1).clamp(min=0)), 0)
+    found: list[list[list[Tensor]]] = [[[] for _ in row] for row in bins]
+    for values in chunks():
+        for t, (row, keys) in enumerate(zip(values.double(), _keys(values), strict=True)):
+            for r, key in enumerate(bins[t]):
+                found[t][r].append(row[keys == key])
+    return torch.stack(
+        [
+            torch.stack([_value(parts, rank) for parts, rank in zip(*both, strict=True)])
+            for both in zip(found, rows - before, strict=True)
+        ]
+    )
 
 
 def _counts(chunks: Chunks) -> Tensor:

@@ -86,6 +86,7 @@ def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
     source="Du et al. 2024, arXiv:2410.02396 (PCB)",
     search={"density": (0.02, 0.5), "scale": (0.0, 3.0)},
     prepare=competition,
+    elementwise=True,
 )
 def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     """Let entries compete within and between experts, and average the winners by their balance.
@@ -122,6 +123,7 @@ def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     data="none",
     source="Behavior Knowledge Merge in Reinforced Agentic Models, 2026, arXiv:2601.13572 (RAM)",
     search={"scale": (0.0, 2.0)},
+    elementwise=True,
 )
 def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor:
     """Keep what one expert alone moved, and average what several moved.

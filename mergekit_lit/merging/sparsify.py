@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
@@ -39,6 +40,7 @@ def trim_and_elect(
     source="Yadav et al. 2023, arXiv:2306.01708, alg. 1",
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
     prepare=trim_and_elect,
+    elementwise=lambda config: config["trim"] == "model",
 )
 def ties(
     tensor: Slice,
@@ -121,6 +123,7 @@ def breadcrumbs(
     source="Marczak et al. 2024, arXiv:2407.06322, sec. 4",
     search={"scale": (0.0, 2.0)},
     order="of two experts that moved an entry equally far the later one counts",
+    elementwise=True,
 )
 def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
     """Take each entry from the expert that moved it most.
@@ -158,13 +161,14 @@ def magnitude_thresholds(pairs: Pairs, *, density: float) -> Tensor:
 
 def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
     """Return the entries (T, *s) whose sign is the elected one (*s), and 0 for the others."""
-    return kept * ((kept.sign() == sign) & (kept != 0))
+    # By products of numbers: comparisons that make booleans take ten times as long.
+    return (kept * sign).clamp(min=0) * sign
 
 
 def combined(kept: Tensor, combine: Combine) -> Tensor:
     """Return the sum over experts of the entries kept (T, *s), or the mean of those not 0, (*s)."""
     total = kept.sum(dim=0)
-    return total if combine == "sum" else total / (kept != 0).sum(dim=0).clamp(min=1)
+    return total if combine == "sum" else total / kept.sign().abs().sum(dim=0).clamp(min=1)
 
 
 def flat_rows(deltas: Tensor) -> Tensor:
@@ -179,8 +183,12 @@ def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tenso
     """
     if thresholds is None:
         thresholds = torch.stack([threshold(delta.abs(), density) for delta in deltas])
-    column = thresholds.reshape(-1, *[1] * (deltas.ndim - 1))
-    return deltas * (deltas.abs() >= column)
+    # Hard shrinkage keeps what is larger than a bound; the threshold itself is to stay.
+    bounds = thresholds.to(deltas.dtype)
+    bounds = torch.nextafter(bounds, torch.zeros_like(bounds))
+    return torch.stack(
+        [hardshrink(d, float(bound)) for d, bound in zip(deltas, bounds, strict=True)]
+    )
 
 
 def _between_shares(magnitudes: Tensor, drop: float, outliers: float) -> Tensor:

@@ -239,3 +239,38 @@ def test_bad_requests_are_refused_before_anything_is_observed(
         merge(tiny_experts, method, observers=[scribe], **options)
     assert message in caught.value.args[0]
     assert scribe.told == []
+
+
+ELEMENTWISE = [entry.name for entry in MERGE_METHODS if entry.facts.get("elementwise")]
+
+
+@pytest.mark.parametrize("method", sorted({*ELEMENTWISE, "average", "metagpt", "git_rebasin"}))
+def test_blocks_of_entries_give_what_whole_tensors_give(method, make_experts, monkeypatch):
+    made = make_experts(3, dtype=torch.float32)
+    whole = merge(made, method, seed=3)
+    monkeypatch.setattr("mergekit_lit.core.experts.BLOCK", 4)
+    parts = merge(made, method, seed=3)
+    for name, tensor in whole.shared.items():
+        step = tensor - made.base[name]
+        if method == "dare" and tensor.numel() > 4 and name in made.merged_names():
+            # Draws are keyed by block.
+            assert not torch.equal(parts.shared[name], tensor)
+        else:
+            torch.testing.assert_close(parts.shared[name] - made.base[name], step)
+
+
+def test_a_kernel_that_needs_one_expert_at_a_time_holds_one(make_experts, methods):
+    alive: list[int] = []
+
+    def longest(tensor):
+        """Take the longest delta."""
+        chosen = tensor.each[0]
+        for delta in tensor.each:
+            chosen = max(chosen, delta, key=lambda d: float(d.norm()))
+        alive.append("deltas" in vars(tensor))
+        return chosen
+
+    methods.add(form="kernel", data="none", family="x", source="x")(longest)
+    merge(make_experts(3, dtype=torch.float32), "longest")
+    assert alive
+    assert not any(alive)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_lit.merging import quantiles
 from mergekit_lit.merging.quantiles import smallest, threshold
 from mergekit_lit.merging.reductions import gram, total
 
@@ -22,6 +23,24 @@ def test_smallest_is_sorting(dtype, coarse):
     found = smallest(chunked(values, [200, 1, 299]), lambda _: ranks)
     expected = np.sort(values.double().numpy(), axis=1)[:, np.array(ranks) - 1]
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("misleading", [False, True])
+def test_a_sample_never_changes_the_result(monkeypatch, misleading):
+    monkeypatch.setattr(quantiles, "_SAMPLE", 1024)
+    values = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0))
+    if misleading:
+        # Every entry that a stride of a power of two can meet is larger than all the others.
+        values[:, ::32] += 100
+    counted = []
+    real = quantiles._by_counting
+    monkeypatch.setattr(quantiles, "_by_counting", lambda *a: counted.append(1) or real(*a))
+    ranks = [0, 1, 20_000, 31_999, 40_000]
+    found = smallest(chunked(values, 32 * 125), lambda _: ranks)
+    expected = np.sort(values.double().numpy(), axis=1)[:, np.array(ranks[1:]) - 1]
+    np.testing.assert_array_equal(found[:, 1:].numpy(), expected)
+    assert bool(found[:, 0].isneginf().all())
+    assert bool(counted) == misleading
 
 
 def test_zeros_of_both_signs_huge_and_tiny_numbers():

@@ -20,7 +20,7 @@ def a_slice(shape=(7, 5), count=3, name="w", seed=0, deltas=None):
 
 def draws(tensor):
     return [
-        torch.rand(delta.shape, generator=generator(tensor.seed, tensor.name, t)).numpy()
+        torch.rand(delta.shape, generator=generator(tensor.seed, tensor.name, t, 0)).numpy()
         for t, delta in enumerate(tensor.deltas)
     ]
 
