@@ -137,6 +137,7 @@ class Merged:
         shared: the backbone's tensors, statistics and counters included.
         statistics: per task, BatchNorm statistics that replace the shared ones.
         heads: per task, `weight` (C, d) and `bias` (C,).
+        adapters: per task, what stands between backbone and head, as `core.adapters` has it.
         masks: per task, booleans of the shapes of `shared`: where the task takes the merge's step.
         base: the masked tensors at x0, to which a task returns where its mask is false.
         scales: per task, how much of the step it takes where its mask is true; 1 by default.
@@ -148,6 +149,7 @@ class Merged:
     structure: Structure
     heads: Mapping[str, Params] = field(default_factory=dict)
     statistics: Mapping[str, Params] = field(default_factory=dict)
+    adapters: Mapping[str, Params] = field(default_factory=dict)
     masks: Mapping[str, Params] = field(default_factory=dict)
     base: Params = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -226,6 +228,8 @@ def save_merged(path: Path, merged: Merged) -> None:
         tensors |= with_prefix(packed, f"tasks/{task}/mask.")
     for task, statistics in merged.statistics.items():
         tensors |= with_prefix(statistics, f"tasks/{task}/bn.")
+    for task, adapter in merged.adapters.items():
+        tensors |= with_prefix(adapter, f"tasks/{task}/adapter.")
     for task, head in merged.heads.items():
         tensors |= with_prefix(head, f"heads/{task}.")
     facts = {
@@ -249,6 +253,7 @@ def load_merged(path: Path) -> Merged:
     _expect_kind(file, "merged")
     tasks = file.facts["tasks"]
     statistics = {task: _under(file, f"tasks/{task}/bn.") for task in tasks}
+    adapters = {task: _under(file, f"tasks/{task}/adapter.") for task in tasks}
     shared = _under(file, "shared.")
     masks = {task: _masks(file, task, shared) for task in tasks}
     return Merged(
@@ -256,6 +261,7 @@ def load_merged(path: Path) -> Merged:
         structure=structure_from_json(file.facts["structure"]),
         heads={task: _head(file, task) for task in tasks},
         statistics={task: tensors for task, tensors in statistics.items() if tensors},
+        adapters={task: tensors for task, tensors in adapters.items() if tensors},
         masks={task: tensors for task, tensors in masks.items() if tensors},
         base=_under(file, "base."),
         scales=file.facts.get("scales", {}),

@@ -4,13 +4,14 @@ One implementation: `MergeModule` calls it under a Trainer, `stages.evaluate` in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mergekit_lit.core.adapters import adapted
 from mergekit_lit.core.experts import Base, Expert, Merged
 from mergekit_lit.core.params import Params, check_same_names_and_shapes
 from mergekit_lit.core.registry import unknown_name
@@ -38,12 +39,14 @@ class Entry:
         task: name of the task.
         params: every tensor of the backbone.
         head: `weight` (C, d) and `bias` (C,).
+        adapter: what stands between them, as `core.adapters` has it; empty for nothing.
     """
 
     model: str
     task: str
     params: Params
     head: Params
+    adapter: Params = field(default_factory=dict)
 
 
 def pixels(backbone: Backbone, x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def pixels(backbone: Backbone, x: Tensor) -> Tensor:
 def predict(backbone: Backbone, entry: Entry, inputs: Tensor) -> Tensor:
     """Return the logits (B, C) of one model on inputs (B, 3, H, W); the backbone is untouched."""
     features = functional_call(backbone, dict(entry.params), (inputs,))
-    return apply_head(entry.head, features)
+    return apply_head(entry.head, adapted(entry.adapter, features))
 
 
 def observe(backbone: Backbone, entry: Entry, inputs: Tensor, labels: Tensor) -> Outcomes:
@@ -106,7 +109,9 @@ def entries_for(
         if batch_norm == "recalibrate-per-task" and not isinstance(model, Merged):
             params |= _recalibrated(backbone, params, data)
         device = next(backbone.parameters()).device
-        entries.append(Entry(name, data.name, _on(params, device), _on(head, device)))
+        adapter = model.adapters.get(data.name, {}) if isinstance(model, Merged) else {}
+        parts = (_on(part, device) for part in (params, head, adapter))
+        entries.append(Entry(name, data.name, *parts))
     return entries
 
 

@@ -3,6 +3,7 @@
 from mergekit_lit.merging.alignment import git_rebasin
 from mergekit_lit.merging.arithmetic import lines, metagpt, task_arithmetic
 from mergekit_lit.merging.averaging import average, travel_normalised, weighted_average
+from mergekit_lit.merging.curvature import mats
 from mergekit_lit.merging.descent import wudi
 from mergekit_lit.merging.dropping import dare, della
 from mergekit_lit.merging.engine import merge
@@ -10,14 +11,20 @@ from mergekit_lit.merging.fisher import fisher
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
 from mergekit_lit.merging.masks import consensus, emr, tall_masks
-from mergekit_lit.merging.regression import regmean
+from mergekit_lit.merging.regression import regmean, regmean_plus_plus
+from mergekit_lit.merging.repair import repair
 from mergekit_lit.merging.selection import nearswap, pcb, ram, sce
+from mergekit_lit.merging.soups import greedy_soup
 from mergekit_lit.merging.sparsify import breadcrumbs, magmax, ties
 from mergekit_lit.merging.spectral import iso_c, iso_cts, knots, tsv_m
 from mergekit_lit.merging.spherical import karcher, model_stock, multislerp, nuslerp, slerp
+from mergekit_lit.merging.surgery import surgery
+from mergekit_lit.merging.test_time import adamerging
 from mergekit_lit.merging.veneers import equal_norms
+from mergekit_lit.merging.zipping import zipit
 
 __all__ = [
+    "adamerging",
     "average",
     "breadcrumbs",
     "consensus",
@@ -27,6 +34,7 @@ __all__ = [
     "equal_norms",
     "fisher",
     "git_rebasin",
+    "greedy_soup",
     "in_memory",
     "iso_c",
     "iso_cts",
@@ -35,6 +43,7 @@ __all__ = [
     "lines",
     "load_experts",
     "magmax",
+    "mats",
     "merge",
     "metagpt",
     "methods_table",
@@ -45,8 +54,11 @@ __all__ = [
     "pcb",
     "ram",
     "regmean",
+    "regmean_plus_plus",
+    "repair",
     "sce",
     "slerp",
+    "surgery",
     "tall_masks",
     "task_arithmetic",
     "ties",
@@ -54,4 +66,5 @@ __all__ = [
     "tsv_m",
     "weighted_average",
     "wudi",
+    "zipit",
 ]

@@ -28,7 +28,7 @@ _GRADIENT_BYTES = 2**28
     form="whole",
     family="moments",
     data="train",
-    source="Matena & Raffel 2022, arXiv:2111.09832, eq. 4",
+    source="Matena & Raffel 2022, arXiv:2111.09832, sec. 3",
     order="the labels of the t-th expert are drawn from the t-th stream",
 )
 def fisher(
@@ -60,7 +60,7 @@ def fisher(
         floor: added to each entry of F_t, > 0: what no expert's answers depend on is averaged.
         seed: of the choice of images, and of the labels.
 
-    Source: Matena & Raffel 2022, arXiv:2111.09832, eq. 4 and 5.
+    Source: Matena & Raffel 2022, arXiv:2111.09832, sec. 3.
     Differs: heads are not merged.
     """
     if floor <= 0:

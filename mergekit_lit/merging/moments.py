@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -54,3 +55,20 @@ def input_moments(
 def as_matrices(tensor: Tensor, groups: int) -> Tensor:
     """Return a weight as one matrix per group, (g, m / g, n), in float64."""
     return tensor.double().flatten(1).unflatten(0, (groups, -1))
+
+
+def looks_together(
+    calibration: Calibration, tasks: Sequence[str], samples: int, seed: int
+) -> Iterator[dict[str, Batch]]:
+    """Yield a batch of each task at a time, until no task has images left; `looks` of all tasks.
+
+    The batches are large, as the statistics of a merged model's BatchNorm may be the batch's own.
+    """
+    numbers = 2**23 // len(tasks) if calibration.pooled else 2**23
+    passes = []
+    for t, task in enumerate(tasks):
+        images = calibration.samples[task]
+        positions = drawn(images, samples, "images", t, seed=seed)
+        passes.append(in_batches(images, positions, numbers=numbers))
+    for batches in zip_longest(*passes):
+        yield {task: b for task, b in zip(tasks, batches, strict=True) if b is not None}

@@ -1,6 +1,6 @@
 """This file is merging as least squares: layers that answer a task's inputs as its expert did."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from mergekit_lit.merging.steps import moved
     form="whole",
     family="moments",
     data="train",
-    source="Jin et al. 2023, arXiv:2212.09849, eq. 2 (RegMean)",
+    source="Jin et al. 2023, arXiv:2212.09849, sec. 3 (RegMean)",
     search={"off_diagonal": (0.0, 1.0)},
 )
 def regmean(
@@ -48,7 +48,7 @@ def regmean(
             of sum_t G_t, > 0.
         seed: of the choice of images.
 
-    Source: Jin et al. 2023, arXiv:2212.09849, eq. 2 and sec. 4.3 (RegMean).
+    Source: Jin et al. 2023, arXiv:2212.09849, sec. 3 (RegMean).
     Differs: convolutions too; `ridge`, without which inputs that are always 0 have no solution.
     """
     check_interval("off_diagonal", off_diagonal, "[0, 1]")
@@ -59,16 +59,86 @@ def regmean(
         params = dict(experts.tuned[t])
         batches = looks(calibration, t, task, samples, seed)
         equations.add(t, input_moments(calibration.expert, params, batches, names))
-    solved = equations.solved()
+    return _completed(experts, equations.solved())
+
+
+@MERGE_METHODS.add(
+    form="whole",
+    family="moments",
+    data="train",
+    source="Nguyen et al. 2025, arXiv:2508.03121 (RegMean++)",
+    search={"off_diagonal": (0.0, 1.0)},
+)
+def regmean_plus_plus(
+    experts: Experts,
+    calibration: Calibration,
+    *,
+    off_diagonal: float = 0.9,
+    samples: int = 256,
+    ridge: float = 1e-6,
+    seed: int = 0,
+) -> Merged:
+    """Do as RegMean, block by block, on the inputs that the merged blocks below hand up.
+
+    W = (sum_t W_t G_t) (sum_t G_t)^-1 in the blocks' order, G_t = E[x_t x_t^T] of the inputs of
+    expert t's block on top of the merged blocks below it
+
+    Where BatchNorm is to be recalibrated, the pass is normalised by each task's own batch;
+    otherwise merged blocks have the statistics of the policy, and expert t's block its own.
+
+    Args:
+        experts: T experts of one base.
+        calibration: training images of each task; labels are not looked at.
+        off_diagonal: a, share of the entries of G_t off its diagonal that is kept, in [0, 1].
+        samples: largest number of images of each task, >= 1; each is passed once per block.
+        ridge: pull towards the average where no input tells, in units of the mean diagonal entry
+            of sum_t G_t, > 0.
+        seed: of the choice of images.
+
+    Source: Nguyen et al. 2025, arXiv:2508.03121 (RegMean++).
+    Differs: convolutions too; `ridge`, as in `regmean`.
+    """
+    check_interval("off_diagonal", off_diagonal, "[0, 1]")
+    _check_ridge(ridge)
+    steps: dict[str, Tensor] = {}
+    below: dict[str, Tensor] = {}
+    for names in _blocks(experts):
+        equations = NormalEquations(experts, off_diagonal=off_diagonal, ridge=ridge)
+        weights = sorted(set(names) & set(matrix_names(experts)))
+        for t, task in enumerate(experts.names if weights else ()):
+            hybrid = {**experts.tuned[t], **below}
+            batches = looks(calibration, t, task, samples, seed)
+            equations.add(t, input_moments(calibration.merged, hybrid, batches, weights))
+        steps |= equations.solved()
+        merged = _merged_tensors(experts, steps, names)
+        below |= {name: calibration.statistics.get(name, merged[name]) for name in names}
+    return _completed(experts, steps)
+
+
+def _completed(experts: Experts, solved: Mapping[str, Tensor]) -> Merged:
+    """Return the merge whose other tensors are averaged."""
+    shared = _merged_tensors(experts, solved, list(experts.base))
+    facts = {"solved_layers": len(solved)}
+    return Merged(shared=shared, structure=experts.structure, facts=facts)
+
+
+def _merged_tensors(
+    experts: Experts, solved: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return some tensors of the merge: solved, or averaged, or the base's."""
     steps = (
         (name, solved[name] if name in solved else experts.deltas(name).mean(dim=0))
-        for name in experts.merged_names()
+        for name in sorted(set(names) & set(experts.merged_names()))
     )
-    return Merged(
-        shared=moved(experts.base, steps),
-        structure=experts.structure,
-        facts={"solved_layers": len(solved)},
-    )
+    return moved({name: experts.base[name] for name in names}, steps)
+
+
+def _blocks(experts: Experts) -> list[list[str]]:
+    """Return the names of the tensors of each block, statistics included, from the input up."""
+    blocks: dict[int, list[str]] = {}
+    for name in experts.base:
+        blocks.setdefault(experts.structure[name].depth, []).append(name)
+    return [blocks[depth] for depth in sorted(blocks)]
 
 
 class NormalEquations:

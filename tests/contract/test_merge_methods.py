@@ -79,6 +79,8 @@ def merge(experts: Experts, method: str, **options: Any) -> Merged:
     split = MERGE_METHODS.get(method).facts["data"]
     if split in get_args(DataSplit):
         options = {"calibration": tiny_calibration(experts, split), **options}
+        if "steps" in parameters(MERGE_METHODS.get(method).function):
+            options["config"] = {"steps": 3, **options.get("config", {})}
     return engine.merge(experts, method, **options)
 
 
