@@ -51,10 +51,11 @@ def _sample(chunks: Chunks) -> tuple[np.ndarray, int]:
     stride, taken, entries = 1, 0, 0
     for values in chunks():
         entries += values.shape[1]
-        parts.append(values.numpy()[:, ::stride])
+        # A view would keep the whole chunk in memory.
+        parts.append(values.numpy()[:, ::stride].copy())
         taken += parts[-1].shape[1]
         if taken > _SAMPLE:
-            parts = [np.concatenate(parts, axis=1)[:, ::2]]
+            parts = [np.concatenate(parts, axis=1)[:, ::2].copy()]
             taken, stride = parts[0].shape[1], 2 * stride
     return np.sort(np.concatenate(parts, axis=1), axis=1) if parts else np.zeros((0, 0)), entries
 
