@@ -54,7 +54,7 @@ def load_suite(name_or_folder: str, *, root: Path | None = None) -> Suite:
     name = str(name_or_folder)
     if name in SUITES.names():
         suite: Suite = SUITES.get(name).function()
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():
         suite = Suite(Path(name).resolve().name, folder_tasks(Path(name)))
     else:
         known = unknown_name("suite", name, SUITES.names())

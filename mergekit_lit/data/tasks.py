@@ -88,8 +88,10 @@ class Task:
 
         Raises:
             FileNotFoundError: the images are not here and `download` is False.
-            ValueError: they are damaged, or not what they must be.
+            ValueError: they are damaged, or not what they must be, or `size` is below 1.
         """
+        if size is not None and size < 1:
+            raise ValueError(f"`size` must be at least 1 pixel, but is {size}.")
         folder = data_root(root or self.root)
         if not (download or self.shipped or self.found(folder)):
             raise FileNotFoundError(

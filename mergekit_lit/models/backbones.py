@@ -103,7 +103,12 @@ def load_base(spec: str, *, image_size: int | None = None) -> tuple[Backbone, Ba
         ModuleNotFoundError: the weights are in an extra that is not installed.
         ConnectionError: the hub cannot be reached.
     """
-    name, _, source = spec.partition("@")
+    name, at, source = spec.partition("@")
+    if at and not source:
+        raise ValueError(
+            f"A base must name its weights after `@`, but is {spec!r}. Write {name}, "
+            f"{name}@FILE.safetensors or {name}@random:0."
+        )
     if not source and name.endswith(".safetensors"):
         return _load_base_file(Path(name), image_size)
     if source.startswith("random:"):
@@ -178,9 +183,9 @@ def _load_base_file(path: Path, image_size: int | None) -> tuple[Backbone, Base]
 
 def _random(name: str, image_size: int | None, seed: str) -> Backbone:
     """Return a backbone drawn from a seed, leaving the global stream as it was."""
-    if not seed.isdecimal():
+    if not seed.isdecimal() or int(seed) >= 2**63:
         raise ValueError(
-            f"The seed of a random base must be a whole number, but is {seed!r}. Write "
+            f"The seed of a random base must be a whole number below 2^63, but is {seed!r}. Write "
             f"{name}@random:0."
         )
     with torch.random.fork_rng(devices=[]):

@@ -95,3 +95,47 @@ def test_a_task_given_twice_is_refused(tmp_path):
     np.savez(tmp_path / "own.npz", **members, classes=["a", "b"])
     with pytest.raises(ValueError, match="has 'own' as npz and folder"):
         load_suite(str(tmp_path))
+
+
+def test_no_name_is_no_folder():
+    with pytest.raises(KeyError, match="No suite named ''"):
+        load_suite("")
+
+
+@pytest.mark.parametrize("size", [0, -5])
+def test_a_size_below_one_pixel_is_refused(tmp_path, size):
+    write_images(tmp_path / "suite" / "pets")
+    task = load_suite(str(tmp_path / "suite"), root=tmp_path / "root").task("pets")
+    with pytest.raises(ValueError, match=f"`size` must be at least 1 pixel, but is {size}"):
+        task.load(size=size)
+
+
+def test_grey_images_of_16_bits_keep_their_high_bytes(tmp_path):
+    folder = tmp_path / "suite" / "pets"
+    write_images(folder)
+    levels = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(levels).save(folder / "train" / "cat" / "0.png")
+    pool = load_suite(str(tmp_path / "suite"), root=tmp_path).task("pets").pool()
+    np.testing.assert_array_equal(pool.train.x[0], np.repeat(levels[..., None] // 256, 3, axis=2))
+
+
+def test_links_in_circles_and_to_nothing_are_passed_or_named(tmp_path):
+    folder = tmp_path / "suite" / "pets"
+    write_images(folder)
+    (folder / "train" / "cat" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "train" / "cat" / "self.txt").symlink_to("self.txt")
+    task = load_suite(str(tmp_path / "suite"), root=tmp_path / "root").task("pets")
+    assert len(task.pool().train) == 12
+    (folder / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"gone.png' must") as caught:
+        load_suite(str(tmp_path / "suite"), root=tmp_path / "root").task("pets").pool()
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_floats_are_named(tmp_path):
+    folder = tmp_path / "suite" / "pets"
+    write_images(folder)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "train" / "cat" / "7.tif")
+    task = load_suite(str(tmp_path / "suite"), root=tmp_path).task("pets")
+    with pytest.raises(ValueError, match=r"7.tif' must be a whole image, but is not: its pixels"):
+        task.pool()
