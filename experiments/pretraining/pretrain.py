@@ -1,26 +1,26 @@
 """Pretrain the shipped initialisations on source tasks that share no image with `embedded8`.
 
     python experiments/pretraining/pretrain.py --backbone resnet
-    python experiments/pretraining/pretrain.py --backbone vit --lr 1.5e-3 --teacher-weight 2
+    python experiments/pretraining/pretrain.py --backbone vit --steps 14000 --teacher resnet
 
-One backbone, one linear head per source task, batches mixed from all tasks; a teacher's features
-beside the labels where `--teacher-weight` is positive (needs the extra `efficientnet`). Writes the
-exponential moving average of the weights as mergekit_lit/models/files/<backbone>.safetensors in
-half precision. One core, about 20 minutes. A run that was cut off goes on from its checkpoint.
+One backbone, one linear head per source task, batches mixed from all tasks; with `--teacher` it
+learns that base's features of the same views beside the labels. Writes the exponential moving
+average of the weights as mergekit_lit/models/files/<backbone>.safetensors in half precision.
+One core, about 20 minutes for the ResNet and 50 for the ViT. A run that was cut off goes on from
+its checkpoint.
 """
 
 import argparse
 import copy
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from augmentation import random_views
 from sources import Pool, make_pool, without_shared_classes
-from teacher import distillation, teacher_targets
+from teacher import Teacher, distillation, make_teacher
 from torch import Tensor, nn
 
 from mergekit_lit.core.experts import save_base
@@ -53,15 +53,27 @@ def draw_batch(pool: Pool, batch: int, draw: torch.Generator) -> tuple[Tensor, T
     return random_views(x, pool.plain[chosen], draw), chosen
 
 
-def objective(model: nn.ModuleDict, pool: Pool, options: argparse.Namespace, step: int) -> Tensor:
-    """Return the loss of one step's batch: labels, and the teacher where there is one."""
+def step_batch(pool: Pool, options: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
+    """Return one step's normalised views, and which images they show."""
     draw = torch.Generator().manual_seed(1_000_003 * options.seed + step)
     x, chosen = draw_batch(pool, options.batch, draw)
-    features = model["backbone"](normalised(x))
+    return normalised(x), chosen
+
+
+def objective(
+    model: nn.ModuleDict,
+    teacher: Teacher | None,
+    pool: Pool,
+    options: argparse.Namespace,
+    step: int,
+) -> Tensor:
+    """Return the loss of one step's batch: labels, and the teacher where there is one."""
+    x, chosen = step_batch(pool, options, step)
+    features = model["backbone"](x)
     logits = masked_logits(features, model["head"], pool, pool.task[chosen])
     loss = smoothed_loss(logits, pool.y[chosen], options.smoothing)
-    if options.teacher_weight:
-        taught = distillation(model["guess"](features), pool.targets[chosen])
+    if teacher is not None:
+        taught = distillation(model["guess"](features), teacher(x))
         loss = loss + options.teacher_weight * taught
     return loss
 
@@ -96,7 +108,7 @@ def accuracies(model: nn.ModuleDict, pool: Pool) -> dict[str, float]:
     return {n: round(float(hits[pool.task == i].mean()), 4) for i, n in enumerate(pool.names)}
 
 
-def train(pool: Pool, options: argparse.Namespace) -> nn.ModuleDict:
+def train(pool: Pool, teacher: Teacher | None, options: argparse.Namespace) -> nn.ModuleDict:
     """Return the averaged model after all steps."""
     torch.manual_seed(options.seed)
     backbone = build_backbone(options.backbone)
@@ -104,7 +116,7 @@ def train(pool: Pool, options: argparse.Namespace) -> nn.ModuleDict:
         {
             "backbone": backbone,
             "head": nn.Linear(backbone.features, int(pool.first[-1])),
-            "guess": nn.Linear(backbone.features, max(1, pool.targets.shape[1])),
+            "guess": nn.Linear(backbone.features, teacher.backbone.features if teacher else 1),
         }
     )
     average = copy.deepcopy(model).eval()
@@ -121,7 +133,7 @@ def train(pool: Pool, options: argparse.Namespace) -> nn.ModuleDict:
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
-        loss = objective(model, pool, options, step)
+        loss = objective(model, teacher, pool, options, step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 2.0)
@@ -156,9 +168,9 @@ def write(
     backbone: Backbone, pool: Pool, options: argparse.Namespace, facts: dict[str, Any]
 ) -> None:
     """Write the base file, with what was done in its header."""
-    told = {n: getattr(options, n) for n in ("steps", "batch", "lr", "seed", "teacher_weight")}
-    if options.teacher_weight:
-        told["teacher"] = "EfficientNet-Lite0 (ImageNet-1k)"
+    told = {n: getattr(options, n) for n in ("steps", "batch", "lr", "seed")}
+    if options.teacher:
+        told |= {"teacher": options.teacher, "teacher_weight": options.teacher_weight}
     base = describe_base(backbone, options.backbone, {"seen": list(pool.names), **told, **facts})
     save_base(options.out / f"{options.backbone}.safetensors", base, dtype=torch.float16)
 
@@ -172,7 +184,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--smoothing", type=float, default=0.1)
-    parser.add_argument("--teacher-weight", type=float, default=0.0)
+    parser.add_argument("--teacher", help="spec of a base, as `load_base` takes it")
+    parser.add_argument("--teacher-weight", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FILES)
     parser.add_argument("--checkpoint", type=Path)
@@ -183,9 +196,11 @@ def main() -> None:
     pool = make_pool("train")
     pool, found = without_shared_classes(pool)
     print(found, flush=True)
-    if options.teacher_weight:
-        pool = replace(pool, targets=teacher_targets(pool.x))
-    model = train(pool, options)
+    teacher = None
+    if options.teacher:
+        views = (step_batch(pool, options, step)[0] for step in range(20))
+        teacher = make_teacher(options.teacher, views)
+    model = train(pool, teacher, options)
     reached = accuracies(model, make_pool("test"))
     print(reached)
     facts = {"accuracy": reached, **found}

@@ -22,7 +22,6 @@ class Pool:
         y: class, counted over all tasks, (N,).
         task: index of the task, (N,).
         plain: whether the task's images are grey, (N,) bool.
-        targets: what a teacher sees in each image, (N, k); k = 0 without one.
         first: index of the first class of each task, and the number of classes, (T + 1,).
         names: T task names.
     """
@@ -31,7 +30,6 @@ class Pool:
     y: Tensor
     task: Tensor
     plain: Tensor
-    targets: Tensor
     first: Tensor
     names: tuple[str, ...]
 
@@ -50,7 +48,6 @@ def make_pool(split: str) -> Pool:
         y=torch.from_numpy(y),
         task=torch.from_numpy(np.repeat(np.arange(len(tasks)), sizes)),
         plain=torch.from_numpy(np.repeat(grey, sizes)),
-        targets=torch.zeros(len(x), 0),
         first=torch.from_numpy(first),
         names=tuple(task.name for task in tasks),
     )
@@ -74,7 +71,7 @@ def without_shared_classes(pool: Pool) -> tuple[Pool, dict[str, int]]:
     keep = ~torch.isin(pool.y, pool.y[equal].unique())
     if bool((equal & keep).any()):
         raise ValueError("Source tasks must share no image with embedded8, but still do.")
-    fields = ("x", "y", "task", "plain", "targets")
+    fields = ("x", "y", "task", "plain")
     kept = replace(pool, **{name: getattr(pool, name)[keep] for name in fields})
     found = {"target_images": len(targets), "equal_images": int(equal.sum())}
     return kept, found | {"images_left_out": int((~keep).sum()), "images": len(kept.x)}

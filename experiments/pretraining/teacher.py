@@ -1,33 +1,37 @@
-"""This file is the optional teacher of pretraining: features of an ImageNet network."""
+"""This file is the optional teacher of pretraining: what another base sees in the same views."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
-from mergekit_lit.models.backbones import load_base
+from mergekit_lit.models.backbones import Backbone, load_base
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained backbone with the mean and deviation of each of its features, (d,)."""
+
+    backbone: Backbone
+    mean: Tensor
+    deviation: Tensor
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return standardised features (B, d) of normalised views (B, 3, S, S)."""
+        features: Tensor = self.backbone(x)
+        return (features - self.mean) / self.deviation
 
 
 @torch.no_grad()
-def teacher_targets(x: Tensor, *, directions: int = 192, size: int = 96) -> Tensor:
-    """Return what EfficientNet-Lite0 sees in each image, whitened, (N, directions).
-
-    Args:
-        x: uint8 (N, S, S, 3).
-        directions: principal directions kept, the strongest first.
-        size: height and width that images are enlarged to, in pixels.
-    """
-    teacher = load_base("efficientnet_lite0", image_size=size)[0].eval()
-    features = []
-    for part in x.split(100):
-        pixels = (part.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-        pixels = interpolate(pixels, size=size, mode="bicubic", align_corners=False)
-        features.append(teacher(pixels.clamp(-1, 1)))
-    f = torch.cat(features).double()
-    f = f - f.mean(dim=0)
-    variance, axes = torch.linalg.eigh(f.T @ f / len(f))
-    kept = axes[:, -directions:]
-    # The square root of whitening: every direction counts, strong ones still more.
-    return ((f @ kept) / variance[-directions:].clamp_min(1e-12) ** 0.25).float()
+def make_teacher(spec: str, views: Iterable[Tensor]) -> Teacher:
+    """Load a base and find the mean and deviation of its features over normalised views."""
+    backbone = load_base(spec)[0].eval()
+    features = torch.cat([backbone(x) for x in views])
+    # A feature that is hardly ever active says little, and may not be blown up.
+    return Teacher(backbone, features.mean(dim=0), features.std(dim=0).clamp_min(1e-3))
 
 
 def distillation(guess: Tensor, target: Tensor) -> Tensor:
