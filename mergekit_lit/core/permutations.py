@@ -69,17 +69,19 @@ def permute_tensor(
     shape = tensor.shape
     for dim, axis in enumerate(axes):
         if axis is not None and (key := axis_layout(axis)[1]) in permutations:
-            units = _unfolded(tensor, dim, axis).index_select(dim + 1, permutations[key])
+            units = split_axis(tensor, dim, axis).index_select(dim + 1, permutations[key])
             tensor = units.reshape(shape)
     return tensor
 
 
+def split_axis(tensor: Tensor, dim: int, axis: str) -> Tensor:
+    """Return the tensor with one axis split into before x units x after; units are at dim + 1."""
+    before, _, after = axis_layout(axis)
+    shape = tensor.shape
+    units = shape[dim] // (before * after)
+    return tensor.reshape(*shape[:dim], before, units, after, *shape[dim + 1 :])
+
+
 def units_first(tensor: Tensor, dim: int, axis: str) -> Tensor:
     """Return the entries of each unit of one axis as a row, (units, entries of a unit)."""
-    return _unfolded(tensor, dim, axis).movedim(dim + 1, 0).flatten(1)
-
-
-def _unfolded(tensor: Tensor, dim: int, axis: str) -> Tensor:
-    """Return the tensor with one axis split into before x units x after; units at dim + 1."""
-    before, _, after = axis_layout(axis)
-    return tensor.unflatten(dim, (before, tensor.shape[dim] // (before * after), after))
+    return split_axis(tensor, dim, axis).movedim(dim + 1, 0).flatten(1)

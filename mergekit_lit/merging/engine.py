@@ -71,14 +71,15 @@ def merge(
     _check_policy(batch_norm)
     _check_count(entry, experts)
     entry = shown(entry, experts, calibration)
+    layers = [replace(layer, veneer=shown(layer.veneer, experts, calibration)) for layer in layers]
     for layer in _at("before", layers):
-        experts = layer.function(experts, **layer.config)
+        experts = layer.veneer.function(experts, **layer.config)
     for observer in observers:
         observer.on_merge_start(experts, method, values)
     seen = _transformed(entry, _observed(experts, observers), values)
     result = run(entry, seen, values, seed)
     for layer in _at("after", layers):
-        result = layer.function(seen, result, **layer.config)
+        result = layer.veneer.function(seen, result, **layer.config)
     merged = _complete(result, seen, batch_norm)
     _check_result(method, merged.shared, experts.base)
     facts = _facts(entry, experts, values) | {"batch_norm": batch_norm, "seed": seed}
@@ -92,9 +93,7 @@ def merge(
 class _Layer:
     """One veneer with every parameter's value."""
 
-    name: str
-    position: str
-    function: Callable[..., Any]
+    veneer: Registered[Any]
     config: Mapping[str, Any]
 
 
@@ -109,15 +108,15 @@ def _layer(name: str, given: Mapping[str, Any], seed: int) -> _Layer:
     position = str(veneer.facts.get("position"))
     if position not in _POSITIONS:
         raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
-    return _Layer(name, position, veneer.function, _values(veneer, given, seed))
+    return _Layer(veneer, _values(veneer, given, seed))
 
 
 def _at(position: str, layers: Sequence[_Layer]) -> list[_Layer]:
-    return [layer for layer in layers if layer.position == position]
+    return [layer for layer in layers if layer.veneer.facts["position"] == position]
 
 
 def _veneer_facts(layers: Sequence[_Layer]) -> dict[str, Any]:
-    named = [{"name": layer.name, "config": dict(layer.config)} for layer in layers]
+    named = [{"name": layer.veneer.name, "config": dict(layer.config)} for layer in layers]
     # With a veneer, the method's coefficients are no longer those of the experts' own deltas.
     return {"veneers": named} | ({"coefficients": None} if named else {})
 

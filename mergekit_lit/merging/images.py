@@ -4,18 +4,19 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from mergekit_lit.core.calibration import Calibration, DataSplit
-from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import Registered
 
 
 def shown(
     entry: Registered[Any], experts: Experts, calibration: Calibration | None
 ) -> Registered[Any]:
-    """Return a method that takes the experts alone: one that looks at images is given them.
+    """Return a method or veneer that takes no images: one that looks at some is given them.
 
     Args:
         entry: a registered method, f(experts, *, config), or f(experts, calibration, *, config)
-            where the data that it declares are images.
+            where the data that it declares are images; or a veneer, which takes the merged model
+            last if it acts on it.
         experts: what is merged.
         calibration: images of each task; not looked at by methods that need none.
 
@@ -32,8 +33,8 @@ def shown(
             "Name a suite that has all tasks."
         )
 
-    def function(seen: Experts, **config: Any) -> Any:
-        return entry.function(seen, calibration, **config)
+    def function(seen: Experts, *merged: Merged, **config: Any) -> Any:
+        return entry.function(seen, calibration, *merged, **config)
 
     return replace(entry, function=function)
 

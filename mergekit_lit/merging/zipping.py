@@ -1,0 +1,215 @@
+"""This file is ZipIt: units that act alike become one, be they of two experts or of the same."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.calibration import Calibration
+from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.params import Params
+from mergekit_lit.core.permutations import axis_layout, split_axis
+from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.core.structure import Structure, TensorInfo
+from mergekit_lit.merging.alignment import FEATURES, check_axes
+from mergekit_lit.merging.configuration import check_interval
+from mergekit_lit.merging.matching import correlations, group_units
+from mergekit_lit.merging.moments import looks
+
+
+@MERGE_METHODS.add(
+    form="experts",
+    family="alignment",
+    data="train",
+    source="Stoica et al. 2023, arXiv:2305.03053, alg. 1",
+    search={"alpha": (0.0, 1.0), "beta": (0.0, 1.0)},
+    order="of pairs that correlate alike the first experts' is merged first",
+)
+def zipit(
+    experts: Experts,
+    calibration: Calibration,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.0,
+    samples: int = 128,
+    seed: int = 0,
+) -> Experts:
+    """Merge the units whose activations correlate most, within experts too, and average the rest.
+
+    Per layer the T n units of all experts fall into n groups (`matching.group_units`). A unit of
+    the merged layer is the mean of its group, M (n x T n), and the next layer reads it in place of
+    each member, U = M^+:  W = sum_t M_t W_t U_t
+
+    Args:
+        experts: T experts, of one base or of several of one architecture.
+        calibration: training images, of which every expert sees those of all tasks.
+        alpha: factor on the correlation of a group with more units of experts that it has units
+            of, in [0, 1]; 0 makes every group one unit an expert where it can.
+        beta: share of an expert's units that may be merged among themselves, in [0, 1].
+        samples: number of images of each task at most, at least 1.
+        seed: of the choice of images.
+
+    Returns:
+        Experts whose average is the merge. Heads read the merged features; each task keeps its own.
+
+    Raises:
+        ValueError: the structure names no permutations.
+
+    Source: Stoica et al. 2023, arXiv:2305.03053, alg. 1 and sec. 4.
+    Differs: activations are taken where the next layer reads them, and all layers of one residual
+        stream share their groups; ViTs too; with more than two experts, alpha damps only merges
+        with further units of the same experts; every layer is zipped, none is left apart.
+    """
+    check_interval("alpha", alpha, "[0, 1]")
+    check_interval("beta", beta, "[0, 1]")
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1, but is {samples}.")
+    check_axes(experts)
+    groups = {
+        key: group_units(similarity, len(experts), alpha=alpha, beta=beta)
+        for key, similarity in unit_similarities(
+            experts, calibration, samples=samples, seed=seed
+        ).items()
+    }
+    return zipped(experts, groups)
+
+
+@torch.no_grad()
+def unit_similarities(
+    experts: Experts, calibration: Calibration, *, samples: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return how the activations of all experts' units correlate, (T n, T n) per permutation.
+
+    Each expert sees the same images of all tasks. Units that never vary are like those of their
+    own number in other experts.
+    """
+    readers = _readers(experts)
+    totals: dict[str, list[Tensor]] = {}
+    for t, task in enumerate(experts.names):
+        for batch in looks(calibration, t, task, samples, seed):
+            seen = [_activations(p, calibration, batch.inputs, readers) for p in experts.tuned]
+            for key, rows in _side_by_side(seen):
+                moments = [
+                    torch.tensor(float(len(rows)), dtype=torch.float64),
+                    rows.sum(dim=0, dtype=torch.float64),
+                    (rows.T @ rows).double(),
+                ]
+                before = totals.get(key, [torch.zeros((), dtype=torch.float64)] * 3)
+                totals[key] = [a + b for a, b in zip(before, moments, strict=True)]
+    return {key: _or_own_number(correlations(*totals[key]), len(experts)) for key in sorted(totals)}
+
+
+def zipped(experts: Experts, groups: Mapping[str, Tensor]) -> Experts:
+    """Return experts whose average is the model with merged units.
+
+    Args:
+        experts: T experts.
+        groups: for each permutation the group of each unit, (T, n); others stay as they are.
+    """
+    maps = {key: _maps(group) for key, group in groups.items()}
+    tuned = [
+        _Zipped(params, experts.structure, {key: (m[t], u[t]) for key, (m, u) in maps.items()})
+        for t, params in enumerate(experts.tuned)
+    ]
+    heads = list(experts.heads)
+    if FEATURES in maps:
+        read = maps[FEATURES][1]
+        heads = [_reading(head, read[t]) for t, head in enumerate(heads)]
+    return replace(experts, tuned=tuned, heads=heads)
+
+
+class _Zipped(Mapping[str, Tensor]):
+    """T M_t W_t U_t of one expert's tensors, each computed when it is asked for."""
+
+    def __init__(
+        self, params: Params, structure: Structure, maps: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        self._params, self._structure, self._maps = params, structure, maps
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, info = self._params[name], self._structure[name]
+        if not tensor.is_floating_point():
+            return tensor
+        wide = tensor.double()
+        for dim, axis in enumerate(info.axes):
+            if axis is not None and (key := axis_layout(axis)[1]) in self._maps:
+                write, read = self._maps[key]
+                wide = _mapped(wide, dim, axis, read.T if _is_input(info, dim) else write)
+        return wide.to(tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _maps(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T M_t (T, n, n) and U_t (T, n, n) of groups (T, n), in float64."""
+    models, units = group.shape
+    read = torch.zeros(models, units, units, dtype=torch.float64)
+    read.scatter_(2, group[:, :, None], 1.0)  # U[t, unit, group]
+    write = read.mT * (models / read.sum(dim=(0, 1)))[:, None]
+    return write, read
+
+
+def _is_input(info: TensorInfo, dim: int) -> bool:
+    return dim == 1 and info.kind in ("linear", "convolution")
+
+
+def _mapped(tensor: Tensor, dim: int, axis: str, matrix: Tensor) -> Tensor:
+    """Return the tensor with a matrix (n, n) applied to the units of one axis."""
+    units = split_axis(tensor, dim, axis)
+    mapped: Tensor = torch.tensordot(matrix, units, ([1], [dim + 1]))
+    return mapped.movedim(0, dim + 1).reshape(tensor.shape)
+
+
+def _reading(head: Params, read: Tensor) -> Params:
+    """Return a head that reads the merged features."""
+    if "weight" not in head:
+        return head
+    weight = head["weight"]
+    return {**head, "weight": (weight.double() @ read).to(weight.dtype)}
+
+
+def _readers(experts: Experts) -> dict[str, tuple[int, str, int]]:
+    """Return the layout of the axis that reads units, of each weight that has one, by its name."""
+    return {
+        name: axis_layout(str(info.axes[1]))
+        for name, info in experts.structure.items()
+        if len(info.axes) > 1 and info.axes[1] is not None and _is_input(info, 1)
+    }
+
+
+def _activations(
+    params: Params,
+    calibration: Calibration,
+    inputs: Tensor,
+    readers: Mapping[str, tuple[int, str, int]],
+) -> list[tuple[str, Tensor]]:
+    """Return what each layer reads of one expert, as permutation and rows (r, n)."""
+    features, layers = calibration.expert.capture(params, inputs, list(readers))
+    found = [(FEATURES, features)]
+    for name in sorted(layers):
+        before, key, after = readers[name]
+        rows = layers[name].input_rows().flatten(0, 1)  # (r, before * n * after * taps)
+        width = params[name].shape[1]
+        taps, units = rows.shape[1] // width, width // (before * after)
+        # The kernel's middle alone: its other taps read the same map a pixel further on.
+        middle = rows.reshape(-1, before, units, after, taps)[..., taps // 2]
+        found.append((key, middle.movedim(2, -1).flatten(0, -2)))
+    return found
+
+
+def _side_by_side(seen: Sequence[Sequence[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the rows of all experts beside one another, (r, T n), layer by layer."""
+    for of_all in zip(*seen, strict=True):
+        yield of_all[0][0], torch.cat([rows for _, rows in of_all], dim=1)
+
+
+def _or_own_number(similarity: Tensor, models: int) -> Tensor:
+    """Return the similarities, 1 between units of one number of which neither varies."""
+    dead = similarity.diagonal() == 0
+    same = torch.eye(len(similarity) // models, dtype=torch.bool).repeat(models, models)
+    return torch.where(same & dead & dead[:, None], 1.0, similarity)
