@@ -1,8 +1,11 @@
 """This file runs one function on many items in a few processes, and hears from them meanwhile."""
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from threading import current_thread, main_thread
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -53,9 +56,13 @@ class Crew:
         if self._jobs > 1:
             context = get_context("spawn")
             self._queue = context.SimpleQueue()
+            self._strangers = active_children()
             self._pool = ProcessPoolExecutor(
                 self._jobs, mp_context=context, initializer=_join, initargs=(self._queue,)
             )
+            with _deaf_to_interrupts():
+                # The first piece of work starts every process.
+                self._pool.submit(int)
         return self
 
     def __exit__(
@@ -64,8 +71,12 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            for child in set(active_children()) - set(self._strangers):
+                child.terminate()
+        self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Return the result of `work` on each item, in the order of the items.
@@ -94,6 +105,22 @@ class Crew:
     def _hear(self) -> None:
         while not self._queue.empty():
             self._listen(self._queue.get())
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that leave Ctrl-C to this one, which then ends them; even while they import.
+
+    Signals are a matter of the main thread; elsewhere nothing is changed.
+    """
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _join(queue: Any) -> None:
