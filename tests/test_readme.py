@@ -1,5 +1,6 @@
 """The README is true: its commands run, its table of methods is the registry's."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lit.core.files import file_hash
 from mergekit_lit.merging import methods_table
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,41 @@ def test_the_steps_run_in_order(tmp_path):
         ]
         run([sys.executable, "-m", "mergekit_lit", *expanded[1:]], tmp_path)
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
+def launch_lines() -> list[str]:
+    """The README's lines that start several processes, to the letter."""
+    (lines,) = [block for block in blocks("bash") if "torchrun" in block]
+    return lines.splitlines()
+
+
+def launched(line: str, folder: Path) -> str:
+    """Run one of those lines in a folder and return the hash of the expert that it made."""
+    # A few steps show that it runs; the README's 50 are for the reader.
+    short = line.replace("--steps 50", "--steps 21")
+    assert short != line
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(
+        short, shell=True, cwd=folder, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return file_hash(folder / "runs" / "two" / "mnist.safetensors")
+
+
+@pytest.fixture(scope="module")
+def first_expert(tmp_path_factory) -> str:
+    return launched(launch_lines()[0], tmp_path_factory.mktemp("first"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", launch_lines()[1:])
+def test_every_launch_line_gives_the_same_expert(line, first_expert, tmp_path):
+    assert launched(line, tmp_path) == first_expert
+
+
+def test_there_are_five_launch_lines():
+    assert len(launch_lines()) == 5
 
 
 @pytest.mark.slow
