@@ -70,8 +70,8 @@ def _of_timm(name: str, image_size: int | None) -> Encoder:
         config: Any = timm.get_pretrained_cfg(architecture, allow_unregistered=False)
     except RuntimeError:
         plain, _, tag = architecture.partition(".")
-        known = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
-        raise KeyError(unknown_name(f"weights of {plain!r}", tag, known)) from None
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
+        raise KeyError(untags_name(f"weights of {plain!r}", tag, known)) from None
     size = image_size or config.input_size[-1]
     # Only encoders with a fixed input (ViTs) take a size: the others refuse the argument.
     sized: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
