@@ -39,7 +39,8 @@ def wudi(
     Args:
         tensor: deltas (T, *s); linear weights and convolutions are matrices (m, n).
         solver: `adam` stops early, as the paper does; `exact` returns B (A + ridge T/n I)^-1.
-        lr: learning rate of `adam`, in the units of the weights, > 0.
+        lr: learning rate of `adam`, in the units of the weights, > 0. No entry moves further than
+            about lr * steps: where deltas are larger than the paper's, so must this be.
         steps: number of steps of `adam`, >= 0.
         ridge: of `exact`, in units of A's mean eigenvalue T/n, > 0.
         rest: other tensors stay the `base`'s, or take the `mean` of the deltas.
