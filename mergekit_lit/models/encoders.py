@@ -71,7 +71,7 @@ def _of_timm(name: str, image_size: int | None) -> Encoder:
     except RuntimeError:
         plain, _, tag = architecture.partition(".")
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
-        raise KeyError(untags_name(f"weights of {plain!r}", tag, known)) from None
+        raise KeyError(unknown_name(f"weights of {plain!r}", tag, tags)) from None
     size = image_size or config.input_size[-1]
     # Only encoders with a fixed input (ViTs) take a size: the others refuse the argument.
     sized: dict[str, Any] = {"img_size": size} if config.fixed_input_size else {}
