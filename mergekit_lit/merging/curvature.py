@@ -123,7 +123,7 @@ def kronecker_blocks(
 def conjugate_gradients(
     blocks: Sequence[tuple[Tensor, Tensor]], targets: Tensor, *, iterations: int
 ) -> Tensor:
-    """Return X with sum_t A_t X B_t = Y, from X = 0; (g, m, n) in float64.
+    """Return X with sum_t A_t X B_t = Y, from X = 0; (g, m, n).
 
     Args:
         blocks: A_t (g, m, m) and B_t (g, n, n), symmetric and positive semidefinite.
@@ -160,11 +160,12 @@ def _matched(
 ) -> Tensor:
     """Return the step of one layer, in its own shape."""
     groups = len(blocks[0][0])
-    deltas = [as_matrices(delta, groups) for delta in experts.deltas(name)]
+    every = experts.deltas(name)
+    deltas = [as_matrices(delta, groups).to(every.dtype) for delta in every]
     mean = torch.stack(deltas).mean(dim=0)
     # Only the ratios of the A_t matter; the gradients of a sure expert are tiny.
     largest = max(float(a.abs().max()) for a, _ in blocks) or 1.0
-    scaled = [(a / largest, b) for a, b in blocks]
+    scaled = [((a / largest).to(every.dtype), b.to(every.dtype)) for a, b in blocks]
     targets = sum(
         (a @ (delta - mean) @ b for (a, b), delta in zip(scaled, deltas, strict=True)),
         start=torch.zeros_like(mean),
