@@ -72,7 +72,8 @@ class _Groups:
 
     def numbered(self) -> Tensor:
         """Return the group of each unit, from 0."""
-        return torch.unique(self._owner, return_inverse=True)[1]
+        groups: Tensor = torch.unique(self._owner, return_inverse=True)[1]
+        return groups
 
     def _join(self, kept: int, gone: int, alpha: float) -> None:
         """Set the similarities of a joint group, and forget the one that went into it."""

@@ -45,7 +45,7 @@ def zipit(
         experts: T experts, of one base or of several of one architecture.
         calibration: training images, of which every expert sees those of all tasks.
         alpha: factor on the correlation of a group with more units of experts that it has units
-            of, in [0, 1]; 0 makes every group one unit an expert where it can.
+            of, in [0, 1]; 0 takes them only where all else correlates below 0.
         beta: share of an expert's units that may be merged among themselves, in [0, 1].
         samples: number of images of each task at most, at least 1.
         seed: of the choice of images.
