@@ -108,7 +108,7 @@ class Calibration:
                 task: self.merged.features(whole, batch.inputs) for task, batch in batches.items()
             }
         together = self.merged.features(whole, torch.cat([b.inputs for b in batches.values()]))
-        parts = together.split([len(batch.inputs) for batch in batches.values()])
+        parts = torch.split(together, [len(batch.inputs) for batch in batches.values()])
         return dict(zip(batches, parts, strict=True))
 
 

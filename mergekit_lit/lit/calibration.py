@@ -41,7 +41,7 @@ class TaskSamples:
         """Return the images at `positions` (b,), in that order."""
         chosen = self.images.subset(positions.numpy())
         device = next(self.backbone.parameters()).device
-        pixels = torch.stack([torch.as_tensor(x) for x in chosen.x])
+        pixels = torch.from_numpy(chosen.x[:])
         labels = torch.as_tensor(chosen.y).to(device) if self.labelled else None
         return Batch(inputs(self.backbone, pixels.to(device)), labels)
 

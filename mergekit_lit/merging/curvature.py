@@ -37,7 +37,7 @@ def mats(
     samples: int = 256,
     seed: int = 0,
 ) -> Merged:
-    """Find the layers that each expert's own Fisher information tells least from it.
+    """Find the layers closest to each expert's, as far as that expert's answers depend on them.
 
     sum_t A_t W B_t = sum_t A_t W_t B_t by conjugate gradients from the average,
     A_t = E[g g^T],  B_t = E[x x^T]

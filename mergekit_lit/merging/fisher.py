@@ -127,7 +127,7 @@ def fisher_diagonal(
         with torch.no_grad():
             answers = logits(params, batch.inputs).softmax(dim=1)
         for y, weight in _answers(answers, batch, labels, draw):
-            parts = (batch.inputs.split(chunk), y.split(chunk), weight.split(chunk))
+            parts = [torch.split(part, chunk) for part in (batch.inputs, y, weight)]
             for inputs, targets, weights in zip(*parts, strict=True):
                 # Only the plain attention has a rule for the gradients of each image.
                 with sdpa_kernel(SDPBackend.MATH):

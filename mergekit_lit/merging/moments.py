@@ -54,7 +54,8 @@ def input_moments(
 
 def as_matrices(tensor: Tensor, groups: int) -> Tensor:
     """Return a weight as one matrix per group, (g, m / g, n), in float64."""
-    return tensor.double().flatten(1).unflatten(0, (groups, -1))
+    matrix = tensor.double().flatten(1)
+    return matrix.reshape(groups, len(matrix) // groups, matrix.shape[1])
 
 
 def looks_together(

@@ -29,7 +29,8 @@ def network(module: nn.Module, *, batch_statistics: bool = False) -> Network:
     shell = copy.deepcopy(module).eval()
     for layer in shell.modules():
         if hasattr(layer, "inplace"):
-            layer.inplace = False  # it would overwrite what a layer before it returned
+            # It would overwrite what a layer before it returned.
+            setattr(layer, "inplace", False)  # noqa: B010 (torch types attributes as modules)
         if batch_statistics and isinstance(layer, _BatchNorm):
             # Trained layers that track nothing normalise by the batch, and keep nothing of it.
             layer.training, layer.track_running_stats = True, False
@@ -91,7 +92,9 @@ def _convolution_layer(output: Tensor, given: dict[str, Any]) -> Layer:
 
     def rows(patches: Tensor) -> Tensor:
         """Return (g, b * places, c / g) of (b, c, places)."""
-        return patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        images, channels, places = patches.shape
+        split = patches.reshape(images, groups, channels // groups, places)
+        return split.permute(1, 0, 3, 2).flatten(1, 2)
 
     def input_rows() -> Tensor:
         kernel, dilation = tuple(given["weight"].shape[2:]), _pair(given.get("dilation", 1))
