@@ -54,7 +54,8 @@ def git_rebasin(
 
     P_t(theta_t) computes the same function as theta_t, its units in another order; heads and
     BatchNorm statistics follow. As a method the aligned experts are averaged; as a veneer they go
-    on to any other method. Experts of one base match best as they are, and stay.
+    on to any other method. Experts of one base match best as they are, and stay. Experts of
+    several want BatchNorm statistics that are recalibrated: those of one base suit none of them.
 
     Args:
         experts: T experts, of one base or of several of one architecture.

@@ -41,6 +41,8 @@ def zipit(
     the merged layer is the mean of its group, M (n x T n), and the next layer reads it in place of
     each member, U = M^+:  W = sum_t M_t W_t U_t
 
+    Merged channels have other statistics than any expert's: recalibrate BatchNorm after it.
+
     Args:
         experts: T experts, of one base or of several of one architecture.
         calibration: training images, of which every expert sees those of all tasks.
