@@ -36,7 +36,9 @@ def test_the_gate_runs_the_test_command():
 
 
 def test_the_table_of_methods_is_the_registry():
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w-]+) \| (.*) \| (.*) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\w-]+) \| ([\w-]+) \| (.*) \| (.*) \|$", README, re.MULTILINE
+    )
     expected = [
         (row["name"], row["family"], row["data"], row["summary"], row["source"])
         for row in methods_table()
