@@ -33,7 +33,7 @@ def mats(
     experts: Experts,
     calibration: Calibration,
     *,
-    iterations: int = 100,
+    iterations: int = 30,
     samples: int = 256,
     seed: int = 0,
 ) -> Merged:
