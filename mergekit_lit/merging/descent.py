@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_scale
-from mergekit_lit.merging.spectral import like, matrices_of
+from mergekit_lit.merging.spectral import is_matrix, like, matrices, mean_of, sum_of
 
 
 @MERGE_METHODS.add(
@@ -54,28 +55,29 @@ def wudi(
     """
     _check(lr, steps, ridge)
     check_scale(scale)
-    matrices = matrices_of(tensor)
-    if matrices is None:
-        mean = tensor.deltas.mean(dim=0)
+    if not is_matrix(tensor):
+        mean = mean_of(tensor)
         return scale * mean if rest == "mean" else torch.zeros_like(mean)
-    products, targets = _normal_equations(matrices)
+    products, targets = _normal_equations(tensor)
     if solver == "exact":
-        damping = ridge * len(matrices) / len(products)
+        damping = ridge * len(tensor.each) / len(products)
         damped = products + damping * torch.eye(len(products), dtype=products.dtype)
         solution = torch.linalg.solve(damped, targets.mT).mT
     else:
         # Adam's steps of 1e-5 are far above float32's rounding; twice the speed of float64.
-        start, a, b = (x.to(tensor.deltas.dtype) for x in (matrices.sum(0), products, targets))
+        dtype = wide(tensor.base).dtype
+        start, a, b = (x.to(dtype) for x in (sum_of(matrices(tensor)), products, targets))
         solution = _adam(start, a, b, lr=lr, steps=steps)
     return scale * like(solution, tensor)
 
 
-def _normal_equations(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def _normal_equations(tensor: Slice) -> tuple[Tensor, Tensor]:
     """Return A = sum_t C_t, (n, n), and B = sum_t Delta_t C_t, (m, n)."""
-    rows, columns = matrices.shape[1:]
-    products = torch.zeros(columns, columns, dtype=matrices.dtype)
-    targets = torch.zeros(rows, columns, dtype=matrices.dtype)
-    for delta in matrices:
+    rows = tensor.base.shape[0]
+    columns = tensor.base.numel() // rows
+    products = torch.zeros(columns, columns, dtype=torch.float64)
+    targets = torch.zeros(rows, columns, dtype=torch.float64)
+    for delta in matrices(tensor):
         size = delta.square().sum()
         if size > 0:
             weighted = delta.mT @ delta / size

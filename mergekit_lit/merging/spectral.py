@@ -4,20 +4,19 @@ Linear weights and convolutions, the latter reshaped to (C_out, C_in * kh * kw),
 float64; every other tensor takes the mean of the deltas, as the papers do.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.decompositions import has_direction, leading, polar, singular_values
 from mergekit_lit.merging.quantiles import threshold
 from mergekit_lit.merging.sparsify import Combine, agreeing, combined
-
-# Singular values below this share of the largest are rounding noise of float32 deltas, not
-# directions: they are left out instead of being blown up to the size of the others.
-_RELATIVE_RANK_TOLERANCE = 1e-6
 
 
 @MERGE_METHODS.add(
@@ -45,15 +44,13 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
         exactly (a singular U) are shared among them, where an SVD would fill in arbitrary ones.
     """
     check_scale(scale)
-    matrices = matrices_of(tensor)
-    if matrices is None:
-        return scale * tensor.deltas.mean(dim=0)
-    rank = max(1, min(matrices.shape[1:]) // len(matrices))
-    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    kept = values[:, :rank].flatten()  # (kT,)
-    columns = torch.cat(list(left[:, :, :rank]), dim=1) * _has_direction(kept)  # (m, kT)
-    rows = torch.cat(list(right[:, :rank].mT), dim=1) * _has_direction(kept)  # (n, kT)
-    step = (_polar(columns) * kept) @ _polar(rows).mT
+    if not is_matrix(tensor):
+        return scale * mean_of(tensor)
+    count = len(tensor.each)
+    triplets = [leading(delta, max(1, min(delta.shape) // count)) for delta in matrices(tensor)]
+    left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
+    known = has_direction(values)
+    step = (polar(left * known) * values) @ polar(right * known).mT
     return scale * like(step, tensor)
 
 
@@ -80,12 +77,10 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     Differs: convolutions too; directions in which no task moved stay at 0.
     """
     check_scale(scale)
-    matrices = matrices_of(tensor)
-    if matrices is None:
-        return scale * tensor.deltas.mean(dim=0)
-    total = matrices.sum(dim=0)
-    flat = torch.linalg.svdvals(total).mean()
-    return scale * like(flat * _polar(total), tensor)
+    if not is_matrix(tensor):
+        return scale * mean_of(tensor)
+    total = sum_of(matrices(tensor))
+    return scale * like(singular_values(total).mean() * polar(total), tensor)
 
 
 @MERGE_METHODS.add(
@@ -115,22 +110,18 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     """
     check_scale(scale)
     check_interval("common_share", common_share, "[0, 1]")
-    matrices = matrices_of(tensor)
-    if matrices is None:
-        return scale * tensor.deltas.mean(dim=0)
-    full = min(matrices.shape[1:])
+    if not is_matrix(tensor):
+        return scale * mean_of(tensor)
+    total, count = sum_of(matrices(tensor)), len(tensor.each)
+    full = min(total.shape)
     # At most floor(r / T) directions a task, so that the common ones never number less than 0.
-    own = min(round((1 - common_share) * full / len(matrices)), full // len(matrices))
-    common = full - own * len(matrices)
-    left, values, right = torch.linalg.svd(matrices.sum(dim=0), full_matrices=False)
-    left_common = left[:, :common]
-    rest = matrices - left_common @ (left_common.mT @ matrices)
-    own_left, own_values, own_right = torch.linalg.svd(rest, full_matrices=False)
-    columns = torch.cat([left_common, *own_left[:, :, :own]], dim=1)  # (m, r)
-    rows = torch.cat([right[:common].mT, *own_right[:, :own].mT], dim=1)  # (n, r)
-    kept = torch.cat([values[:common], own_values[:, :own].flatten()])
-    moved = _has_direction(kept)
-    step = kept.mean() * _polar(columns * moved) @ _polar(rows * moved).mT
+    own = min(round((1 - common_share) * full / count), full // count)
+    common, _, _ = triplets = leading(total, full - own * count)
+    rest = (delta - common @ (common.mT @ delta) for delta in matrices(tensor))
+    parts = [triplets, *(leading(delta, own) for delta in rest)]
+    left, values, right = (torch.cat(both, dim=-1) for both in zip(*parts, strict=True))
+    known = has_direction(values)
+    step = values.mean() * polar(left * known) @ polar(right * known).mT
     return scale * like(step, tensor)
 
 
@@ -172,12 +163,12 @@ def knots(
     """
     check_scale(scale)
     check_interval("density", density, "(0, 1]")
-    matrices = matrices_of(tensor)
-    if matrices is None:
-        return scale * tensor.deltas.mean(dim=0)
-    left, values, joint = torch.linalg.svd(torch.cat(list(matrices), dim=1), full_matrices=False)
-    kept = _has_direction(values)
-    parts = torch.stack((joint * kept[:, None]).chunk(len(matrices), dim=1))  # (T, r, n)
+    if not is_matrix(tensor):
+        return scale * mean_of(tensor)
+    joined = torch.cat(list(matrices(tensor)), dim=1)
+    left, values, joint = torch.linalg.svd(joined, full_matrices=False)
+    kept = has_direction(values)
+    parts = torch.stack((joint * kept[:, None]).chunk(len(tensor.each), dim=1))  # (T, r, n)
     if rule == "ties":
         thresholds = torch.stack([threshold(part.abs(), density) for part in parts])
         parts = parts * (parts.abs() >= thresholds[:, None, None])
@@ -188,29 +179,30 @@ def knots(
     return scale * like((left * values) @ merged, tensor)
 
 
-def matrices_of(tensor: Slice) -> Tensor | None:
-    """Return the deltas as matrices (T, m, n) in float64, or None where the mean is taken."""
+def is_matrix(tensor: Slice) -> bool:
+    """Return whether a tensor is decomposed: a linear weight or a convolution that is not empty."""
     is_weight = tensor.info.kind in ("linear", "convolution") and tensor.base.ndim >= 2
-    if not is_weight or tensor.base.numel() == 0:
-        return None
-    return tensor.deltas.flatten(2).double()
+    return is_weight and tensor.base.numel() > 0
 
 
-def _polar(matrix: Tensor) -> Tensor:
-    """Return U V^T of A = U S V^T, without the directions that A does not have; (m, n)."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    polar: Tensor = (left * _has_direction(values)) @ right
-    return polar
+def matrices(tensor: Slice) -> Iterator[Tensor]:
+    """Go through the deltas as matrices (m, n) in float64, one expert at a time."""
+    return (delta.flatten(1).double() for delta in tensor.each)
 
 
-def _has_direction(values: Tensor) -> Tensor:
-    """Return 1 where a singular value stands out of the rounding noise, else 0, like `values`.
+def mean_of(tensor: Slice) -> Tensor:
+    """Return the mean of the deltas, (*s), one expert at a time."""
+    return sum_of(iter(tensor.each)) / len(tensor.each)
 
-    The singular vectors of the others are arbitrary: they must not enter an orthogonalisation.
-    """
-    return (values > _RELATIVE_RANK_TOLERANCE * values.max()).to(values.dtype)
+
+def sum_of(parts: Iterator[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape, one at a time."""
+    total = next(parts).clone()
+    for part in parts:
+        total += part
+    return total
 
 
 def like(step: Tensor, tensor: Slice) -> Tensor:
     """Return a matrix in the shape of the tensor and the dtype of its deltas."""
-    return step.reshape(tensor.base.shape).to(tensor.deltas.dtype)
+    return step.reshape(tensor.base.shape).to(wide(tensor.base).dtype)
