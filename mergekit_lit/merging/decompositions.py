@@ -39,7 +39,8 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values of A (m, n), largest first, (min(m, n),)."""
     small = matrix.mT @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.mT
-    return torch.linalg.eigvalsh(small).clamp(min=0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(small).clamp(min=0).sqrt().flip(0)
+    return values
 
 
 def polar(matrix: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ def polar(matrix: Tensor) -> Tensor:
     inverse = torch.where(has_direction(values) > 0, 1 / torch.where(values > 0, values, 1), 0)
     factor = matrix @ ((vectors * inverse) @ vectors.mT)
     # One step of Newton and Schulz gives back the digits that squaring took.
-    return 1.5 * factor - 0.5 * factor @ (factor.mT @ factor)
+    polished: Tensor = 1.5 * factor - 0.5 * factor @ (factor.mT @ factor)
+    return polished
 
 
 def has_direction(values: Tensor) -> Tensor:
