@@ -17,7 +17,6 @@ from mergekit_lit.core.params import Params, check_same_names_and_shapes
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.data.splits import TaskData
-from mergekit_lit.lit.passes import inputs
 from mergekit_lit.lit.recalibration import calibration_images, statistics_on
 from mergekit_lit.lit.scores import Outcomes, outcomes_of
 from mergekit_lit.models.backbones import Backbone
@@ -47,11 +46,6 @@ class Entry:
     params: Params
     head: Params
     adapter: Params = field(default_factory=dict)
-
-
-def pixels(backbone: Backbone, x: Tensor) -> Tensor:
-    """Return uint8 images (B, H, W, 3) as inputs in channels-last memory: faster convolutions."""
-    return inputs(backbone, x).contiguous(memory_format=torch.channels_last)
 
 
 def predict(backbone: Backbone, entry: Entry, inputs: Tensor) -> Tensor:

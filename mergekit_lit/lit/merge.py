@@ -20,8 +20,8 @@ from mergekit_lit.lit.evaluation import (
     experts_of,
     heads_of,
     observe,
-    pixels,
 )
+from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import (
     ImagesBySplit,
     images_by_split,

@@ -43,6 +43,11 @@ def inputs(backbone: Backbone, x: Tensor) -> Tensor:
     )
 
 
+def pixels(backbone: Backbone, x: Tensor) -> Tensor:
+    """Return uint8 images (B, H, W, 3) as inputs in channels-last memory: faster convolutions."""
+    return inputs(backbone, x).contiguous(memory_format=torch.channels_last)
+
+
 def statistics_of(
     backbone: Backbone, pools: Images | Sequence[Images], *, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ def score(backbone: Backbone, head: nn.Module, images: Images) -> Score:
 def _in_order(backbone: Backbone, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(backbone.parameters()).device
     for x, y, _ in EvalLoader(images, batch=_PASS_BATCH):
-        yield inputs(backbone, x.to(device)), y.to(device)
+        yield pixels(backbone, x.to(device)), y.to(device)
 
 
 def _shuffled(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterator[Tensor]:
@@ -108,4 +113,4 @@ def _shuffled(backbone: Backbone, pools: Sequence[Images], seed: int) -> Iterato
             for pool, place, start in zip(pools, places, first, strict=False)
             if len(place)
         ]
-        yield torch.cat([inputs(backbone, torch.from_numpy(x).to(device)) for x in chosen])
+        yield torch.cat([pixels(backbone, torch.from_numpy(x).to(device)) for x in chosen])

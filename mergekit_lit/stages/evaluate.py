@@ -23,10 +23,10 @@ from mergekit_lit.lit.evaluation import (
     experts_of,
     heads_of,
     observe,
-    pixels,
 )
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.merge import MergeModule
+from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images

@@ -15,7 +15,8 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images, SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.calibration import calibration_on
-from mergekit_lit.lit.evaluation import entries_for, pixels, predict
+from mergekit_lit.lit.evaluation import entries_for, predict
+from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import images_by_split, merge_calibrated, splits_needed
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
