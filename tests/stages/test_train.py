@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
@@ -234,16 +233,32 @@ SCRIPT = textwrap.dedent(
     from mergekit_lit.lit.data import TaskDataModule
     from mergekit_lit.lit.expert import ExpertModule
     from mergekit_lit.stages.train import train_expert
+    from lightning.pytorch import Callback
+    import os, signal, threading
+
+
+    class Die(Callback):
+        # Kills this process a few milliseconds after a step has begun.
+        def __init__(self, step, seconds):
+            self.step, self.seconds = step, seconds
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == self.step:
+                kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+                threading.Timer(self.seconds, kill).start()
+
 
     suite, out, base, norm, options = sys.argv[1:]
     trainer = {"accelerator": "cpu", **eval(options)}
     resume = trainer.pop("resume", False)
+    die = trainer.pop("die", None)
     train_expert(
         data=TaskDataModule(suite, "dots", batch=12, reserve=8),
         model=ExpertModule(base, image_size=8, lr=0.002, warmup_steps=1, norm_statistics=norm),
         steps=[trainer.pop("steps", 20)],
         out=Path(out),
         trainer=trainer,
+        callbacks=[Die(*die)] if die else [],
         resume=resume,
         checkpoint_every=3,
     )
@@ -259,17 +274,14 @@ def command(suite, out, *, base=RESNET, norm="train", **options):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path):
-    steps = 200
+    steps = 120
     subprocess.run(command(tiny_suite, tmp_path / "whole", steps=steps), check=True)
     cut = tmp_path / "cut"
-    run = subprocess.Popen(command(tiny_suite, cut, steps=steps))
-    deadline = time.monotonic() + 300
-    while not (cut / "checkpoints/dots/last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
     # Somewhere in a step, or in the writing of a checkpoint.
-    time.sleep(0.2 + 0.1 * (os.getpid() % 5))
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    die = (60, 0.005 * (os.getpid() % 10))
+    run = subprocess.run(command(tiny_suite, cut, steps=steps, die=die), check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert (cut / "checkpoints/dots/last.ckpt").exists()
     assert not (cut / "dots.safetensors").exists()
     subprocess.run(command(tiny_suite, cut, steps=steps, resume=True), check=True)
     whole = (tmp_path / "whole/dots.safetensors").read_bytes()
