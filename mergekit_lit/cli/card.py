@@ -25,17 +25,18 @@ def card(file: Path, *, json: bool = False) -> None:
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """Return the facts of a file: kind, tensors, entries, hash, and its card or method."""
+    """Return the facts of a file: kind, tensors, entries, hash, and its card or method.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or a pickle.
+    """
     from mergekit_lit.core.files import file_hash
     from mergekit_lit.core.tensorfiles import TensorFile
 
     tensors = TensorFile(file)
-    sizes: dict[str, int] = {}
-    for name in tensors:
-        count = 1
-        for length in tensors.shape(name):
-            count *= length
-        sizes[name] = count
+    # Reading a tensor compares it with its checksum: a damaged file has no card to trust.
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
     header = {
         key: value for key, value in tensors.facts.items() if key not in ("structure", "kind")
     }

@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from mergekit_lit.cli import main
+from mergekit_lit.cli.card import describe
 from mergekit_lit.core.experts import load_expert, load_merged
+from mergekit_lit.core.tensorfiles import write_tensors
 
 BASE = "--model.base=resnet@random:0"
 
@@ -312,3 +314,13 @@ def test_an_error_in_a_worker_is_one_line(experts, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "cosine" in told
     assert told.count("mergekit-lit: error") == 1
+
+
+def test_a_card_of_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"w": torch.ones(50)}, {"kind": "base"})
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        describe(path)
