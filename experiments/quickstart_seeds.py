@@ -1,6 +1,7 @@
 """This file measures the quickstart over seeds and backbones, and prints the table of the README.
 
     python experiments/quickstart_seeds.py --backbones resnet vit --seeds 0 1 2 --out runs/seeds
+    python experiments/quickstart_seeds.py --suite FOLDER --tasks cars mnist --out runs/mine
 
 Each run takes minutes on two cores; a run whose record is there is not made again.
 """
@@ -11,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports import tables
@@ -24,23 +26,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backbones", nargs="+", default=["resnet", "vit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--suite", default="embedded8")
+    parser.add_argument("--tasks", nargs="+", default=None)
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
+    same = {"suite": chosen.suite, "tasks": chosen.tasks, "jobs": chosen.jobs}
     for backbone in chosen.backbones:
         folders = {seed: chosen.out / f"{backbone}-{seed}" for seed in chosen.seeds}
-        records = [run(backbone, seed, folders[seed], chosen.jobs) for seed in chosen.seeds]
+        records = [run(folders[s], backbone=backbone, seed=s, **same) for s in chosen.seeds]
         print(f"\n### {backbone}\n\n{markdown(records)}", flush=True)
 
 
-def run(backbone: str, seed: int, out: Path, jobs: int) -> Record:
+def run(out: Path, **settings: Any) -> Record:
     """Return the record of one quickstart, made now if it is not there."""
     path = out / "record.json"
     if not path.is_file():
         # Only here: reading finished runs needs no Lightning.
         from mergekit_lit.search.quickstart import run_quickstart
 
-        run_quickstart(backbone=backbone, out=out, seed=seed, jobs=jobs)
+        run_quickstart(out=out, **settings)
     return Record.read(path)
 
 

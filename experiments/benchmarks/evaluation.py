@@ -104,8 +104,8 @@ def _bare(
         right, loss = 0, 0.0
         for start in range(0, len(images), data.batch):
             part = slice(start, start + data.batch)
-            x = torch.from_numpy(images.x[part].copy())
-            y = torch.from_numpy(images.y[part])
+            x = torch.tensor(images.x[part])
+            y = torch.tensor(images.y[part])
             inputs = to_input(x, mean=backbone.mean, std=backbone.std, size=backbone.image_size)
             logits = backbone(inputs) @ head["weight"].T + head["bias"]
             right += int((logits.argmax(1) == y).sum())
