@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from mergekit_lit.callbacks.view import Samples, log_metrics, training_samples
+from mergekit_lit.callbacks.view import Samples, log_metrics, step_ended, training_samples
 from mergekit_lit.core.seeds import derive_seed, generator
 from mergekit_lit.lit.randomness import seed_stream
 from mergekit_lit.theory.noise import GradientMoments, gradient_moments, noise_scale
@@ -27,11 +27,13 @@ _FP16_SCALE = 2.0**10
 class GradientNoise(Callback):
     """Estimates tr Sigma and |G|^2 along the path, from micro-batches of its own.
 
-    Before every `every`-th optimizer step, the first included, it draws `micro_batches` disjoint
-    micro-batches from the training data and takes the gradient of `training_step` on each, over all
-    parameters that need one. The estimates are U-statistics, corrected for drawing without
-    replacement. `noise/trace` is tr Sigma of one sample, `noise/signal` is |G|^2 (which may come
-    out negative), `noise/scale` is B_simple = EMA(tr Sigma) / EMA(|G|^2) in samples.
+    Before steps 0, 1, 3, 9 ... and then before every `every`-th optimizer step it draws
+    `micro_batches` disjoint micro-batches from the training data and takes the gradient of
+    `training_step` on each, over all parameters that need one. So a short run rests on several
+    estimates too, and at which steps they are made does not depend on its length. The estimates are
+    U-statistics, corrected for drawing without replacement. `noise/trace` is tr Sigma of one
+    sample, `noise/signal` is |G|^2 (which may come out negative), `noise/scale` is
+    B_simple = EMA(tr Sigma) / EMA(|G|^2) in samples.
 
     The module is in eval mode meanwhile (in train mode BatchNorm makes a micro-batch gradient
     another function); its gradients, buffers, plain attributes, metrics and logs, and all random
@@ -49,6 +51,7 @@ class GradientNoise(Callback):
     _first_step: int
     _next: int
     _count: int
+    _steps: int
     _trace_sum: float
     _trace_average: float
     _signal_average: float
@@ -62,7 +65,7 @@ class GradientNoise(Callback):
         """Choose how often and how finely.
 
         Args:
-            every: optimizer steps between two estimates, at least 1.
+            every: optimizer steps between two estimates, at least 1; fewer at the start of a run.
             micro_batches: gradients in one estimate, at least 2.
             decay: weight of the past in the moving averages of `noise/scale`, in [0, 1).
             seed: seed of the draw.
@@ -97,7 +100,7 @@ class GradientNoise(Callback):
         if not due or (self._samples is None and len(self._recent) < self.micro_batches):
             return
         moments = self._estimate(trainer, pl_module)
-        self._next = trainer.global_step + self.every
+        self._next = self._after(trainer.global_step)
         # Overflow in fp16 is a fact of its scale, not of the noise.
         if math.isfinite(moments.signal) and math.isfinite(moments.trace):
             self._add(moments)
@@ -111,14 +114,23 @@ class GradientNoise(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the batch where the data cannot be drawn from."""
+        """Count the step under the latest estimate; keep the batch of data not to be drawn from."""
+        if self._latest is not None and step_ended(trainer, batch_idx):
+            self._steps += 1
+            self._trace_sum += self._latest.trace
         if self._samples is None:
             self._recent.append(batch)
 
     def card_facts(self) -> dict[str, float | None]:
-        """Return tr Sigma, averaged over the estimates; None unless from the first step."""
-        known = self._count > 0 and self._first_step == 0
-        return {"gradient_noise": self._trace_sum / self._count if known else None}
+        """Return tr Sigma, averaged over the steps, and the number of estimates of it.
+
+        At each step the latest estimate counts. None unless followed from the first step.
+        """
+        known = self._steps > 0 and self._first_step == 0
+        return {
+            "gradient_noise": self._trace_sum / self._steps if known else None,
+            "noise_estimates": self._count if known else None,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the estimates so far."""
@@ -136,16 +148,21 @@ class GradientNoise(Callback):
 
     def _reset(self, step: int) -> None:
         self._first_step = self._next = step
-        self._count, self._trace_sum = 0, 0.0
+        self._count, self._steps, self._trace_sum = 0, 0, 0.0
         self._trace_average, self._signal_average = 0.0, 0.0
         self._latest = None
         self._samples = None
         self._recent = deque(maxlen=self.micro_batches)
 
+    def _after(self, step: int) -> int:
+        """Return the step before which the estimate after that of `step` is due."""
+        if step < self.every:
+            return min(max(1, 3 * step), self.every)
+        return (step // self.every + 1) * self.every
+
     def _add(self, moments: GradientMoments) -> None:
         keep, self._latest = self.decay, moments
         self._count += 1
-        self._trace_sum += moments.trace
         self._trace_average = keep * self._trace_average + (1 - keep) * moments.trace
         self._signal_average = keep * self._signal_average + (1 - keep) * moments.signal
 
@@ -188,7 +205,7 @@ class GradientNoise(Callback):
         return (_on_device(trainer, samples.take(part)) for part in mine), size
 
 
-_STATE = ("first_step", "next", "count", "trace_sum", "trace_average", "signal_average")
+_STATE = ("first_step", "next", "count", "steps", "trace_sum", "trace_average", "signal_average")
 
 
 def _on_device(trainer: Trainer, batch: Any) -> Any:

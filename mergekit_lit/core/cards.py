@@ -52,6 +52,7 @@ class Card:
         displacement: ||x_K - x0||.
         mean_squared_displacement: d^2 = (1/||a||_1) sum_k a_k ||x_k - x0||^2.
         gradient_noise: tr Sigma per sample, averaged along the path.
+        noise_estimates: number of estimates that `gradient_noise` and `eps_path` rest on.
         eps_path: path estimate of the stability, sqrt(eps_path^2).
         gradient_norm: mean L2 norm of the gradient before clipping.
         train_loss: cross-entropy on the training split at the end.
@@ -97,6 +98,7 @@ class Card:
     displacement: float | None = None
     mean_squared_displacement: float | None = None
     gradient_noise: float | None = None
+    noise_estimates: int | None = None
     eps_path: float | None = None
     gradient_norm: float | None = None
     train_loss: float | None = None

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from mergekit_lit.callbacks import GradientNoise
-from mergekit_lit.theory.noise import moments_of
+from mergekit_lit.theory.noise import GradientMoments, moments_of
 
 
 def sample_gradients(module, data):
@@ -39,7 +39,10 @@ def test_estimates_average_to_the_noise_of_the_data(tiny, images, fit):
         error = values.std() / np.sqrt(len(values))
         assert abs(values.mean() - expected) < 4 * error, metric
     mean = np.mean([row["noise/trace"] for row in rows])
-    assert callback.card_facts() == {"gradient_noise": pytest.approx(mean)}
+    assert callback.card_facts() == {
+        "gradient_noise": pytest.approx(mean),
+        "noise_estimates": 100,
+    }
 
 
 def test_an_estimate_is_that_of_its_micro_batches(tiny, images, fit):
@@ -66,7 +69,38 @@ def test_it_estimates_before_every_so_many_steps(tiny, fit, accumulate):
             return super()._estimate(trainer, module)
 
     fit(tiny(), Watched(every=3), max_steps=8, max_epochs=-1, accumulate_grad_batches=accumulate)
-    assert seen == [0, 3, 6]
+    assert seen == [0, 1, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [
+        (50, 20, [0, 1, 3, 9]),
+        (50, 200, [0, 1, 3, 9, 27, 50, 100, 150]),
+        (10, 40, [0, 1, 3, 9, 10, 20, 30]),
+        (1, 4, [0, 1, 2, 3]),
+    ],
+)
+def test_short_runs_rest_on_several_estimates(tiny, fit, monkeypatch, every, steps, expected):
+    """The card tells the mean over the steps, each under the estimate before it, and their number.
+
+    Which steps are chosen does not depend on the length: several K share one trajectory.
+    """
+    seen = []
+
+    def counted(_self, trainer, _module):
+        seen.append(trainer.global_step)
+        return GradientMoments(trace=float(1 + trainer.global_step), signal=1.0)
+
+    monkeypatch.setattr(GradientNoise, "_estimate", counted)
+    callback = GradientNoise(every=every)
+    fit(tiny(), callback, max_steps=steps, max_epochs=-1)
+    assert seen == expected
+    traces = [1 + max(s for s in seen if s <= step) for step in range(steps)]
+    assert callback.card_facts() == {
+        "gradient_noise": pytest.approx(sum(traces) / steps),
+        "noise_estimates": len(seen),
+    }
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
