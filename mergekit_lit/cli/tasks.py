@@ -35,6 +35,9 @@ def tasks(*, suite: list[str] | None = None, root: Path | None = None, json: boo
         print_json(rows)
         return
     print_table(rows, _HEADINGS)
+    for row in rows:
+        if row["damage"]:
+            print(f"{row['name']} is damaged: {row['damage']} {row['where']}")
 
 
 def run(argv: Sequence[str]) -> int:

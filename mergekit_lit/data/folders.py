@@ -1,6 +1,6 @@
 """This file reads the user's own tasks: a folder of npz files, or of folders of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,56 @@ _LARGEST_SIDE = 224
 def folder_tasks(folder: Path) -> tuple[Task, ...]:
     """Return the tasks of a folder, sorted by name; labels are read, images are not.
 
+    A task whose files are damaged is listed with its `damage`, and refused when it is read: the
+    others are not its business.
+
     Raises:
-        ValueError: the folder holds no task, a name twice, or a file that is no task.
+        ValueError: the folder holds no task.
     """
     suite = folder.resolve().name
-    tasks = [npz_task(path, suite) for path in folder.glob("*.npz")]
-    tasks += [image_task(path.parent, suite) for path in folder.glob("*/train") if path.is_dir()]
-    if not tasks:
+    found: dict[Path, Callable[[Path, str], Task]] = {}
+    found |= dict.fromkeys(folder.glob("*.npz"), npz_task)
+    found |= {path.parent: image_task for path in folder.glob("*/train") if path.is_dir()}
+    if not found:
         raise ValueError(
             f"{str(folder)!r} must hold <task>.npz files or folders <task>/train/<class>/ of "
             "images, but holds neither."
         )
-    names = [task.name for task in tasks]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(
-            f"{str(folder)!r} must hold each task once, but has {min(twice)!r} as npz and folder. "
-            "Remove one."
-        )
-    return tuple(sorted(tasks, key=lambda task: task.name))
+    tasks = {}
+    for path, listed in found.items():
+        name = path.stem if listed is npz_task else path.name
+        if name in tasks:
+            why = f"{str(folder)!r} must hold each task once, but has {name!r} as npz and folder."
+            tasks[name] = _damaged(name, suite, f"{why} Remove one.")
+            continue
+        try:
+            tasks[name] = listed(path, suite)
+        except (ValueError, OSError) as error:
+            tasks[name] = _damaged(name, suite, str(error))
+    return tuple(tasks[name] for name in sorted(tasks))
+
+
+def _damaged(name: str, suite: str, why: str) -> Task:
+    """Return a task of which only the name is known, and what is wrong with it."""
+
+    def refuse(root: Path, *, size: int | None, download: bool) -> Pool:  # noqa: ARG001 (own file)
+        raise ValueError(why)
+
+    return Task(
+        name=name,
+        suite=suite,
+        classes=0,
+        train=0,
+        test=0,
+        image_size=0,
+        kind="your own",
+        source="damaged",
+        licence="your own",
+        where="Make it again, or remove it.",
+        read=refuse,
+        found=lambda _: True,
+        damage=why,
+    )
 
 
 def image_task(folder: Path, suite: str) -> Task:

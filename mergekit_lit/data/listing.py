@@ -23,8 +23,8 @@ def tasks_table(*suites: str, root: Path | None = None) -> list[dict[str, Any]]:
         root: folder of the downloaded data sets; None for the default one.
 
     Returns:
-        Rows of name, suites, classes, train, test, kind, licence, source, present, where and
-        seen_by, in the order of the suites. A task of several suites has one row.
+        Rows of name, suites, classes, train, test, kind, licence, source, present, where, damage
+        and seen_by, in the order of the suites. A task of several suites has one row.
 
     Raises:
         KeyError: an unknown suite.
@@ -64,8 +64,8 @@ def check_data(
     try:
         loaded = load_suite(suite, root=root)
     except (ValueError, OSError) as error:
-        # A folder of one's own, of which every file is looked at.
-        return [_finding("broken", f"{suite} cannot be read: {error}", "mend or remove that file")]
+        mend = "put tasks into it, or name another folder"
+        return [_finding("broken", f"{suite} cannot be read: {error}", mend)]
     chosen = [loaded.task(name) for name in (loaded.names if tasks is None else tasks)]
     return [row for task in chosen for row in _check(task, download=download)]
 
@@ -90,6 +90,7 @@ def _row(task: Task) -> dict[str, Any]:
         "source": task.source,
         "present": task.present(),
         "where": task.remedy(),
+        "damage": task.damage,
         "seen_by": list(task.seen_by),
     }
 

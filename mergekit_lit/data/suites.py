@@ -1,5 +1,6 @@
 """This file holds the noun Suite, and finds suites by name or folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,22 @@ class Suite:
                 return task
         raise KeyError(unknown_name(f"task of suite {self.name!r}", name, self.names))
 
+    def chosen(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Return the names of the tasks to work on, all of them by default, before any work.
+
+        Raises:
+            KeyError: no such task.
+            ValueError: no name, a name twice, or a task whose files are damaged.
+        """
+        if names is None:
+            names = self.names
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Each task must be named once, but the names are {list(names)!r}.")
+        for name in names:
+            if self.task(name).damage:
+                raise ValueError(self.task(name).damage)
+        return tuple(names)
+
 
 def load_suite(name_or_folder: str, *, root: Path | None = None) -> Suite:
     """Return a suite by its name, or one of the user's own tasks by its folder.
@@ -49,7 +66,7 @@ def load_suite(name_or_folder: str, *, root: Path | None = None) -> Suite:
 
     Raises:
         KeyError: neither a suite nor a folder.
-        ValueError: the folder holds no task, or a file in it is no task.
+        ValueError: the folder holds no task.
     """
     name = str(name_or_folder)
     if name in SUITES.names():

@@ -129,21 +129,12 @@ def _plan(
     return Plan(
         backbone=backbone,
         suite=suite,
-        tasks=_tasks(suite, tasks),
+        tasks=load_suite(suite).chosen(tasks),
         out=out,
         batch=_BATCH,
         warmup_steps=min(_WARMUP_STEPS, steps // 2),
         **settings,
     )
-
-
-def _tasks(suite: str, names: Sequence[str] | None) -> tuple[str, ...]:
-    found = load_suite(suite)
-    if names is None:
-        return found.names
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"`tasks` must name each task once, but is {list(names)!r}.")
-    return tuple(found.task(name).name for name in names)
 
 
 def _drawer(display: Display) -> Any:

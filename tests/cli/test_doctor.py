@@ -122,10 +122,16 @@ def test_damaged_tasks_are_rows_with_a_mend_and_the_others_are_checked(tmp_path)
     assert rows[0]["mend"] == "Put the file back, or make it again."
     # Cut off: seen when the folder is listed.
     path.write_bytes(whole[:100])
+    rows = list(check_suite(str(tmp_path), tasks=None, root=None, download=False))
+    assert [row["status"] for row in rows] == ["broken", "ok"]
+    assert "bad.npz" in rows[0]["what"]
+    assert rows[0]["mend"] == "Make it again, or remove it."
+
+
+def test_a_folder_without_tasks_is_a_row(tmp_path):
     (row,) = check_suite(str(tmp_path), tasks=None, root=None, download=False)
     assert row["status"] == "broken"
-    assert "bad.npz" in row["what"]
-    assert row["mend"]
+    assert row["mend"] == "put tasks into it, or name another folder"
 
 
 def test_a_task_that_cannot_be_carved_is_a_row(tiny_suite, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mergekit_lit.data.listing import tasks_table
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 
@@ -81,7 +82,7 @@ def test_a_class_that_train_lacks_is_named(tmp_path):
     (tmp_path / "suite/pets/test/cow").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "suite/pets/test/cow/0.png")
     with pytest.raises(ValueError, match="classes of test in train too, but lacks 'cow'"):
-        load_suite(str(tmp_path / "suite"))
+        load_suite(str(tmp_path / "suite")).task("pets").pool()
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path):
@@ -94,7 +95,31 @@ def test_a_task_given_twice_is_refused(tmp_path):
     members = {"x": np.zeros((4, 8, 8), np.uint8), "y": [0, 1, 0, 1], "split": [0, 0, 1, 1]}
     np.savez(tmp_path / "own.npz", **members, classes=["a", "b"])
     with pytest.raises(ValueError, match="has 'own' as npz and folder"):
-        load_suite(str(tmp_path))
+        load_suite(str(tmp_path)).task("own").pool()
+
+
+def test_a_damaged_task_is_listed_and_refused_and_the_others_work(tmp_path):
+    write_images(tmp_path / "good")
+    write_images(tmp_path / "bad")
+    (tmp_path / "bad/test/cow").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "bad/test/cow/0.png")
+    (tmp_path / "worse.npz").write_bytes(b"PK")
+    (tmp_path / "shut.npz").symlink_to("nowhere.npz")
+    suite = load_suite(str(tmp_path), root=tmp_path / "root")
+    assert suite.names == ("bad", "good", "shut", "worse")
+    assert [bool(task.damage) for task in suite.tasks] == [True, False, True, True]
+    assert len(suite.task("good").pool().train) == 12
+    assert suite.chosen(["good"]) == ("good",)
+    for name, message in (("bad", "lacks 'cow'"), ("worse", "worse.npz"), ("shut", "shut.npz")):
+        for refused in (suite.task(name).pool, lambda name=name: suite.chosen(["good", name])):
+            with pytest.raises(ValueError, match=message) as caught:
+                refused()
+            assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="lacks 'cow'"):
+        suite.chosen()
+    rows = {row["name"]: row for row in tasks_table(str(tmp_path))}
+    assert rows["good"]["damage"] == ""
+    assert "worse.npz" in rows["worse"]["damage"]
 
 
 def test_no_name_is_no_folder():
