@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -12,18 +12,21 @@ from mergekit_lit.core.calibration import Calibration, DataSplit
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.params import Params
-from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.structure import Structure
 from mergekit_lit.data.splits import Images, TaskData
-from mergekit_lit.lit.calibration import calibration_on
-from mergekit_lit.lit.passes import statistics_of
 from mergekit_lit.merging.engine import merge
-from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.models.statistics import has_statistics
+
+if TYPE_CHECKING:
+    from mergekit_lit.models.backbones import Backbone
 
 ImagesBySplit: TypeAlias = Mapping[DataSplit, Mapping[str, Images]]
 """Images of each task, by split."""
+
+Veneers: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
+"""Names of veneers and values for their parameters, as `merging.engine.merge` takes them."""
 
 CALIBRATION_IMAGES = 4096
 """Largest number of a task's training images that BatchNorm statistics are estimated on.
@@ -33,13 +36,15 @@ them count, beyond it a subset does, the same everywhere, so that a large task c
 """
 
 
-def merge_calibrated(
+# What `merging.engine.merge` takes, and images with the network to look at them.
+def merge_calibrated(  # noqa: PLR0913
     experts: Experts,
     method: str,
     images: ImagesBySplit,
     *,
-    backbone: Backbone,
+    backbone: "Backbone | None",
     config: Mapping[str, Any] | None = None,
+    veneers: Veneers = (),
     batch_norm: BatchNormPolicy = "base",
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
@@ -50,9 +55,11 @@ def merge_calibrated(
         experts: T experts of one base.
         method: name of a registered method.
         images: images of each task: of `train` for the `recalibrate` policies, and of the split
-            that the method declares, if it looks at any; `splits_needed` names them.
-        backbone: a module of the experts' architecture; never changed.
+            that method and veneers declare, if they look at any; `splits_needed` names them.
+        backbone: a module of the experts' architecture; never changed. None where no images are
+            looked at.
         config: values for the method's parameters; the others keep their defaults.
+        veneers: names and configs of veneers, as the engine takes them.
         batch_norm: the `base`'s statistics, the `average` of the experts', or estimated again on
             the images of all tasks together (`recalibrate`) or of each (`recalibrate-per-task`).
         observers: see every tensor's deltas.
@@ -66,14 +73,17 @@ def merge_calibrated(
     if batch_norm not in get_args(BatchNormPolicy):
         raise KeyError(unknown_name("BatchNorm policy", batch_norm, get_args(BatchNormPolicy)))
     later = batch_norm.startswith("recalibrate")
+    splits = [split for split in declared_splits(method, veneers) if split in images]
+    calibrations = _calibrations(experts, images, splits, backbone, batch_norm) if splits else None
     merged = merge(
         experts,
         method,
         config=config,
+        veneers=veneers,
         batch_norm="base" if later else batch_norm,
         observers=observers,
         seed=seed,
-        calibration=_calibration(experts, method, images, backbone, batch_norm),
+        calibration=calibrations,
     )
     if not later:
         return merged
@@ -83,17 +93,28 @@ def merge_calibrated(
 
 
 def splits_needed(
-    method: str, batch_norm: BatchNormPolicy, structure: Structure
+    method: str, batch_norm: BatchNormPolicy, structure: Structure, veneers: Veneers = ()
 ) -> tuple[DataSplit, ...]:
     """Return the splits of which `merge_calibrated` needs images.
 
     Raises:
-        KeyError: unknown method.
+        KeyError: unknown method or veneer.
     """
-    declared = _declared_split(method)
-    again = batch_norm.startswith("recalibrate") and has_statistics(structure)
-    needed = (["train"] if again else []) + ([declared] if declared else [])
-    return tuple(dict.fromkeys(cast("list[DataSplit]", needed)))
+    again: list[DataSplit] = (
+        ["train"] if batch_norm.startswith("recalibrate") and has_statistics(structure) else []
+    )
+    return tuple(dict.fromkeys([*again, *declared_splits(method, veneers)]))
+
+
+def declared_splits(method: str, veneers: Veneers = ()) -> list[DataSplit]:
+    """Return the splits that a method and veneers look at images of.
+
+    Raises:
+        KeyError: unknown method or veneer.
+    """
+    entries = [MERGE_METHODS.get(method), *(VENEERS.get(name) for name, _ in veneers)]
+    declared = dict.fromkeys(entry.facts.get("data") for entry in entries)
+    return cast("list[DataSplit]", [split for split in declared if split in get_args(DataSplit)])
 
 
 def images_by_split(
@@ -116,7 +137,7 @@ def recalibrate(
     merged: Merged,
     images: Mapping[str, Images],
     *,
-    backbone: Backbone,
+    backbone: "Backbone | None",
     per_task: bool,
     seed: int = 0,
 ) -> Merged:
@@ -125,18 +146,25 @@ def recalibrate(
     Args:
         merged: the model; never changed. Without BatchNorm it is returned with the same tensors.
         images: images of each task of `merged`; labels are not looked at.
-        backbone: a module of the architecture; never changed.
+        backbone: a module of the architecture; never changed. None where there is no BatchNorm.
         per_task: statistics for each task, from its images alone; else one set, from all images.
         seed: of the order of the images.
 
     Raises:
         KeyError: a task has no entry in `images`.
-        ValueError: a task has fewer than 2 images.
+        ValueError: a task has fewer than 2 images; or one set of statistics is asked for a merge
+            whose masks make each task a model of its own.
     """
+    if merged.masks and not per_task:
+        raise ValueError(
+            "`batch_norm` 'recalibrate' makes one set of statistics for one model, but this merge "
+            "makes each task a model of its own by masks. Use 'recalibrate-per-task'."
+        )
     policy = "recalibrate-per-task" if per_task else "recalibrate"
     facts = {**merged.facts, "batch_norm": policy}
     if not has_statistics(merged.structure):
         return replace(merged, facts=facts)
+    backbone = _given(backbone)
     pools = {task: _pool(task, images) for task in merged.tasks}
     if per_task:
         statistics = {
@@ -149,7 +177,7 @@ def recalibrate(
 
 
 def statistics_on(
-    pools: Sequence[Images], params: Params, *, backbone: Backbone, seed: int = 0
+    pools: Sequence[Images], params: Params, *, backbone: "Backbone", seed: int = 0
 ) -> dict[str, Tensor]:
     """Return the BatchNorm statistics of a model on the images of all pools together.
 
@@ -164,17 +192,21 @@ def statistics_on(
     """
     if not any(name.endswith("running_mean") for name in params):
         return {}
+    from mergekit_lit.lit.passes import statistics_of
+
     module = copy.deepcopy(backbone).eval()
     module.load_state_dict(dict(params))
     return statistics_of(module, pools, seed=seed)
 
 
-def task_statistics(backbone: Backbone, data: TaskData) -> dict[str, Tensor]:
+def task_statistics(backbone: "Backbone", data: TaskData) -> dict[str, Tensor]:
     """Return the BatchNorm statistics of a backbone on one task, as the head fit takes them.
 
     They are a function of the weights and the training images alone: the same for the head fit,
     the expert's file and the evaluation of a base or an expert.
     """
+    from mergekit_lit.lit.passes import statistics_of
+
     return statistics_of(backbone, calibration_images(data.train, data.name))
 
 
@@ -188,25 +220,32 @@ def calibration_images(
     return train.subset(positions.sort().values.numpy())
 
 
-def _calibration(
+def _calibrations(
     experts: Experts,
-    method: str,
     images: ImagesBySplit,
-    backbone: Backbone,
+    splits: Iterable[DataSplit],
+    backbone: "Backbone | None",
     batch_norm: BatchNormPolicy,
-) -> Calibration | None:
-    split = _declared_split(method)
-    if split is None or split not in images:
-        return None
-    return calibration_on(
-        images[split], experts, backbone=backbone, split=split, batch_norm=batch_norm
-    )
+) -> list[Calibration]:
+    """Return what methods and veneers that look at images of these splits are given."""
+    from mergekit_lit.lit.calibration import calibration_on
+
+    return [
+        calibration_on(
+            images[split],
+            experts,
+            backbone=_given(backbone),
+            split=split,
+            batch_norm=batch_norm,
+        )
+        for split in splits
+    ]
 
 
-def _declared_split(method: str) -> DataSplit | None:
-    """Return the split that a method looks at images of, if any."""
-    declared = MERGE_METHODS.get(method).facts.get("data")
-    return cast("DataSplit", declared) if declared in get_args(DataSplit) else None
+def _given(backbone: "Backbone | None") -> "Backbone":
+    if backbone is None:
+        raise ValueError("Looking at images needs the experts' `backbone`, but got none. Build it.")
+    return backbone
 
 
 def _pool(task: str, images: Mapping[str, Images]) -> Images:

@@ -1,6 +1,7 @@
 """BatchNorm statistics of a merge with masks: each task's are those of its own model."""
 
 import numpy as np
+import pytest
 import torch
 
 from mergekit_lit.core.experts import Merged
@@ -34,3 +35,6 @@ def test_statistics_follow_each_tasks_mask():
     for task, params in (("all", shared), ("none", base.params)):
         expected = statistics_on([images], params, backbone=backbone)
         assert all(torch.equal(found[task][name], tensor) for name, tensor in expected.items())
+    # One set of statistics would fit neither model.
+    with pytest.raises(ValueError, match=r"one model, but .* Use 'recalibrate-per-task'"):
+        recalibrate(merged, {"all": images, "none": images}, backbone=backbone, per_task=False)
