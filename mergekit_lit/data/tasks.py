@@ -46,6 +46,7 @@ class Task:
         shipped: whether the images are inside the package, with their hashes.
         fetch: command that fetches the images; empty where there is none.
         root: folder of the data sets; None for the default one.
+        damage: what is wrong with the user's own files, in one line; empty where nothing is known.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     shipped: bool = False
     fetch: str = ""
     root: Path | None = None
+    damage: str = ""
 
     def present(self, root: Path | None = None) -> bool:
         """Tell whether the images are here; reads none of them."""
@@ -125,11 +127,20 @@ class Task:
 
 
 def data_root(root: Path | None = None) -> Path:
-    """Return the folder of the data sets: given, $MERGEKIT_LIT_DATA, or the user's cache."""
-    if root is not None:
-        return Path(root)
-    named = os.environ.get(ROOT_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "mergekit-lit" / "data"
+    """Return the folder of the data sets: given, $MERGEKIT_LIT_DATA, or the user's cache.
+
+    Raises:
+        ValueError: it, or what should be a folder above it, is a file.
+    """
+    named = root or os.environ.get(ROOT_VARIABLE)
+    folder = Path(named) if named else Path.home() / ".cache" / "mergekit-lit" / "data"
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(
+            f"The `root` of the data sets must be a folder, but {str(nearest)!r} is a file. "
+            f"Name another `root`, or set {ROOT_VARIABLE}."
+        )
+    return folder
 
 
 def exists(path: Path) -> Finder:
