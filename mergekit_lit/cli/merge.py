@@ -32,6 +32,7 @@ def merge(  # noqa: PLR0913
     *,
     out: Path,
     method: str = "average",
+    then: list[str | dict[str, Any]] | None = None,
     batch_norm: BatchNormPolicy = "base",
     seed: int = 0,
     base: str | None = None,
@@ -47,6 +48,8 @@ def merge(  # noqa: PLR0913
         out: the merged model's file, ending in .safetensors; its record is written beside it.
         method: how to merge; `mergekit-lit methods` lists them, and `--method NAME --help` shows
             the flags of one.
+        then: veneers, such as `--then lines --then repair`: what is done to the experts before the
+            method or to its result after it; with parameters `{name: lines, config: {alpha: 0.2}}`.
         batch_norm: BatchNorm statistics of the merged model: the `base`'s, the `average` of the
             experts', or estimated again on training images of `data.suite`, for all tasks
             together (`recalibrate`) or for each (`recalibrate-per-task`).
@@ -160,6 +163,7 @@ def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) 
     recipe = Recipe(
         method=made.method,
         config={flag: made[flag] for flag in flags},
+        veneers=[_veneer(given) for given in made.then or ()],
         batch_norm=made.batch_norm,
         seed=made.seed,
     )
@@ -173,6 +177,18 @@ def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) 
         observers=[_observer(given) for given in made.callbacks or ()],
         logger=made.logger,
     )
+
+
+def _veneer(given: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of a veneer and values for its parameters."""
+    if isinstance(given, str):
+        return given, {}
+    name, config = given.get("name"), given.get("config", {})
+    if set(given) - {"name", "config"} or not isinstance(name, str) or not isinstance(config, dict):
+        raise ValueError(
+            f"`then` must hold names of veneers, or `name` and `config` of each, but is {given!r}."
+        )
+    return name, config
 
 
 def _observer(given: str | dict[str, Any]) -> MergeObserver:

@@ -133,6 +133,8 @@ def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
         if action is None:
             raise ValueError(unknown_key(parser, key))
         value = text if equals else _next_value(action, key, words)
+        if _holds_things(action) and any(key == before.rstrip("+") for before, _ in given.options):
+            plus = "+"
         if key == "config" and value is not None:
             given.configs.append(value)
         else:
@@ -259,10 +261,19 @@ def _as_list(action: Action, text: str | None) -> str | None:
         return text
     kinds = _kinds(getattr(action, "_typehint", None))
     lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
-    plain = all(item in (int, float, str, Path, ...) for kind in lists for item in get_args(kind))
+    items = [item for kind in lists for item in get_args(kind)]
+    plain = _holds_things(action) or all(item in (int, float, str, Path, ...) for item in items)
     if not lists or not plain or str in kinds or "${" in text:
         return text
     return f"[{text}]"
+
+
+def _holds_things(action: Action) -> bool:
+    """Whether the parameter is a list of names or mappings, which `--key A --key B` collects."""
+    kinds = _kinds(getattr(action, "_typehint", None))
+    lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
+    items = [item for kind in lists for item in get_args(kind)]
+    return any(set(_kinds(item)) == {str, dict[str, Any]} for item in items)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

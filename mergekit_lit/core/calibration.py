@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.seeds import generator
 
@@ -85,6 +86,8 @@ class Calibration:
         logits: (task, features (b, d)) -> logits (b, C) of the task's head.
         statistics: statistics of the model being merged; ignored where the batch's own are used.
         pooled: whether the batch is a mixture of all tasks, as under `recalibrate`.
+        remade: makes it for other experts of the same tasks, whose heads or statistics differ; None
+            where nothing above depends on them.
     """
 
     split: DataSplit
@@ -94,6 +97,11 @@ class Calibration:
     logits: Callable[[str, Tensor], Tensor]
     statistics: Params = field(default_factory=dict)
     pooled: bool = False
+    remade: Callable[[Experts], "Calibration"] | None = None
+
+    def renewed(self, experts: Experts) -> "Calibration":
+        """Return the calibration of these experts, as a veneer has changed them."""
+        return self if self.remade is None else self.remade(experts)
 
     def merged_features(self, params: Params, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         """Return the features (b, d) of the model being merged, on a batch of each task.

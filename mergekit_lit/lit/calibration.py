@@ -83,6 +83,9 @@ def calibration_on(
         logits=lambda task, features: apply_head(heads[task], features),
         statistics={} if later else _statistics(experts, batch_norm),
         pooled=batch_norm == "recalibrate",
+        remade=lambda others: calibration_on(
+            images, others, backbone=backbone, split=split, batch_norm=batch_norm
+        ),
     )
 
 

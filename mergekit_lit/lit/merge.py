@@ -24,6 +24,7 @@ from mergekit_lit.lit.evaluation import (
 from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import (
     ImagesBySplit,
+    Veneers,
     images_by_split,
     merge_calibrated,
     splits_needed,
@@ -47,6 +48,7 @@ class PendingMerge:
         seed: seed of the merge.
         images: images of each task by split, as `merge_calibrated` takes them; None for those of
             the MergeDataModule.
+        veneers: names and configs of veneers, as in `merge_calibrated`.
     """
 
     experts: Experts
@@ -55,6 +57,7 @@ class PendingMerge:
     batch_norm: BatchNormPolicy = "base"
     seed: int = 0
     images: ImagesBySplit | None = None
+    veneers: Veneers = ()
 
 
 class MergeModule(LightningModule):
@@ -183,6 +186,7 @@ class MergeModule(LightningModule):
             self._images(pending) if pending.images is None else pending.images,
             backbone=copy.deepcopy(self.backbone).to(self.trainer.strategy.root_device),
             config=pending.config,
+            veneers=pending.veneers,
             batch_norm=pending.batch_norm,
             observers=observers,
             seed=pending.seed,
@@ -194,7 +198,9 @@ class MergeModule(LightningModule):
 
     def _images(self, pending: PendingMerge) -> ImagesBySplit:
         """Return the images that `merge_files` would look at and calibrate on."""
-        needed = splits_needed(pending.method, pending.batch_norm, pending.experts.structure)
+        needed = splits_needed(
+            pending.method, pending.batch_norm, pending.experts.structure, pending.veneers
+        )
         return images_by_split(self._data().task_data, needed, seed=pending.seed)
 
     def _log_table(self, name: str, table: Mapping[str, Any]) -> None:

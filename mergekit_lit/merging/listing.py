@@ -1,9 +1,9 @@
-"""This file is the table of merge methods that people and programs read."""
+"""This file is the tables of merge methods and veneers that people and programs read."""
 
 import inspect
 from typing import Any
 
-from mergekit_lit.core.registry import MERGE_METHODS, Registered
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered
 from mergekit_lit.merging.configuration import in_words, parameter_help, parameters
 
 
@@ -19,6 +19,26 @@ def methods_table() -> list[dict[str, Any]]:
     return [_row(method) for method in MERGE_METHODS]
 
 
+def veneers_table() -> list[dict[str, Any]]:
+    """Return one row of plain JSON values for every registered veneer, plug-ins included.
+
+    Each row holds `name`, `form` (which is `veneer`), `position` (`before` the method or `after`
+    it), `data`, `source`, `summary` and `parameters`, as `methods_table` does.
+    """
+    return [
+        {
+            "name": veneer.name,
+            "form": "veneer",
+            "position": veneer.facts.get("position"),
+            "data": veneer.facts.get("data", "none"),
+            "source": veneer.facts.get("source"),
+            "summary": veneer.summary,
+            "parameters": _parameter_rows(veneer),
+        }
+        for veneer in VENEERS
+    ]
+
+
 def _row(method: Registered[Any]) -> dict[str, Any]:
     declared = {key: method.facts.get(key) for key in ("family", "form", "data", "source", "order")}
     return {
@@ -30,11 +50,11 @@ def _row(method: Registered[Any]) -> dict[str, Any]:
     }
 
 
-def _parameter_rows(method: Registered[Any]) -> list[dict[str, Any]]:
-    described = parameter_help(method.function)
-    search = method.facts.get("search", {})
+def _parameter_rows(entry: Registered[Any]) -> list[dict[str, Any]]:
+    described = parameter_help(entry.function)
+    search = entry.facts.get("search", {})
     rows = []
-    for name, parameter in parameters(method.function).items():
+    for name, parameter in parameters(entry.function).items():
         required = parameter.default is inspect.Parameter.empty
         rows.append(
             {

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mergekit_lit.core.experts import Base, load_base_file
 from mergekit_lit.core.params import content_hash
-from mergekit_lit.models.encoders import EFFICIENTNET, HALF, OURS, make_encoder, unfit_size
+from mergekit_lit.models.encoders import EFFICIENTNET, HALF, make_encoder, unfit_size
 from mergekit_lit.models.structure import structure_of
 from mergekit_lit.models.weights import (
+    OURS,
     adapt,
     efficientnet_lite0,
     file_weights,

@@ -8,9 +8,8 @@ from torch import nn
 
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.models.architectures import SmallResNet, small_vit
-from mergekit_lit.models.weights import Enclosed
+from mergekit_lit.models.weights import OURS, Enclosed
 
-OURS = ("resnet", "vit")
 EFFICIENTNET = "efficientnet_lite0"
 _SIZES = (8, 2048)
 HALF = (0.5, 0.5, 0.5)

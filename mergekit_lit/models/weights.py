@@ -8,15 +8,15 @@ from typing import Any, cast
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import timm
 import torch
-import torchvision
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from mergekit_lit.core.experts import load_base_file
 from mergekit_lit.core.params import with_prefix
 from mergekit_lit.core.tensorfiles import TensorFile, floats
+
+OURS = ("resnet", "vit")
+"""The encoders whose initial weights this package ships."""
 
 Weights = tuple[Mapping[str, Tensor], dict[str, Any]]
 """Tensors by the names of the encoder, in float32, and facts about them."""
@@ -109,8 +109,12 @@ def hub_weights(name: str) -> Weights:
         return file_weights(cached)[0], {"hub": "timm"}
     try:
         if library == "torchvision":
+            import torchvision
+
             model = torchvision.models.get_model(short, weights="DEFAULT")
         else:
+            import timm
+
             _reach_hub()
             model = timm.create_model(short, pretrained=True)
     except RuntimeError as error:
@@ -160,6 +164,9 @@ def adapt(
 
 def _cached_by_timm(name: str) -> Path | None:
     """Return the file of an encoder's weights in the Hugging Face cache, if it is there."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
     config: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     repository = str(config.hf_hub_id or "")
     if repository.endswith("/"):
@@ -170,6 +177,8 @@ def _cached_by_timm(name: str) -> Path | None:
 
 def _reach_hub() -> None:
     """Raise an OSError at once where the hub cannot be reached: its client tries for a minute."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     try:

@@ -4,18 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from mergekit_lit.core.experts import Base, Experts, Merged, load_expert, save_merged
+from mergekit_lit.core.experts import Base, Expert, Experts, Merged, load_expert, save_merged
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
-from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import (
     CALIBRATION_IMAGES,
     ImagesBySplit,
+    Veneers,
     images_by_split,
     merge_calibrated,
     splits_needed,
@@ -24,7 +25,10 @@ from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_log
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.images import check_shown
-from mergekit_lit.models.backbones import Backbone, load_base
+from mergekit_lit.models.bases import stored_base
+
+if TYPE_CHECKING:
+    from mergekit_lit.models.backbones import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,14 @@ class Recipe:
         batch_norm: the merged model's BatchNorm statistics: the `base`'s, the `average` of the
             experts', or estimated again on training images of all tasks together (`recalibrate`)
             or of each task for itself (`recalibrate-per-task`).
+        veneers: names and configs of veneers: what acts on the experts before the method, or on its
+            result after it.
         seed: of methods that draw at random, and of the images that statistics are estimated on.
     """
 
     method: str = "average"
     config: Mapping[str, Any] = field(default_factory=dict)
+    veneers: Veneers = ()
     batch_norm: BatchNormPolicy = "base"
     seed: int = 0
 
@@ -120,9 +127,10 @@ def merge_files(
     out = _checked_out(Path(out), paths)
     _check_recipe(recipe, calibration)
     check_logger(logger)
-    backbone, loaded = load_base_of(paths, base)
-    gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
+    found = base_of(paths, base)
+    gathered = load_experts(paths, base=found, allow_different_base=allow_different_base)
     images = _images(gathered, recipe, calibration)
+    backbone = _architecture(found) if images else None
     merged = merge_recipe(gathered, recipe, backbone, images, observers=observers)
     record = watch.finish(_record(recipe, calibration, paths, out, merged, observers))
     record_path = out.with_suffix(".record.json")
@@ -137,7 +145,7 @@ def merge_files(
 def merge_recipe(
     experts: Experts,
     recipe: Recipe,
-    backbone: Backbone,
+    backbone: "Backbone | None",
     images: ImagesBySplit,
     *,
     observers: Sequence[MergeObserver] = (),
@@ -147,7 +155,8 @@ def merge_recipe(
     Args:
         experts: T experts of one base.
         recipe: method, its configuration, BatchNorm policy and seed.
-        backbone: a module of the experts' architecture; never changed.
+        backbone: a module of the experts' architecture; never changed. None where no images are
+            looked at.
         images: images of each task by split, as `merge_calibrated` takes them.
         observers: see every tensor's deltas.
 
@@ -162,30 +171,42 @@ def merge_recipe(
         images,
         backbone=backbone,
         config=recipe.config,
+        veneers=recipe.veneers,
         batch_norm=recipe.batch_norm,
         observers=observers,
         seed=recipe.seed,
     )
 
 
-def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Backbone, Base]:
+def base_of(experts: Sequence[Path], base: str | None = None) -> Base:
     """Return the base that `base` names, or else the one that the first expert's card names.
+
+    A base that a file holds whole is read from it, without building its network.
 
     Raises:
         FileNotFoundError: the first expert is missing.
         KeyError: `base` names no backbone.
         ValueError: there is no expert, or its card names no base that can be loaded.
     """
-    if not experts:
-        raise ValueError("Merging needs at least one expert file, but got none.")
-    card = load_expert(experts[0]).card
-    spec = base or card.base
-    if spec is None:
-        raise ValueError(
-            f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
-        )
+    expert, spec = _named_base(experts, base)
+    stored = stored_base(spec, card=expert.card, structure=expert.structure)
+    return load_base_of(experts, base)[1] if stored is None else stored
+
+
+def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple["Backbone", Base]:
+    """Return the same base with its network.
+
+    Raises:
+        FileNotFoundError: the first expert is missing.
+        KeyError: `base` names no backbone.
+        ValueError: there is no expert, or its card names no base that can be loaded.
+    """
+    # Here, because it takes seconds that a merge without images need not wait.
+    from mergekit_lit.models.backbones import load_base
+
+    expert, spec = _named_base(experts, base)
     try:
-        return load_base(spec, image_size=card.image_size)
+        return load_base(spec, image_size=expert.card.image_size)
     except (KeyError, FileNotFoundError) as error:
         if base is not None:
             raise
@@ -193,6 +214,26 @@ def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple[Back
             f"The base {spec!r} that the card of {str(experts[0])!r} names must be loadable here, "
             f"but is not: {error.args[0]} Give `base`."
         ) from error
+
+
+def _named_base(experts: Sequence[Path], base: str | None) -> tuple[Expert, str]:
+    """Return the first expert, and the spec of its base."""
+    if not experts:
+        raise ValueError("Merging needs at least one expert file, but got none.")
+    expert = load_expert(experts[0])
+    spec = base or expert.card.base
+    if spec is None:
+        raise ValueError(
+            f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
+        )
+    return expert, spec
+
+
+def _architecture(base: Base) -> "Backbone":
+    """Return a network of the base's architecture, with weights of no meaning."""
+    from mergekit_lit.models.backbones import build_backbone
+
+    return build_backbone(base.backbone, base.image_size)
 
 
 @contextmanager
@@ -222,6 +263,9 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
     """Refuse, before anything is read, unknown names and values, and what lacks its images."""
     method = MERGE_METHODS.get(recipe.method)
     resolve(method, recipe.config)
+    veneers = [VENEERS.get(name) for name, _ in recipe.veneers]
+    for veneer, (_, config) in zip(veneers, recipe.veneers, strict=True):
+        resolve(veneer, config)
     known = get_args(BatchNormPolicy)
     if recipe.batch_norm not in known:
         raise KeyError(unknown_name("BatchNorm policy", recipe.batch_norm, known))
@@ -231,7 +275,8 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
             "from, but got none. Name the suite, or use 'base' or 'average'."
         )
     if calibration is None:
-        check_shown(method, None)
+        for entry in (method, *veneers):
+            check_shown(entry, None)
     elif calibration.images < 2:
         raise ValueError(
             f"`images` must be at least 2, to have a variance, but is {calibration.images}."
@@ -240,7 +285,7 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
 
 def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> ImagesBySplit:
     """Return the images that the recipe needs, by split and task; none where it needs none."""
-    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure)
+    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)
     if calibration is None or not needed:
         return {}
     suite = load_suite(calibration.suite, root=calibration.root)
@@ -292,7 +337,7 @@ def _record(
         name=out.stem,
         config={
             "experts": [str(path) for path in experts],
-            "recipe": asdict(recipe) | {"config": merged.facts["config"]},
+            "recipe": asdict(recipe) | {key: merged.facts[key] for key in ("config", "veneers")},
             "calibration": asdict(calibration) if calibration else None,
             "base": merged.facts["base"],
             "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
