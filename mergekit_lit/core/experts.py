@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mergekit_lit.core.bits import pack, unpack
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.params import Params, add, names_under, subtract, wide, with_prefix
+from mergekit_lit.core.params import (
+    Params,
+    add,
+    is_floating,
+    names_under,
+    subtract,
+    wide,
+    with_prefix,
+)
 from mergekit_lit.core.structure import Structure, structure_from_json, structure_to_json
 from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
 
@@ -80,6 +88,7 @@ class Experts:
         base_hash: the base's content hash.
         backbone: the architecture.
         image_size: height and width of the input, in pixels.
+        kept: names of tensors that merging leaves as they are in the base.
     """
 
     base: Params
@@ -92,6 +101,7 @@ class Experts:
     base_hash: str = ""
     backbone: str = ""
     image_size: int = 0
+    kept: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.tuned)
@@ -100,8 +110,10 @@ class Experts:
         """Return the names that merging moves, sorted: no statistics, counters or integers."""
         return sorted(
             name
-            for name, tensor in self.base.items()
-            if self.structure[name].is_merged and tensor.is_floating_point()
+            for name in self.base
+            if self.structure[name].is_merged
+            and name not in self.kept
+            and is_floating(self.base, name)
         )
 
     def deltas(self, name: str) -> Tensor:

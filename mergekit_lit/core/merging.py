@@ -19,8 +19,13 @@ Form = Literal["linear", "kernel", "whole", "experts"]
     g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor
     first, in as many passes as it likes. A kernel whose entries do not depend on one another
     declares `elementwise` (True, or a function of its config), and then sees blocks of entries.
+    Where parameters are given by pattern, each tensor is merged under its own values, and `prepare`
+    runs for each group of tensors that agree in the values it looks at.
 `whole`: f(experts, *, config) -> Merged.
 `experts`: f(experts, *, config) -> Experts, such as an alignment; their average is the merge.
+
+A method of the form `linear` or `kernel` whose step is exactly its parameter `scale`, at least 0,
+times something else declares `homogeneous`: it is then run at a scale of 1 alone.
 
 A method of any form but `kernel` that declares a split of images as its data takes a
 `core.calibration.Calibration` as its second argument.

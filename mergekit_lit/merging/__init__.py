@@ -6,11 +6,12 @@ from mergekit_lit.merging.averaging import average, travel_normalised, weighted_
 from mergekit_lit.merging.curvature import mats
 from mergekit_lit.merging.descent import wudi
 from mergekit_lit.merging.dropping import dare, della
-from mergekit_lit.merging.engine import merge
+from mergekit_lit.merging.engine import merge, merge_many
 from mergekit_lit.merging.fisher import fisher
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
 from mergekit_lit.merging.masks import consensus, emr, tall_masks
+from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.regression import regmean, regmean_plus_plus
 from mergekit_lit.merging.repair import repair
 from mergekit_lit.merging.selection import nearswap, pcb, ram, sce
@@ -45,6 +46,7 @@ __all__ = [
     "magmax",
     "mats",
     "merge",
+    "merge_many",
     "metagpt",
     "methods_table",
     "model_stock",
@@ -57,6 +59,7 @@ __all__ = [
     "regmean_plus_plus",
     "repair",
     "sce",
+    "select",
     "slerp",
     "surgery",
     "tall_masks",

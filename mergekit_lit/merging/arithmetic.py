@@ -19,6 +19,7 @@ from mergekit_lit.merging.steps import moved
     data="none",
     source="Ilharco et al. 2023, arXiv:2212.04089, sec. 2",
     search={"scale": (0.0, 1.5)},
+    homogeneous=True,
 )
 def task_arithmetic(experts: Experts, *, scale: float = 0.3) -> Tensor:
     """Add all deltas, with one scale.
@@ -45,6 +46,7 @@ def task_arithmetic(experts: Experts, *, scale: float = 0.3) -> Tensor:
     data="none",
     source="Zhou et al. 2024, arXiv:2406.11385 (MetaGPT)",
     search={"scale": (0.0, 4.0)},
+    homogeneous=True,
 )
 def metagpt(experts: Experts, *, scale: float = 1.0) -> Tensor:
     """Add the deltas, each weighed by its share of the squared lengths.

@@ -66,6 +66,7 @@ def weighted_average(experts: Experts, *, weights: list[float] | None = None) ->
     data="cards",
     source="Our reconstruction, after Wang et al. 2020, arXiv:2007.07481 (FedNova)",
     search={"scale": (0.0, 4.0)},
+    homogeneous=True,
 )
 def travel_normalised(
     experts: Experts, *, scale: float = 1.0, weights: list[float] | None = None

@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mergekit_lit.core.registry import Registered, unknown_name
+from mergekit_lit.merging.patterns import ByPattern, Gradient, rules_of
+
+SCALE = "scale"
+"""What every method calls the length of its step."""
 
 _UNIONS = (Union, types.UnionType)
 _SEQUENCES = (list, tuple, Sequence)
@@ -36,6 +40,11 @@ def parameter_help(function: Callable[..., Any]) -> dict[str, str]:
 def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every parameter of `method` with its value: what `config` gives, else the default.
 
+    A value may differ from tensor to tensor: by pattern, `{"blocks.*.attn.*": 0.5, "*": 0.3}`,
+    where the first match wins and tensors that none matches keep the default; and by depth, where
+    a number is due: `[0.1, 0.5]` goes from 0.1 in the first block to 0.5 in the last. Such values
+    come back as `ByPattern`.
+
     Raises:
         KeyError: an unknown parameter; the message offers the nearest.
         ValueError: a parameter without a default is missing.
@@ -46,15 +55,10 @@ def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any
         if name not in known:
             raise KeyError(_unknown_parameter(method.name, name, known))
     values = {name: parameter.default for name, parameter in known.items()} | dict(config)
-    for name, value in values.items():
-        if value is inspect.Parameter.empty:
-            raise ValueError(f"`{name}` of {method.name!r} must be given, but is not.")
-        annotation = known[name].annotation
-        if not accepts(annotation, value):
-            raise TypeError(
-                f"`{name}` of {method.name!r} must be {in_words(annotation)}, but is {value!r}."
-            )
-    return values
+    return {
+        name: _read(f"`{name}` of {method.name!r}", known[name], value)
+        for name, value in values.items()
+    }
 
 
 def check_scale(scale: float) -> None:
@@ -115,6 +119,27 @@ def in_words(annotation: Any) -> str:
         type(None): "null",
     }
     return words.get(annotation, str(annotation))
+
+
+def _read(source: str, parameter: inspect.Parameter, value: object) -> Any:
+    """Return one parameter's value, or its values by pattern, once they are of the right type."""
+    if value is inspect.Parameter.empty:
+        raise ValueError(f"{source} must be given, but is not.")
+    if accepts(parameter.annotation, value):
+        return value
+    rules = [(p, _leaf(source, parameter, v)) for p, v in rules_of(value) or [("*", value)]]
+    return ByPattern(source, tuple(rules), parameter.default)
+
+
+def _leaf(source: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """Return the value of one pattern: plain, or numbers over the depth."""
+    annotation = parameter.annotation
+    if accepts(annotation, value):
+        return value
+    numbers = isinstance(value, (list, tuple)) and len(value) > 1
+    if numbers and accepts(annotation, 0.5) and all(accepts(float, item) for item in value):
+        return Gradient(tuple(float(item) for item in value))
+    raise TypeError(f"{source} must be {in_words(annotation)}, but is {value!r}.")
 
 
 def _is_number(value: object, annotation: type) -> bool:

@@ -18,6 +18,7 @@ from mergekit_lit.merging.spectral import is_matrix, like, matrices, mean_of, su
     data="none",
     source="Cheng et al. 2025, arXiv:2503.08099 (WUDI)",
     search={"scale": (0.0, 1.5)},
+    homogeneous=True,
 )
 def wudi(
     tensor: Slice,

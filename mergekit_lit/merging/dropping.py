@@ -32,6 +32,7 @@ Rule = Literal["linear", "ties"]
     search={"drop": (0.0, 0.99), "scale": (0.0, 1.5)},
     order="an expert's draws are keyed by its place among the experts",
     elementwise=lambda config: config["rescale"] != "l1",
+    homogeneous=True,
 )
 def dare(
     tensor: Slice,
@@ -74,6 +75,7 @@ def dare(
     source="Deep et al. 2024, arXiv:2406.11617 (DELLA)",
     search={"drop": (0.1, 0.85), "window": (0.0, 0.9), "scale": (0.0, 3.0)},
     order="an expert's draws are keyed by its place among the experts",
+    homogeneous=True,
 )
 def della(
     tensor: Slice,

@@ -1,23 +1,31 @@
 """This file is the merge engine: it alone iterates over tensors, whatever a method's form."""
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.merging import MergeObserver, Slice
+from mergekit_lit.core.merging import Form, MergeObserver
 from mergekit_lit.core.params import Params, check_same_names_and_shapes, is_finite
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
 from mergekit_lit.merging.configuration import parameters, resolve
-from mergekit_lit.merging.images import shown
-from mergekit_lit.merging.passes import Deltas, Pairs, blockwise
-from mergekit_lit.merging.steps import moved, weighted_sum
+from mergekit_lit.merging.forms import (
+    Config,
+    Setting,
+    Steps,
+    base_plus,
+    mean_step,
+    setting,
+    step_alone,
+)
+from mergekit_lit.merging.images import Given, shown
+from mergekit_lit.merging.patterns import ByPattern
+from mergekit_lit.merging.precision import compute_dtype, computing_in, kept_in, output_dtype
+from mergekit_lit.merging.steps import moved
 
 _POSITIONS = ("after", "before")
 
@@ -25,7 +33,8 @@ POLICIES = ("average", "base")
 """BatchNorm policies that need no images; `lit.recalibration` has those that do."""
 
 
-def merge(
+# Each argument is one choice of the merge, hence so many.
+def merge(  # noqa: PLR0913
     experts: Experts,
     method: str,
     *,
@@ -34,59 +43,93 @@ def merge(
     batch_norm: str = "base",
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
-    calibration: Calibration | None = None,
+    calibration: Given = None,
+    dtype: str | None = None,
+    out_dtype: str = "base",
 ) -> Merged:
     """Merge experts by a registered method.
 
     theta = theta_0 + step(tau_1, ..., tau_T), over all floating-point tensors but BatchNorm's
-    statistics, in float32 or better and cast once to the base's dtypes. Integers are the base's.
+    statistics and those that `patterns.select` keeps, in float32 or better and cast once. Integers
+    are the base's.
 
     Args:
         experts: T experts of one base; never changed.
         method: name of a registered method.
-        config: values for the method's parameters; the others keep their defaults.
+        config: values for the method's parameters; the others keep their defaults. A value may
+            differ by pattern or depth, as `configuration.resolve` says.
         veneers: names and configs of registered veneers. Those that act on the experts do so in
             this order before anything else, those that act on the result in this order after it.
         batch_norm: statistics of `base`, or the `average` of the experts' with equal weights
             (variances at least 0).
         observers: see every tensor's deltas before the method does, in this order.
         seed: of methods that draw at random, and of what has a `seed` that its config leaves open.
-        calibration: images, for methods that look at them.
+        calibration: images, for methods and veneers that look at some; of several splits, several.
+        dtype: number type of the computation, `float32` or `float64`; None is float32, or the
+            base's where that is better.
+        out_dtype: number type of the result: each tensor's own in the `base`, `float32`, `float16`
+            or `bfloat16`.
 
     Returns:
         The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
         for linear methods without veneers, veneers with resolved configs, base and base_hash,
-        backbone, image_size, batch_norm, data and seed.
+        backbone, image_size, batch_norm, data, seed, dtype, out_dtype and the tensors kept.
 
     Raises:
-        KeyError: unknown method, veneer or parameter.
+        KeyError: unknown method, veneer, parameter or number type.
         TypeError: a value of the wrong type, NaN or infinite.
-        ValueError: a value out of range, unknown policy, a number of experts that the method cannot
-            take, missing images, or a step that is not finite.
+        ValueError: a value out of range, a pattern that matches nothing, an unknown policy, a
+            number of experts that the method cannot take, missing images, or a result that is not
+            finite in its number type.
     """
-    entry = MERGE_METHODS.get(method)
-    values = _values(entry, config or {}, seed)
-    layers = [_layer(name, given, seed) for name, given in veneers]
-    run = _form(entry)
-    _check_policy(batch_norm)
-    _check_count(entry, experts)
-    entry = shown(entry, experts, calibration)
-    layers = [replace(layer, veneer=shown(layer.veneer, experts, calibration)) for layer in layers]
-    for layer in _at("before", layers):
-        experts = layer.veneer.function(experts, **layer.config)
-    for observer in observers:
-        observer.on_merge_start(experts, method, values)
-    seen = _transformed(entry, _observed(experts, observers), values)
-    result = run(entry, seen, values, seed)
-    for layer in _at("after", layers):
-        result = layer.veneer.function(seen, result, **layer.config)
-    merged = _complete(result, seen, batch_norm)
-    _check_result(method, merged.shared, experts.base)
-    facts = _facts(entry, experts, values) | {"batch_norm": batch_norm, "seed": seed}
-    merged = replace(merged, facts=facts | dict(result.facts) | _veneer_facts(layers))
-    for observer in observers:
-        observer.on_merge_end(experts, merged)
+    job = _job(experts, method, [config or {}], veneers, batch_norm, calibration, seed)
+    job = replace(job, dtype=compute_dtype(dtype), out_dtype=output_dtype(out_dtype))
+    (merged,) = _merges(job, observers)
     return merged
+
+
+# Each argument is one choice of the merges, hence so many.
+def merge_many(  # noqa: PLR0913
+    experts: Experts,
+    method: str,
+    configs: Sequence[Mapping[str, Any]],
+    *,
+    veneers: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    batch_norm: str = "base",
+    seed: int = 0,
+    calibration: Given = None,
+    dtype: str | None = None,
+    out_dtype: str = "base",
+) -> Iterator[Merged]:
+    """Merge the same experts under many configurations, in one pass over their tensors.
+
+    Each result has the same bytes as `merge` gives for that configuration. Preparing passes are
+    shared where the parameters that they depend on agree; and configurations that differ in the
+    `scale` of a homogeneous method share its direction, so that a grid of scales costs little more
+    than one merge. Methods of the forms `whole` and `experts` run once for each configuration.
+
+    Args:
+        experts: T experts of one base; never changed.
+        method: name of a registered method.
+        configs: one for each merge, as `merge` takes them.
+        veneers: as of `merge`, of every result.
+        batch_norm: as of `merge`.
+        seed: as of `merge`.
+        calibration: as of `merge`.
+        dtype: as of `merge`.
+        out_dtype: as of `merge`.
+
+    Returns:
+        The merged models in the order of `configs`, each made when it is asked for. What is held
+        in memory is one model for each direction that is still needed, and the one yielded.
+
+    Raises:
+        KeyError: as `merge`, before anything is read; so the others.
+        TypeError: as `merge`.
+        ValueError: as `merge`.
+    """
+    job = _job(experts, method, configs, veneers, batch_norm, calibration, seed)
+    return _merges(replace(job, dtype=compute_dtype(dtype), out_dtype=output_dtype(out_dtype)), ())
 
 
 @dataclass(frozen=True)
@@ -94,7 +137,127 @@ class _Layer:
     """One veneer with every parameter's value."""
 
     veneer: Registered[Any]
-    config: Mapping[str, Any]
+    config: Config
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be merged how, after all checks."""
+
+    experts: Experts
+    entry: Registered[Any]
+    configs: Sequence[Config]
+    settings: Sequence[Setting]
+    layers: Sequence[_Layer]
+    batch_norm: str
+    seed: int
+    dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+
+    def at(self, position: str) -> list[_Layer]:
+        return [layer for layer in self.layers if layer.veneer.facts["position"] == position]
+
+
+def _job(
+    experts: Experts,
+    method: str,
+    configs: Sequence[Mapping[str, Any]],
+    veneers: Sequence[tuple[str, Mapping[str, Any]]],
+    batch_norm: str,
+    calibration: Given,
+    seed: int,
+) -> _Job:
+    """Return the job, or refuse it before anything is read."""
+    entry = MERGE_METHODS.get(method)
+    values = [_values(entry, config, seed) for config in configs]
+    layers = [_layer(name, given, seed) for name, given in veneers]
+    _check_form(entry, values)
+    _check_policy(batch_norm)
+    _check_count(entry, experts)
+    return _Job(
+        experts=experts,
+        entry=shown(entry, experts, calibration),
+        configs=values,
+        settings=[] if _is_whole(entry) else [setting(entry, one, experts) for one in values],
+        layers=[replace(x, veneer=shown(x.veneer, experts, calibration)) for x in layers],
+        batch_norm=batch_norm,
+        seed=seed,
+    )
+
+
+def _merges(job: _Job, observers: Sequence[MergeObserver]) -> Iterator[Merged]:
+    experts = job.experts
+    for layer in job.at("before"):
+        experts = layer.veneer.function(experts, **layer.config)
+    for observer in observers:
+        for config in job.configs:
+            observer.on_merge_start(experts, job.entry.name, _plain(config))
+    seen = _observed(computing_in(experts, job.dtype), observers)
+    for config, result in zip(job.configs, _results(job, seen), strict=True):
+        merged = _finished(job, experts, config, result)
+        for observer in observers:
+            observer.on_merge_end(experts, merged)
+        yield merged
+
+
+def _results(job: _Job, experts: Experts) -> Iterator[tuple[Experts, Merged]]:
+    """Yield for each configuration the experts that were merged and what came of them."""
+    if not _is_whole(job.entry):
+        yield from ((experts, merged) for merged in _stepped(job, experts))
+        return
+    for config in job.configs:
+        made = job.entry.function(experts, **config)
+        if isinstance(made, Experts):
+            steps = ((name, mean_step(made, name)) for name in made.merged_names())
+            yield made, Merged(shared=moved(made.base, steps), structure=made.structure)
+        else:
+            yield experts, made
+
+
+def _stepped(job: _Job, experts: Experts) -> Iterator[Merged]:
+    """Yield the base moved by the step of each configuration; alike ones share a direction."""
+    users = Counter(one.direction for one in job.settings)
+    firsts = {one.direction: one for one in reversed(job.settings)}
+    steps = Steps(job.entry, experts, list(firsts.values()), job.seed)
+    made: dict[str, dict[str, Tensor]] = {direction: {} for direction in firsts}
+    for name in experts.merged_names():
+        # A direction that one configuration alone needs is put onto the base at once.
+        ends = [
+            base_plus(one.scales.get(name)) if users[one.direction] == 1 else step_alone
+            for one in firsts.values()
+        ]
+        for direction, tensor in zip(made, steps.of(name, ends), strict=True):
+            made[direction][name] = tensor
+    found = dict(zip(firsts, steps.coefficients, strict=True))
+    shared_directions = {direction for direction, count in users.items() if count > 1}
+    for one in job.settings:
+        users[one.direction] -= 1
+        tensors = made[one.direction] if users[one.direction] else made.pop(one.direction)
+        if one.direction in shared_directions:
+            tensors = {
+                name: base_plus(one.scales.get(name))(experts.base[name], step)
+                for name, step in tensors.items()
+            }
+        shared = {
+            name: tensors[name] if name in tensors else experts.base[name] for name in experts.base
+        }
+        facts = {"coefficients": one.scaled(found[one.direction])}
+        yield Merged(shared=shared, structure=experts.structure, facts=facts)
+
+
+def _finished(
+    job: _Job, experts: Experts, config: Config, result: tuple[Experts, Merged]
+) -> Merged:
+    """Return the whole model: veneers, statistics, heads, number types, facts; all checked."""
+    seen, merged = result
+    for layer in job.at("after"):
+        merged = layer.veneer.function(seen, merged, **layer.config)
+    merged = _complete(merged, seen, experts.base, job.batch_norm)
+    _check_result(job.entry.name, merged.shared, experts.base)
+    merged = kept_in(merged, experts.base, job.out_dtype)
+    return replace(
+        merged, facts=_facts(job, experts, config) | dict(merged.facts) | _veneer_facts(job)
+    )
 
 
 def _values(entry: Registered[Any], config: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -103,22 +266,48 @@ def _values(entry: Registered[Any], config: Mapping[str, Any], seed: int) -> dic
     return resolve(entry, {**default, **config})
 
 
+def _plain(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain JSON values, from which it can be made again."""
+    return {p: v.to_json() if isinstance(v, ByPattern) else v for p, v in config.items()}
+
+
 def _layer(name: str, given: Mapping[str, Any], seed: int) -> _Layer:
     veneer = VENEERS.get(name)
     position = str(veneer.facts.get("position"))
     if position not in _POSITIONS:
         raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
-    return _Layer(veneer, _values(veneer, given, seed))
+    values = _values(veneer, given, seed)
+    _refuse_patterns(veneer, values)
+    return _Layer(veneer, values)
 
 
-def _at(position: str, layers: Sequence[_Layer]) -> list[_Layer]:
-    return [layer for layer in layers if layer.veneer.facts["position"] == position]
-
-
-def _veneer_facts(layers: Sequence[_Layer]) -> dict[str, Any]:
-    named = [{"name": layer.veneer.name, "config": dict(layer.config)} for layer in layers]
+def _veneer_facts(job: _Job) -> dict[str, Any]:
+    named = [{"name": layer.veneer.name, "config": dict(layer.config)} for layer in job.layers]
     # With a veneer, the method's coefficients are no longer those of the experts' own deltas.
     return {"veneers": named} | ({"coefficients": None} if named else {})
+
+
+def _check_form(entry: Registered[Any], values: Sequence[Config]) -> None:
+    form = str(entry.facts.get("form"))
+    if form not in get_args(Form):
+        known = get_args(Form)
+        raise ValueError(unknown_name(f"form (declared by {entry.name!r})", form, known))
+    for config in values if _is_whole(entry) else ():
+        _refuse_patterns(entry, config)
+
+
+def _is_whole(entry: Registered[Any]) -> bool:
+    """Return whether a method sees the model as a whole, and not tensor by tensor."""
+    return entry.facts["form"] in ("whole", "experts")
+
+
+def _refuse_patterns(entry: Registered[Any], config: Config) -> None:
+    for name, value in config.items():
+        if isinstance(value, ByPattern):
+            raise ValueError(
+                f"{value.parameter} must be one value, since {entry.name!r} treats the model as a "
+                f"whole, but `{name}` is given by pattern or depth. Give one value."
+            )
 
 
 def _check_count(entry: Registered[Any], experts: Experts) -> None:
@@ -134,91 +323,6 @@ def _check_count(entry: Registered[Any], experts: Experts) -> None:
         )
 
 
-def _linear(
-    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], _seed: int
-) -> Merged:
-    coefficients: Tensor = entry.function(experts, **config)
-    if coefficients.shape != (len(experts),):
-        raise ValueError(
-            f"{entry.name!r} must return {len(experts)} coefficients, one per expert, but "
-            f"returned a tensor of shape {tuple(coefficients.shape)}."
-        )
-    steps = (
-        (name, blockwise(experts, name, lambda deltas, _: weighted_sum(coefficients, deltas)))
-        for name in experts.merged_names()
-    )
-    facts = {"coefficients": coefficients.tolist()}
-    return Merged(shared=moved(experts.base, steps), structure=experts.structure, facts=facts)
-
-
-def _kernel(
-    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], seed: int
-) -> Merged:
-    elementwise = _is_elementwise(entry, config)
-    stats = _prepared(entry, experts, config, elementwise=elementwise)
-
-    def step(name: str) -> Tensor:
-        base, info = experts.base[name], experts.structure[name]
-        if not elementwise:
-            each = Deltas(experts, name)
-            return cast(
-                "Tensor", entry.function(Slice(name, base, each, info, stats, seed), **config)
-            )
-        flat = base.reshape(-1)
-        return blockwise(
-            experts,
-            name,
-            lambda deltas, start: entry.function(
-                Slice(name, flat[start:][: deltas.shape[1]], deltas, info, stats, seed, start),
-                **config,
-            ),
-        )
-
-    steps = ((name, step(name)) for name in experts.merged_names())
-    return Merged(shared=moved(experts.base, steps), structure=experts.structure)
-
-
-def _whole(
-    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], _seed: int
-) -> Merged:
-    merged: Merged = entry.function(experts, **config)
-    return merged
-
-
-def _transformed(entry: Registered[Any], experts: Experts, config: Mapping[str, Any]) -> Experts:
-    """Return the experts that a method of the form `experts` makes of these; else these."""
-    if entry.facts["form"] != "experts":
-        return experts
-    transformed: Experts = entry.function(experts, **config)
-    return transformed
-
-
-def _averaged(
-    _entry: Registered[Any], experts: Experts, _config: Mapping[str, Any], _seed: int
-) -> Merged:
-    steps = (
-        (name, blockwise(experts, name, lambda deltas, _: deltas.mean(dim=0)))
-        for name in experts.merged_names()
-    )
-    return Merged(shared=moved(experts.base, steps), structure=experts.structure)
-
-
-_Runner = Callable[[Registered[Any], Experts, Mapping[str, Any], int], Merged]
-_FORMS: dict[str, _Runner] = {
-    "linear": _linear,
-    "kernel": _kernel,
-    "whole": _whole,
-    "experts": _averaged,
-}
-
-
-def _form(entry: Registered[Any]) -> _Runner:
-    form = str(entry.facts.get("form"))
-    if form not in _FORMS:
-        raise ValueError(unknown_name(f"form (declared by {entry.name!r})", form, _FORMS))
-    return _FORMS[form]
-
-
 def _check_policy(batch_norm: str) -> None:
     if batch_norm.startswith("recalibrate"):
         raise ValueError(
@@ -227,24 +331,6 @@ def _check_policy(batch_norm: str) -> None:
         )
     if batch_norm not in POLICIES:
         raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))
-
-
-def _is_elementwise(entry: Registered[Any], config: Mapping[str, Any]) -> bool:
-    declared = entry.facts.get("elementwise", False)
-    return bool(declared(config) if callable(declared) else declared)
-
-
-def _prepared(
-    entry: Registered[Any], experts: Experts, config: Mapping[str, Any], *, elementwise: bool
-) -> Mapping[str, Any]:
-    """Return what a kernel's first pass over all tensors found, if it declares one."""
-    prepare = entry.facts.get("prepare")
-    if prepare is None:
-        return {}
-    wanted = signature(prepare).parameters
-    some = {name: value for name, value in config.items() if name in wanted}
-    stats: Mapping[str, Any] = prepare(Pairs(experts, in_blocks=elementwise), **some)
-    return stats
 
 
 def _observed(experts: Experts, observers: Sequence[MergeObserver]) -> Experts:
@@ -280,10 +366,10 @@ def _shown(observer: MergeObserver, name: str, deltas: Tensor) -> Tensor:
     return changed
 
 
-def _complete(result: Merged, experts: Experts, batch_norm: str) -> Merged:
+def _complete(result: Merged, experts: Experts, base: Params, batch_norm: str) -> Merged:
     """Return the result with integers of the base, statistics by the policy, and every head."""
     merged_names = set(experts.merged_names())
-    kept = {name: t for name, t in experts.base.items() if name not in merged_names}
+    kept = {name: base[name] for name in base if name not in merged_names}
     if batch_norm == "average":
         kept |= {name: _mean(experts, name) for name in kept if _is_statistic(experts, name)}
     heads = result.heads or dict(zip(experts.names, experts.heads, strict=True))
@@ -312,15 +398,24 @@ def _check_result(method: str, shared: Params, base: Params) -> None:
             )
 
 
-def _facts(entry: Registered[Any], experts: Experts, config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(job: _Job, experts: Experts, config: Config) -> dict[str, Any]:
     return {
-        "method": entry.name,
-        "config": dict(config),
-        "data": entry.facts.get("data"),
+        "method": job.entry.name,
+        "config": _plain(config),
+        "data": job.entry.facts.get("data"),
         "tasks": list(experts.names),
         "coefficients": None,
         "base": experts.base_name,
         "base_hash": experts.base_hash,
         "backbone": experts.backbone,
         "image_size": experts.image_size,
+        "batch_norm": job.batch_norm,
+        "seed": job.seed,
+        "dtype": _type_name(job.dtype),
+        "out_dtype": _type_name(job.out_dtype) or "base",
+        "kept": sorted(experts.kept),
     }
+
+
+def _type_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

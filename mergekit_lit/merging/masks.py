@@ -24,6 +24,7 @@ from mergekit_lit.merging.steps import moved
     source="Wang et al. 2024, arXiv:2405.07813 (Consensus)",
     search={"threshold": (0.2, 0.6), "scale": (0.0, 1.5)},
     elementwise=True,
+    homogeneous=True,
 )
 def consensus(
     tensor: Slice, *, threshold: float = 0.4, agreement: int = 2, scale: float = 0.3

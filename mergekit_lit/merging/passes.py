@@ -51,21 +51,25 @@ class Pairs(Iterable[tuple[str, Tensor]]):
                 yield name, self._experts.deltas(name)
 
 
-def blockwise(experts: Experts, name: str, function: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Return f(deltas (T, n), place of the first entry) -> (n,) of all blocks, joined to (*s).
+Blocks = Callable[[Tensor, int], Tensor]
+"""f(deltas (T, n), place of the first entry) -> (n,): one block of a tensor that is made."""
+
+
+def blockwise(experts: Experts, name: str, functions: Sequence[Blocks]) -> list[Tensor]:
+    """Return of each function its blocks joined to (*s); each block is read once for all.
 
     Raises:
-        ValueError: the function returns another shape.
+        ValueError: a function returns another shape.
     """
     base = experts.base[name]
-    step = torch.empty_like(wide(base), memory_format=torch.contiguous_format)
-    flat = step.view(-1)
+    made = [torch.empty(base.shape, dtype=wide(base).dtype) for _ in functions]
     for start, deltas in experts.blocks(name):
-        part = function(deltas, start)
-        if part.shape != deltas.shape[1:]:
-            raise ValueError(
-                f"The step of {name!r} must have shape {tuple(deltas.shape[1:])}, but has "
-                f"{tuple(part.shape)}."
-            )
-        flat[start : start + len(part)] = part
-    return step
+        for whole, function in zip(made, functions, strict=True):
+            part = function(deltas, start)
+            if part.shape != deltas.shape[1:]:
+                raise ValueError(
+                    f"The step of {name!r} must have shape {tuple(deltas.shape[1:])}, but has "
+                    f"{tuple(part.shape)}."
+                )
+            whole.view(-1)[start : start + len(part)] = part
+    return made

@@ -24,6 +24,7 @@ _TAIL = 1e-4
     data="none",
     source="Wan et al. 2024, arXiv:2408.07990 (SCE of FuseChat 2.0)",
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
+    homogeneous=True,
 )
 def sce(tensor: Slice, *, density: float = 0.1, scale: float = 1.0) -> Tensor:
     """Select entries on which the experts differ, weigh experts by energy, erase minority signs.
@@ -87,6 +88,7 @@ def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
     search={"density": (0.02, 0.5), "scale": (0.0, 3.0)},
     prepare=competition,
     elementwise=True,
+    homogeneous=True,
 )
 def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     """Let entries compete within and between experts, and average the winners by their balance.
@@ -124,6 +126,7 @@ def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     source="Behavior Knowledge Merge in Reinforced Agentic Models, 2026, arXiv:2601.13572 (RAM)",
     search={"scale": (0.0, 2.0)},
     elementwise=True,
+    homogeneous=True,
 )
 def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor:
     """Keep what one expert alone moved, and average what several moved.
@@ -156,6 +159,7 @@ def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor
     data="none",
     source="Goddard et al. 2024, arXiv:2403.13257 (Nearswap of mergekit 0.1)",
     search={"scale": (0.0, 4.0)},
+    homogeneous=True,
 )
 def nearswap(tensor: Slice, *, reach: float = 1e-3, scale: float = 1.0) -> Tensor:
     """Take each expert's entries where they lie near the base, and go towards them elsewhere.

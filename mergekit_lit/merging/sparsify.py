@@ -41,6 +41,7 @@ def trim_and_elect(
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
     prepare=trim_and_elect,
     elementwise=lambda config: config["trim"] == "model",
+    homogeneous=True,
 )
 def ties(
     tensor: Slice,
@@ -83,6 +84,7 @@ def ties(
     data="none",
     source="Davari & Belilovsky 2023, arXiv:2312.06795 (Model Breadcrumbs)",
     search={"drop": (0.0, 0.95), "outliers": (0.0, 0.05), "scale": (0.0, 1.5)},
+    homogeneous=True,
 )
 def breadcrumbs(
     tensor: Slice, *, drop: float = 0.85, outliers: float = 0.007, scale: float = 0.3
@@ -124,6 +126,7 @@ def breadcrumbs(
     search={"scale": (0.0, 2.0)},
     order="of two experts that moved an entry equally far the later one counts",
     elementwise=True,
+    homogeneous=True,
 )
 def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
     """Take each entry from the expert that moved it most.

@@ -25,6 +25,7 @@ from mergekit_lit.merging.sparsify import Combine, agreeing, combined
     data="none",
     source="Gargiulo et al. 2025, arXiv:2412.00081, alg. 1",
     search={"scale": (0.0, 3.0)},
+    homogeneous=True,
 )
 def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     """Keep each task's leading singular vectors, make them orthogonal across tasks, and sum.
@@ -60,6 +61,7 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     data="none",
     source="Marczak et al. 2025, arXiv:2502.04959, sec. 4.1",
     search={"scale": (0.0, 3.0)},
+    homogeneous=True,
 )
 def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     """Sum the task matrices and make the spectrum of the sum flat.
@@ -89,6 +91,7 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     data="none",
     source="Marczak et al. 2025, arXiv:2502.04959, alg. 2",
     search={"scale": (0.0, 3.0), "common_share": (0.0, 1.0)},
+    homogeneous=True,
 )
 def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> Tensor:
     """Make one flat spectrum of a common subspace and of what each task adds to it.
@@ -131,6 +134,7 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     data="none",
     source="Stoica et al. 2024, arXiv:2410.19735 (KnOTS)",
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
+    homogeneous=True,
 )
 def knots(
     tensor: Slice,

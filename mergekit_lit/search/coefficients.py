@@ -1,24 +1,17 @@
 """This file chooses lambda: the length of a method's step, by its score on validation images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.params import add, norm, subtract
 from mergekit_lit.core.registry import Registered
-from mergekit_lit.merging.engine import merge
-
-SCALE = "scale"
-"""What every method calls the length of its step."""
+from mergekit_lit.merging.configuration import SCALE as SCALE
+from mergekit_lit.merging.engine import merge_many
 
 # Shares of the upper end of a method's range. Good steps are short: the grid is dense near 0, far
 # below where single-task vectors are scaled, and it holds 0, the base itself.
 _SHARES = (0.0, 0.01, 0.03, 0.07, 0.13, 0.2, 0.3, 0.45, 0.7, 1.0)
-
-
-# Largest relative difference of two directions that counts as none: rounding, and no more.
-_SAME_DIRECTION = 1e-4
 
 
 @dataclass(frozen=True)
@@ -78,36 +71,11 @@ def choose(scales: Sequence[float], score: Callable[[Sequence[float]], Sequence[
 
 
 def merged_at(experts: Experts, method: str, scales: Sequence[float]) -> Iterator[Merged]:
-    """Yield the merge at each scale, without running the method for each where none is needed.
-
-    For nearly every method the step is the scale times a fixed direction. Whether it is for this
-    one is seen from the two largest scales; if so the others follow from the direction.
+    """Yield the merge at each scale, in one pass over the experts where the method allows it.
 
     Args:
         experts: T experts of one base.
         method: a registered method with a parameter `scale`.
-        scales: candidates, ascending, the largest not 0.
+        scales: candidates.
     """
-    ends = {scale: _merged(experts, method, scale) for scale in scales[-2:]}
-    steps = [
-        {name: delta / scale for name, delta in subtract(merged.shared, experts.base).items()}
-        for scale, merged in ends.items()
-        if scale
-    ]
-    direction = {
-        name: step for name, step in steps[-1].items() if experts.structure[name].is_merged
-    }
-    gap = norm(subtract(direction, steps[0]))
-    proportional = gap <= _SAME_DIRECTION * norm(direction)
-    for scale in scales:
-        if scale in ends:
-            yield ends[scale]
-        elif proportional:
-            shared = add(experts.base, direction, scale=scale)
-            yield replace(ends[scales[-1]], shared=shared)
-        else:
-            yield _merged(experts, method, scale)
-
-
-def _merged(experts: Experts, method: str, scale: float) -> Merged:
-    return merge(experts, method, config={SCALE: scale})
+    return merge_many(experts, method, [{SCALE: scale} for scale in scales])

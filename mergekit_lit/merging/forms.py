@@ -1,0 +1,256 @@
+"""This file is what a method of each form does to one tensor, under one setting or under many."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.registry import Registered
+from mergekit_lit.merging.configuration import SCALE, check_scale
+from mergekit_lit.merging.passes import Blocks, Deltas, Pairs, blockwise
+from mergekit_lit.merging.patterns import ByPattern
+from mergekit_lit.merging.steps import weighted_sum
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration, spread over the tensors.
+
+    A method that declares `homogeneous` gives scale times a direction: it is run at a scale of 1,
+    and its step is multiplied afterwards, so that settings which differ in scale share a direction.
+
+    Attributes:
+        values: by tensor, the value of every parameter; `scale` is 1 for homogeneous methods.
+        scales: by tensor, what the step is multiplied by; empty for other methods.
+        direction: the same for settings whose steps are multiples of one another.
+    """
+
+    values: Mapping[str, Config]
+    scales: Mapping[str, float]
+    direction: str
+
+    def scaled(self, coefficients: list[float] | None) -> list[float] | None:
+        """Return the coefficients of the direction times the scale, where one holds everywhere."""
+        found = set(self.scales.values()) or {1.0}
+        if coefficients is None or len(found) > 1:
+            return None
+        return [found.copy().pop() * coefficient for coefficient in coefficients]
+
+
+def setting(entry: Registered[Any], config: Config, experts: Experts) -> Setting:
+    """Spread a configuration, as `resolve` returns it, over the tensors that are merged.
+
+    Raises:
+        ValueError: a pattern matches no tensor, or a scale is below 0.
+    """
+    names = experts.merged_names()
+    varying = {
+        parameter: value.at(names, experts.structure)
+        for parameter, value in config.items()
+        if isinstance(value, ByPattern)
+    }
+    plain = {parameter: value for parameter, value in config.items() if parameter not in varying}
+    scales: dict[str, float] = {}
+    if is_homogeneous(entry):
+        scales = varying.pop(SCALE, {}) or dict.fromkeys(names, plain[SCALE])
+        for scale in set(scales.values()):
+            check_scale(scale)
+        plain[SCALE] = 1.0
+    values = {
+        name: {**plain, **{parameter: by[name] for parameter, by in varying.items()}}
+        for name in names
+    }
+    return Setting(values, scales, repr((sorted(plain.items()), sorted(varying.items()))))
+
+
+def is_homogeneous(entry: Registered[Any]) -> bool:
+    """Return whether a method declares that its step is its parameter `scale` times a direction."""
+    return bool(entry.facts.get("homogeneous", False))
+
+
+class Steps:
+    """The steps of one method under several settings, tensor by tensor."""
+
+    def __init__(
+        self, entry: Registered[Any], experts: Experts, settings: Sequence[Setting], seed: int
+    ) -> None:
+        """Find what must be known of all tensors before the first step; alike settings share it.
+
+        Args:
+            entry: a method of the form `linear` or `kernel`.
+            experts: T experts of one base.
+            settings: of which the steps are asked for.
+            seed: of the merge.
+        """
+        self._experts = experts
+        self._seed = seed
+        known: dict[str, Any] = {}
+        make = _linear if entry.facts["form"] == "linear" else _kernel
+        self._kernels = [make(entry, experts, setting.values, known) for setting in settings]
+
+    @property
+    def coefficients(self) -> list[list[float] | None]:
+        """Of each setting, lambda (T,) of a linear method, if it is that of all tensors."""
+        return [kernel.coefficients for kernel in self._kernels]
+
+    def of(self, name: str, ends: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> list[Tensor]:
+        """Return of each setting end(base, step), (*s), of one tensor.
+
+        Args:
+            name: of the tensor.
+            ends: of each setting, what is made of the base and the step, entry by entry; it gets
+                blocks of entries from elementwise methods, and then is called many times.
+        """
+        flat = self._experts.base[name].reshape(-1)
+        in_blocks = [k for k, kernel in enumerate(self._kernels) if kernel.elementwise(name)]
+        functions = [self._blocks(name, flat, self._kernels[k], ends[k]) for k in in_blocks]
+        made = dict(zip(in_blocks, self._joined(name, functions), strict=True))
+        return [
+            made[k] if k in made else self._whole(name, kernel, ends[k])
+            for k, kernel in enumerate(self._kernels)
+        ]
+
+    def _joined(self, name: str, functions: Sequence[Blocks]) -> list[Tensor]:
+        return blockwise(self._experts, name, functions) if functions else []
+
+    def _blocks(
+        self, name: str, flat: Tensor, kernel: "_Kernel", end: Callable[[Tensor, Tensor], Tensor]
+    ) -> Blocks:
+        info = self._experts.structure[name]
+
+        def function(deltas: Tensor, start: int) -> Tensor:
+            base = flat[start : start + deltas.shape[1]]
+            part = Slice(name, base, deltas, info, kernel.stats(name), self._seed, start)
+            return end(base, kernel.step(part))
+
+        return function
+
+    def _whole(
+        self, name: str, kernel: "_Kernel", end: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        base, info = self._experts.base[name], self._experts.structure[name]
+        each = Deltas(self._experts, name)
+        step = kernel.step(Slice(name, base, each, info, kernel.stats(name), self._seed))
+        if step.shape != base.shape:
+            raise ValueError(
+                f"The step of {name!r} must have shape {tuple(base.shape)}, but has "
+                f"{tuple(step.shape)}."
+            )
+        return end(base, step)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A method under one setting."""
+
+    step: Callable[[Slice], Tensor]
+    elementwise: Callable[[str], bool]
+    stats: Callable[[str], Mapping[str, Any]]
+    coefficients: list[float] | None = None
+
+
+def _linear(
+    entry: Registered[Any], experts: Experts, values: Mapping[str, Config], known: dict[str, Any]
+) -> _Kernel:
+    """Return the weighted sum of the deltas, by the coefficients of each tensor's values."""
+    keys = {name: repr(sorted(config.items())) for name, config in values.items()}
+    for name, key in keys.items():
+        if key not in known:
+            known[key] = _coefficients(entry, experts, values[name])
+    own = {name: known[key] for name, key in keys.items()}
+    alike = next(iter(own.values())).tolist() if len(set(keys.values())) == 1 else None
+    return _Kernel(
+        step=lambda tensor: _combination(own[tensor.name], tensor.deltas),
+        elementwise=lambda _: True,
+        stats=lambda _: {},
+        coefficients=alike,
+    )
+
+
+def _combination(coefficients: Tensor, deltas: Tensor) -> Tensor:
+    """Return sum_t lambda_t tau_t, (*s); with one lambda for all as a multiple of their sum."""
+    if bool((coefficients == coefficients[0]).all()):
+        return coefficients[0].to(deltas.dtype) * deltas.sum(dim=0)
+    return weighted_sum(coefficients, deltas)
+
+
+def _coefficients(entry: Registered[Any], experts: Experts, config: Config) -> Tensor:
+    coefficients: Tensor = entry.function(experts, **config)
+    if coefficients.shape != (len(experts),):
+        raise ValueError(
+            f"{entry.name!r} must return {len(experts)} coefficients, one per expert, but "
+            f"returned a tensor of shape {tuple(coefficients.shape)}."
+        )
+    return coefficients
+
+
+def _kernel(
+    entry: Registered[Any], experts: Experts, values: Mapping[str, Config], known: dict[str, Any]
+) -> _Kernel:
+    """Return a per-tensor kernel with what its first pass over the tensors found.
+
+    Tensors whose values differ where `prepare` looks at them are prepared apart, each group as if
+    it were a model of its own.
+    """
+    declared = entry.facts.get("elementwise", False)
+    by_blocks = {
+        name: bool(declared(config) if callable(declared) else declared)
+        for name, config in values.items()
+    }
+    stats = _prepared(entry, experts, values, by_blocks, known)
+    return _Kernel(
+        step=lambda tensor: entry.function(tensor, **values[tensor.name]),
+        elementwise=lambda name: by_blocks[name],
+        stats=lambda name: stats.get(name, {}),
+    )
+
+
+def _prepared(
+    entry: Registered[Any],
+    experts: Experts,
+    values: Mapping[str, Config],
+    by_blocks: Mapping[str, bool],
+    known: dict[str, Any],
+) -> dict[str, Mapping[str, Any]]:
+    """Return by tensor what `prepare` found in the group of tensors that it belongs to."""
+    prepare = entry.facts.get("prepare")
+    if prepare is None:
+        return {}
+    wanted = signature(prepare).parameters
+    groups: dict[str, list[str]] = {}
+    seen = {name: {p: v for p, v in c.items() if p in wanted} for name, c in values.items()}
+    for name, config in seen.items():
+        groups.setdefault(repr((sorted(config.items()), by_blocks[name])), []).append(name)
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, names in groups.items():
+        whole = f"{key} {names}"
+        if whole not in known:
+            group = replace(experts, kept=experts.kept | (set(values) - set(names)))
+            pairs = Pairs(group, in_blocks=by_blocks[names[0]])
+            known[whole] = prepare(pairs, **seen[names[0]])
+        found |= dict.fromkeys(names, known[whole])
+    return found
+
+
+def mean_step(experts: Experts, name: str) -> Tensor:
+    """Return the mean of one tensor's deltas, (*s)."""
+    (step,) = blockwise(experts, name, [lambda deltas, _: deltas.mean(dim=0)])
+    return step
+
+
+def base_plus(scale: float | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function (base, step) -> base + scale * step, in the dtype of the step."""
+    if scale is None:
+        return lambda base, step: base.to(step.dtype) + step
+    return lambda base, step: base.to(step.dtype) + scale * step
+
+
+def step_alone(_base: Tensor, step: Tensor) -> Tensor:
+    """Return the step."""
+    return step
