@@ -152,9 +152,9 @@ def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParse
             f"Parameters of {function.__name__!r} must not be named like those of `merge`, but "
             f"{clash[0]!r} is. Rename it."
         )
-    parser.add_function_arguments(calibration, "data")
     positional = set(inspect.signature(function).parameters) - set(flags)
     add_parameters(parser, function, skip=positional)
+    parser.add_function_arguments(calibration, "data")
     return parser
 
 

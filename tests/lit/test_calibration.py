@@ -9,8 +9,9 @@ import torch
 
 from mergekit_lit.cli import main
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, Experts, Merged, load_merged, save_expert
+from mergekit_lit.core.experts import Base, Expert, Experts, Merged, load_merged, save_expert
 from mergekit_lit.core.params import add
+from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images, SplitOptions
 from mergekit_lit.data.suites import load_suite
@@ -18,6 +19,7 @@ from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.evaluation import entries_for, predict
 from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import images_by_split, merge_calibrated, splits_needed
+from mergekit_lit.merging.alignment import permuted
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 
@@ -178,6 +180,65 @@ def test_a_task_without_images_is_told(family, gathered, data):
     nothing = images | {"stripes": Images(images["dots"].x[:0], images["dots"].y[:0])}
     with pytest.raises(ValueError, match="Task 'stripes' must have images for the merge to look"):
         calibration_on(nothing, gathered, backbone=backbone, split="train")
+
+
+def planted(base: Base, experts: list[Expert], *, scrambled: bool) -> Experts:
+    """Return experts, the units of the second in a planted order."""
+    gathered = Experts(
+        base=base.params,
+        tuned=[expert.backbone for expert in experts],
+        structure=base.structure,
+        cards=[expert.card for expert in experts],
+        heads=[expert.head for expert in experts],
+        names=list(TASKS),
+        backbone=base.backbone,
+    )
+    draw = torch.Generator().manual_seed(0)
+    sizes = permutation_sizes(base.params, base.structure)
+    order = {key: torch.randperm(size, generator=draw) for key, size in sizes.items()}
+    return permuted(gathered, [{}, order]) if scrambled else gathered
+
+
+@pytest.mark.parametrize("method", ["greedy_soup", "fisher", "surgery"])
+def test_what_looks_after_a_veneer_has_the_veneer_s_heads_and_statistics(data, method):
+    backbone, base = load_base("resnet")
+    experts = []
+    for seed, task in enumerate(TASKS):
+        draw = torch.Generator().manual_seed(seed)
+        step = {
+            name: 0.01 * torch.randn(tensor.shape, generator=draw).abs()
+            for name, tensor in base.params.items()
+            if tensor.is_floating_point()
+        }
+        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.ones(3)}
+        experts.append(Expert(add(base.params, step), head, base.structure, Card(task=task)))
+    images = images_by_split(data, splits_needed(method, "average", base.structure), count=20)
+    found, plain = (
+        merge_calibrated(
+            planted(base, experts, scrambled=scrambled),
+            method,
+            images,
+            backbone=backbone,
+            config=FEW.get(method, {}),
+            veneers=[("git_rebasin", {})] if scrambled else [],
+            batch_norm="average",
+        )
+        for scrambled in (True, False)
+    )
+    for task in TASKS:
+        right, left = plain.for_task(task), found.for_task(task)
+        for name, tensor in right.items():
+            torch.testing.assert_close(left[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(found.heads[task], plain.heads[task])
+    for task, adapter in plain.adapters.items():
+        torch.testing.assert_close(found.adapters[task], adapter, rtol=1e-2, atol=1e-3)
+
+
+def test_images_without_a_network_to_look_with_are_refused(gathered, data):
+    with pytest.raises(ValueError, match="Looking at images needs the experts' `backbone`"):
+        merge_calibrated(gathered, "greedy_soup", {"val": images_of(data, "val")}, backbone=None)
+    merged = merge_calibrated(gathered, "average", {}, backbone=None)
+    assert merged.tasks == TASKS
 
 
 def test_the_command_finds_the_images_that_a_method_declares(family, tmp_path, tiny_suite, capsys):
