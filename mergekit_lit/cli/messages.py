@@ -16,6 +16,11 @@ _ELSEWHERE = {
     "trainer.max_steps": "steps",
     "trainer.default_root_dir": "out",
 }
+_WORDS = {
+    "<class 'NoneType'>": "null",
+    "<class 'float'>": "a finite number",
+    "<class 'int'>": "a whole number",
+}
 _PROBLEM = re.compile(r"Problem with given class_path '[^']+':\s*(?P<why>[^\n]+)")
 
 
@@ -59,9 +64,9 @@ def told(parser: ArgumentParser, message: str) -> str:
 
 
 def _kind(text: str) -> str:
-    """Return `int` for "<class 'int'>", `one of 'a', 'b'` for a Literal, and so on."""
-    if text == "<class 'NoneType'>":
-        return "null"
+    """Return `a whole number` for "<class 'int'>", `one of 'a', 'b'` for a Literal, and so on."""
+    if text in _WORDS:
+        return _WORDS[text]
     literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", text)
     if literal:
         return f"one of {literal[1]}"

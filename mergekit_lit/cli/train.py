@@ -1,11 +1,8 @@
 """This file is `mergekit-lit train`: one expert, or one a task, in turn or side by side."""
 
 import inspect
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -22,6 +19,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import trainer_arguments
 from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.train import train_expert, world_size
 
 _GIVEN_APART = {"data", "model", "trainer", "callbacks", "loggers", "name"}
@@ -95,14 +93,21 @@ def _check_jobs(namespace: Namespace) -> None:
         )
 
 
-def _tasks(namespace: Namespace) -> list[str]:
+def _tasks(namespace: Namespace) -> tuple[str, ...]:
     """Return the tasks that `data.task` names: one, several after commas, or `all`."""
     suite = load_suite(namespace.data.suite, root=namespace.data.root)
-    if namespace.data.task == "all":
-        return list(suite.names)
-    names = [suite.task(name.strip()).name for name in namespace.data.task.split(",")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`data.task` must name each task once, but is {namespace.data.task!r}.")
+    named = namespace.data.task
+    return suite.chosen(None if named == "all" else _split(named, suite.names))
+
+
+def _split(text: str, known: Sequence[str]) -> list[str]:
+    """Return the names between the commas of `text`; of names that hold commas, the longest."""
+    parts, names = text.split(","), []
+    while parts:
+        sizes = range(len(parts), 0, -1)
+        size = next((n for n in sizes if ",".join(parts[:n]).strip() in known), 1)
+        names.append(",".join(parts[:size]).strip())
+        parts = parts[size:]
     return names
 
 
@@ -131,18 +136,14 @@ def _train_one(
 def _side_by_side(
     argv: Sequence[str], tasks: Sequence[str], texts: dict[str, str], *, jobs: int
 ) -> list[Path]:
-    """Train the tasks in a pool of processes; the first error ends it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(_train_in_worker, list(argv), task, texts) for task in tasks]
-        try:
-            return [file for run in runs for file in run.result()]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """Train the tasks in a few processes; the first error ends them."""
+    with Crew(jobs) as crew:
+        runs = crew.run(_train_in_worker, [(list(argv), task, texts) for task in tasks])
+    return [file for files in runs for file in files]
 
 
-def _train_in_worker(argv: list[str], task: str, texts: dict[str, str]) -> list[Path]:
+def _train_in_worker(job: tuple[list[str], str, dict[str, str]]) -> list[Path]:
+    argv, task, texts = job
     parser = _parser()
     return _train_one(parser, parse(parser, argv), task, texts)
 

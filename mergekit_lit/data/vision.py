@@ -277,12 +277,21 @@ def _reader(name: str, facts: _Facts) -> Reader:
     def read(root: Path, *, size: int | None, download: bool) -> Pool:
         try:
             opened = facts.opener(root, download)
-        except (ImportError, OSError):
+        except ImportError:
             raise
+        except OSError as error:
+            reason = getattr(error, "reason", error.strerror)
+            if reason is None:
+                # Told in one line already.
+                raise
+            raise OSError(
+                f"Task {name!r} could not be {'fetched to' if download else 'read from'} "
+                f"{str(root)!r}: {reason}. Check the folder and the network."
+            ) from None
         # Torchvision says RuntimeError of missing and damaged files, but not of all.
         except Exception as error:
             raise ValueError(
-                f"Task {name!r} must lie whole under {str(root)!r}, but: {_first_line(error)}"
+                f"Task {name!r} must lie whole under {str(root)!r}, but: {_one_line(error)}"
             ) from None
         return _pool(
             name, opened, root / "decoded", min(size or facts.image_size, facts.image_size)
@@ -305,8 +314,8 @@ def _pool(name: str, opened: Opened, folder: Path, size: int) -> Pool:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _finder(facts: _Facts) -> Finder:

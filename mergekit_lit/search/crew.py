@@ -1,11 +1,13 @@
 """This file runs one function on many items in a few processes, and hears from them meanwhile."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
-from threading import current_thread, main_thread
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
+from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +18,10 @@ Result = TypeVar("Result")
 Message = tuple[Any, ...]
 
 _LISTEN_S = 0.1
+# What a worker has to put its files away once it is told to leave.
+_LEAVE_S = 1.0
+# The exit code of a process that SIGTERM ended, as shells count it.
+_ENDED = 143
 
 
 class _Outlet:
@@ -34,6 +40,8 @@ class Crew:
     """A few worker processes of one thread each, started once and used for several stages.
 
     With one job the work runs in this process, so that it can be debugged and needs no start-up.
+    Ctrl-C and errors end the workers at once, in the middle of their work, but none of them in the
+    middle of a file; so does the death of this process.
     """
 
     def __init__(self, jobs: int, *, listen: Callable[[Message], None] | None = None) -> None:
@@ -60,9 +68,6 @@ class Crew:
             self._pool = ProcessPoolExecutor(
                 self._jobs, mp_context=context, initializer=_join, initargs=(self._queue,)
             )
-            with _deaf_to_interrupts():
-                # The first piece of work starts every process.
-                self._pool.submit(int)
         return self
 
     def __exit__(
@@ -73,9 +78,8 @@ class Crew:
     ) -> None:
         if self._pool is None:
             return
-        if isinstance(error, KeyboardInterrupt):
-            for child in set(active_children()) - set(self._strangers):
-                child.terminate()
+        if error is not None:
+            self._end()
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -85,7 +89,9 @@ class Crew:
         """
         if self._pool is None:
             return self._run_here(work, items)
-        futures = [self._pool.submit(work, item) for item in items]
+        with _interrupts_held():
+            # The pool starts its processes as work comes in.
+            futures = [self._pool.submit(_work, work, item) for item in items]
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_LISTEN_S, return_when=FIRST_COMPLETED)
@@ -102,28 +108,59 @@ class Crew:
         finally:
             _Outlet.send = before
 
+    def _end(self) -> None:
+        """End the workers: let them put their files away, but not for long."""
+        workers = set(active_children()) - set(self._strangers)
+        for worker in workers:
+            worker.terminate()
+        latest = monotonic() + _LEAVE_S
+        for worker in workers:
+            worker.join(max(0.0, latest - monotonic()))
+            worker.kill()
+
     def _hear(self) -> None:
         while not self._queue.empty():
             self._listen(self._queue.get())
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that leave Ctrl-C to this one, which then ends them; even while they import.
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that leave Ctrl-C to this one, even while they import; it is not lost here.
 
-    Signals are a matter of the main thread; elsewhere nothing is changed.
+    What is blocked stays blocked in the processes that are started meanwhile.
     """
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _join(queue: Any) -> None:
     """Make a new process a member of the crew: one thread, messages into the queue."""
     torch.set_num_threads(1)
     _Outlet.send = queue.put
+    signal.signal(signal.SIGTERM, _leave)
+    Thread(target=_leave_after_parent, daemon=True).start()
+
+
+def _work(work: Callable[[Item], Result], item: Item) -> Result:
+    """Return the result of one piece of work; end the process if it is told to leave meanwhile."""
+    try:
+        return work(item)
+    except SystemExit:
+        # The pool would take it for a result, and go on with the next piece.
+        os._exit(_ENDED)
+
+
+def _leave(*_: Any) -> None:
+    """Leave from wherever the process is: files that are being written are removed on the way."""
+    raise SystemExit(_ENDED)
+
+
+def _leave_after_parent() -> None:
+    """Leave when the process that started this one has died: nobody else would end it."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

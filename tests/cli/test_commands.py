@@ -1,6 +1,7 @@
 """The commands, in this process, on the tiny suite: what they write, print and refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ def test_card_and_methods_and_tasks_speak_json(experts, tiny_suite, capsys):
 
 BAD_TRAINING = {
     "unknown task": (["--data.task=dotz"], "Did you mean 'dots'?"),
-    "one task twice": (["--data.task=dots,dots"], "`data.task` must name each task once"),
+    "one task twice": (["--data.task=dots,dots"], "Each task must be named once"),
     "unknown suite": (["--data.suite=embeded8"], "Did you mean 'embedded8'?"),
     "unknown backbone": (["--model.base=resnett@random:0"], "resnett"),
     "unknown key": (["--model.lrr=1"], "Did you mean 'model.lr'?"),
@@ -193,7 +194,14 @@ BAD_TRAINING = {
     "n below 1": (["--data.n=0"], "n"),
     "lr not finite": (["--model.lr=.inf"], "`lr`"),
     "lr negative": (["--model.lr=-1"], "`lr`"),
-    "lr nan": (["--model.lr=nan"], "`model.lr`"),
+    "lr nan": (["--model.lr=nan"], "`model.lr` must be a finite number, but is 'nan'"),
+    "val share nan": (["--data.val_share=nan"], "must be a finite number, but is 'nan'"),
+    "val share nan in YAML": (["--data.val_share=.nan"], "must lie in [0, 1), but is nan"),
+    "val share infinite": (["--data.val_share=inf"], "must be a finite number, but is 'inf'"),
+    "a file as root": (
+        ["--data.suite=vision8", "--data.task=mnist", "--data.root=/dev/null", "--data.download"],
+        "The `root` of the data sets must be a folder, but '/dev/null' is a file",
+    ),
     "no jobs": (["--jobs=0"], "`jobs`"),
     "jobs of several processes": (
         ["--jobs=2", "--trainer.devices=2", "--trainer.accelerator=cpu"],
@@ -222,6 +230,26 @@ def test_bad_training_is_one_line_and_leaves_nothing(
     assert message in told
     assert told.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_damaged_neighbour_and_commas_in_names_do_not_hinder(tiny_suite, tmp_path, capsys):
+    folder, out = tmp_path / "own", tmp_path / "run"
+    folder.mkdir()
+    for name in ("a,b", "b"):
+        shutil.copy(Path(tiny_suite) / "dots.npz", folder / f"{name}.npz")
+    (folder / "bad.npz").write_bytes(b"PK")
+    words = ["train", f"--data.suite={folder}", "--data.reserve=4", "--model.warmup_steps=0"]
+    words += ["--model.base=vit@random:0", "--model.image_size=8", "--steps=1"]
+    for task in ("bad", "all"):
+        assert main([*words, f"--data.task={task}", f"--out={out}"]) == 2
+        told = capsys.readouterr().err
+        assert "bad.npz' must be a whole npz file" in told
+        assert told.count("\n") == 1
+        assert not out.exists()
+    assert main([*words, "--data.task=a,b, b", f"--out={out}"]) == 0
+    assert {path.stem for path in out.glob("*.safetensors")} == {"a,b", "b"}
+    assert main(["tasks", str(folder)]) == 0
+    assert "bad is damaged: " in capsys.readouterr().out
 
 
 def test_jobs_under_a_launcher_are_refused(tiny_suite, tmp_path, capsys, monkeypatch):
