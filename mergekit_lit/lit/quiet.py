@@ -1,6 +1,7 @@
-"""This file keeps back what Lightning says that the user cannot act on."""
+"""This file keeps back what Lightning says, and does at Ctrl-C, that helps nobody here."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +31,21 @@ def quiet() -> Iterator[None]:
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C through a Trainer, which turns it into an exit of the process with code 1.
+
+    Raises:
+        KeyboardInterrupt: it was pressed; the Trainer has put its things away.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as request:
+        if not isinstance(request.__context__, KeyboardInterrupt):
+            raise
+        # Lightning leaves it ignored.
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None

@@ -27,7 +27,7 @@ from mergekit_lit.lit.evaluation import (
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.merge import MergeModule
 from mergekit_lit.lit.passes import pixels
-from mergekit_lit.lit.quiet import quiet
+from mergekit_lit.lit.quiet import interruptible, quiet
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
@@ -54,7 +54,8 @@ def evaluate_files(  # noqa: PLR0913
     """Evaluate bases, experts and merged models on the tasks of a suite.
 
     Experts of different tasks are told as one model, `experts`, each on its own task; the base is
-    evaluated with their heads. Without `data.tasks` the tasks are those that the models know.
+    evaluated with their heads. Without `data.tasks` the tasks are those that the models know; with
+    it, an expert of another task is refused rather than passed over.
 
     Args:
         models: files of ours, or specs of bases such as `resnet`.
@@ -89,7 +90,7 @@ def evaluate_files(  # noqa: PLR0913
     _choose_tasks(data, loaded.by_name)
     data.setup()
     module = MergeModule(loaded.backbone, loaded.by_name, batch_norm=batch_norm, seed=seed)
-    with quiet():
+    with quiet(), interruptible():
         runner = _trainer(trainer or {}, callbacks)
         runner.test(module, datamodule=data, verbose=False)
     table = _told(module.results(), loaded.by_name)
@@ -176,13 +177,19 @@ def _write(record: Record, out: Path, logger: LoggerKind) -> None:
 
 def _choose_tasks(data: MergeDataModule, models: Mapping[str, Model]) -> None:
     """Set the tasks to those that the models know, in the suite's order, unless they are given."""
-    if data.tasks is not None:
-        return
+    suite = load_suite(data.suite, root=data.root)
     known = {expert.name for expert in experts_of(models)}
+    if data.tasks is not None:
+        left = sorted(known - set(suite.chosen(data.tasks)))
+        if left:
+            raise ValueError(
+                f"Every expert must be of one of `data.tasks` ({', '.join(data.tasks)}), but one "
+                f"is of {left[0]!r}. Add that task, or leave that expert out."
+            )
+        return
     known |= {
         task for model in models.values() if isinstance(model, Merged) for task in model.tasks
     }
-    suite = load_suite(data.suite, root=data.root)
     for task in sorted(known):
         suite.task(task)
     data.tasks = tuple(name for name in suite.names if name in known) or None

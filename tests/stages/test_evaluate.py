@@ -120,11 +120,11 @@ def test_files_become_a_record(files, tiny_suite, tmp_path):
 
 
 def test_stored_statistics_are_the_files_own(files, tiny_suite):
-    data = _data(tiny_suite, tasks=["dots"])
-    stored = evaluate_files([BASE, *files], data=data, batch_norm="stored").metrics["models"]
+    data, models = _data(tiny_suite, tasks=["dots"]), [BASE, files[0], files[2]]
+    stored = evaluate_files(models, data=data, batch_norm="stored").metrics["models"]
     # The file of scale zero carries the base's statistics, and so scores as the base does.
     assert stored["base"]["tasks"] == stored["average"]["tasks"]
-    again = evaluate_files([BASE, *files], data=data).metrics["models"]
+    again = evaluate_files(models, data=data).metrics["models"]
     losses = [[found[name]["mean"]["loss"] for found in (stored, again)] for name in stored]
     assert dict(zip(stored, [one == other for one, other in losses], strict=True)) == {
         "average": True,
@@ -134,8 +134,16 @@ def test_stored_statistics_are_the_files_own(files, tiny_suite):
 
 
 def test_some_tasks_alone(files, tiny_suite):
-    record = evaluate_files(files, data=_data(tiny_suite, tasks=["stripes"]))
-    assert list(record.metrics["models"]["experts"]["tasks"]) == ["stripes"]
+    record = evaluate_files([BASE, *files[1:]], data=_data(tiny_suite, tasks=["stripes"]))
+    models = record.metrics["models"]
+    assert {name: list(entry["tasks"]) for name, entry in models.items()} == {
+        name: ["stripes"] for name in ("base", "experts", "average")
+    }
+
+
+def test_an_expert_is_scored_or_refused(files, tiny_suite):
+    with pytest.raises(ValueError, match=r"`data.tasks` \(stripes\), but one is of 'dots'"):
+        evaluate_files(files, data=_data(tiny_suite, tasks=["stripes"]))
 
 
 def test_several_experts_of_one_task_are_models_of_their_own(family, files, tiny_suite, tmp_path):
