@@ -4,9 +4,7 @@ Nothing of a file is ever run: torch checkpoints are read by `weights_only`, whi
 and plain containers alone.
 """
 
-import json
 import pickle
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +12,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lit.core.params import Params
+from mergekit_lit.core.shards import INDEX, Shards, open_file
 from mergekit_lit.core.tensorfiles import TensorFile
-
-INDEX = "model.safetensors.index.json"
-"""Name of the file that says in which shard each tensor lies."""
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Where training loops put the weights: Lightning, plain torch, timm, DINO.
 _WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model", "module", "teacher")
-
-
-class Shards(Mapping[str, Tensor]):
-    """The tensors of several safetensors files, each file opened when it is first asked for.
-
-    Attributes:
-        path: the index, or the folder that it lies in.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read the index alone.
-
-        Raises:
-            FileNotFoundError: no index, or one of its shards is missing.
-            ValueError: the index is damaged, or names a file outside its folder.
-        """
-        self.path = Path(path)
-        index = self.path / INDEX if self.path.is_dir() else self.path
-        self._folder = index.parent
-        self._place = _read_index(index)
-        self._open: dict[str, TensorFile] = {}
-        for shard in sorted(set(self._place.values())):
-            if not (self._folder / shard).is_file():
-                raise FileNotFoundError(f"No file {shard!r}, which {str(index)!r} names.")
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Map one tensor into memory."""
-        return self._file(name)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._place))
-
-    def __len__(self) -> int:
-        return len(self._place)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading its data."""
-        return self._file(name).shape(name)
-
-    def is_floating_point(self, name: str) -> bool:
-        """Return whether a tensor holds floating-point numbers, without reading its data."""
-        return self._file(name).is_floating_point(name)
-
-    def _file(self, name: str) -> TensorFile:
-        shard = self._place[name]
-        if shard not in self._open:
-            self._open[shard] = TensorFile(self._folder / shard)
-        return self._open[shard]
 
 
 def open_tensors(path: Path) -> Params:
@@ -87,11 +35,9 @@ def open_tensors(path: Path) -> Params:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
-    if path.name.endswith(".index.json"):
-        return Shards(path)
     if path.suffix in _TORCH_SUFFIXES:
         return _torch_weights(path)
-    return TensorFile(path)
+    return open_file(path)
 
 
 def _open_folder(folder: Path) -> Params:
@@ -104,24 +50,6 @@ def _open_folder(folder: Path) -> Params:
             f"{len(files)} such files. Name the file."
         )
     return TensorFile(files[0])
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the file name of each tensor."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No file {str(path)!r}.")
-    try:
-        place = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        plain = all(Path(shard).name == shard for shard in place.values())
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{str(path)!r} must be an index of shards with a 'weight_map', but is not: {error!r}."
-        ) from None
-    if not plain or not place:
-        raise ValueError(
-            f"{str(path)!r} must map tensors to files beside it, but names other places or none."
-        )
-    return place
 
 
 def _torch_weights(path: Path) -> Params:

@@ -13,12 +13,13 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.params import (
     Params,
     add,
-    is_floating,
     names_under,
     subtract,
     wide,
     with_prefix,
 )
+from mergekit_lit.core.shards import Shards, open_file, write_shards
+from mergekit_lit.core.specs import joined, spec_of
 from mergekit_lit.core.structure import Structure, structure_from_json, structure_to_json
 from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
 
@@ -113,7 +114,7 @@ class Experts:
             for name in self.base
             if self.structure[name].is_merged
             and name not in self.kept
-            and is_floating(self.base, name)
+            and spec_of(self.base, name).dtype.is_floating_point
         )
 
     def deltas(self, name: str) -> Tensor:
@@ -221,7 +222,7 @@ def load_expert(path: Path) -> Expert:
         FileNotFoundError: there is no such file.
         ValueError: it is no expert of ours, damaged, or a pickle.
     """
-    file = TensorFile(path)
+    file = open_file(path)
     _expect_kind(file, "expert")
     return Expert(
         backbone=file.under("backbone."),
@@ -232,18 +233,21 @@ def load_expert(path: Path) -> Expert:
     )
 
 
-def save_merged(path: Path, merged: Merged) -> None:
-    """Write shared tensors, and what each task keeps of its own, into one file, atomically."""
-    tensors = with_prefix(merged.shared, "shared.") | with_prefix(merged.base, "base.")
+def save_merged(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) -> None:
+    """Write shared tensors, and what each task keeps of its own, atomically.
+
+    Args:
+        path: a file that ends in `.safetensors`.
+        merged: the model; shared tensors that are computed when asked for are held one at a time.
+        max_shard_bytes: write several files of at most so many bytes, and an index of them, as
+            `core.shards` does; None writes one file.
+    """
+    groups: dict[str, Params] = {"shared.": merged.shared, "base.": merged.base}
     for task, masks in merged.masks.items():
-        packed = {name: pack(mask) for name, mask in masks.items()}
-        tensors |= with_prefix(packed, f"tasks/{task}/mask.")
-    for task, statistics in merged.statistics.items():
-        tensors |= with_prefix(statistics, f"tasks/{task}/bn.")
-    for task, adapter in merged.adapters.items():
-        tensors |= with_prefix(adapter, f"tasks/{task}/adapter.")
-    for task, head in merged.heads.items():
-        tensors |= with_prefix(head, f"heads/{task}.")
+        groups[f"tasks/{task}/mask."] = {name: pack(mask) for name, mask in masks.items()}
+    groups |= {f"tasks/{task}/bn.": own for task, own in merged.statistics.items()}
+    groups |= {f"tasks/{task}/adapter.": own for task, own in merged.adapters.items()}
+    groups |= {f"heads/{task}.": head for task, head in merged.heads.items()}
     facts = {
         "kind": "merged",
         "tasks": list(merged.heads),
@@ -251,7 +255,10 @@ def save_merged(path: Path, merged: Merged) -> None:
         "facts": dict(merged.facts),
         "structure": structure_to_json(merged.structure),
     }
-    write_tensors(path, tensors, facts)
+    if max_shard_bytes is None:
+        write_tensors(path, joined(groups), facts)
+    else:
+        write_shards(path, joined(groups), facts, max_shard_bytes=max_shard_bytes)
 
 
 def load_merged(path: Path) -> Merged:
@@ -261,7 +268,7 @@ def load_merged(path: Path) -> Merged:
         FileNotFoundError: there is no such file.
         ValueError: it is no merged model of ours, damaged, or a pickle.
     """
-    file = TensorFile(path)
+    file = open_file(path)
     _expect_kind(file, "merged")
     tasks = file.facts["tasks"]
     statistics = {task: _under(file, f"tasks/{task}/bn.") for task in tasks}
@@ -283,32 +290,32 @@ def load_merged(path: Path) -> Merged:
 
 def file_kind(path: Path) -> str:
     """Return `base`, `expert`, `merged`, or `foreign` for tensors that others wrote."""
-    return str(TensorFile(path).facts.get("kind", "foreign"))
+    return str(open_file(path).facts.get("kind", "foreign"))
 
 
 def load_base_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a base file: its tensors in float32, and the facts of its header."""
-    file = TensorFile(path)
+    file = open_file(path)
     _expect_kind(file, "base")
     return floats(_under(file, "backbone.")), file.facts
 
 
-def _under(file: TensorFile, prefix: str) -> dict[str, Tensor]:
+def _under(file: TensorFile | Shards, prefix: str) -> dict[str, Tensor]:
     return {short: file[name] for short, name in names_under(file, prefix).items()}
 
 
-def _masks(file: TensorFile, task: str, shared: Params) -> dict[str, Tensor]:
+def _masks(file: TensorFile | Shards, task: str, shared: Params) -> dict[str, Tensor]:
     packed = _under(file, f"tasks/{task}/mask.")
     return {name: unpack(tensor, shared[name].shape) for name, tensor in packed.items()}
 
 
-def _head(file: TensorFile, task: str) -> dict[str, Tensor]:
+def _head(file: TensorFile | Shards, task: str) -> dict[str, Tensor]:
     """Return `weight` and `bias` of one task; a dot left over belongs to a longer task's name."""
     tensors = names_under(file, f"heads/{task}.")
     return {short: file[name] for short, name in tensors.items() if "." not in short}
 
 
-def _expect_kind(file: TensorFile, kind: str) -> None:
+def _expect_kind(file: TensorFile | Shards, kind: str) -> None:
     found = file.facts.get("kind", "foreign")
     if found != kind:
         article = "an" if kind[0] in "aeiou" else "a"

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written (full disk, read-only), in one line that says where.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise _told(error, path) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with atomic_paths([path]) as (temporary,):
         yield temporary
-        _sync(temporary)
-        # mkstemp makes private files; results follow the user's umask like any other file.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+
+
+@contextmanager
+def atomic_paths(paths: Sequence[Path], *, gone_first: Sequence[Path] = ()) -> Iterator[list[Path]]:
+    """Yield a temporary path beside each of `paths`; when the block succeeds all are replaced.
+
+    Each file is whole or absent, whatever happens; a failed block changes nothing. That the files
+    belong together, a last one can say that names the others: give its old version to
+    `gone_first`, and it stands only while all that it names are there.
+
+    Args:
+        paths: files, replaced in this order.
+        gone_first: files that are removed before the first is replaced.
+
+    Raises:
+        OSError: a folder cannot be written, in one line that says where.
+    """
+    temporaries: list[Path] = []
+    now = Path()
+    try:
+        for now in map(Path, paths):
+            now.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{now.name}.", dir=now.parent)
+            os.close(handle)
+            temporaries.append(Path(name))
+        yield temporaries
+        for temporary in temporaries:
+            _sync(temporary)
+            # mkstemp makes private files; results follow the user's umask like any other file.
+            temporary.chmod(0o666 & ~_umask())
+        for old in gone_first:
+            Path(old).unlink(missing_ok=True)
+        for temporary, now in zip(temporaries, map(Path, paths), strict=True):
+            temporary.replace(now)
     except OSError as error:
-        raise _told(error, path) from error
+        raise _told(error, now) from error
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -70,12 +70,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def is_floating(params: Params, name: str) -> bool:
-    """Return whether a tensor holds floating-point numbers, from the header of a file if it can."""
-    told = getattr(params, "is_floating_point", None)
-    return bool(told(name)) if told else params[name].is_floating_point()
-
-
 def check_finite(params: Params, *, source: str) -> None:
     """Refuse NaN and infinite entries.
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.params import Params, is_finite, is_floating, wide
+from mergekit_lit.core.params import Params, is_finite, wide
 from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.core.specs import Spec, spec_of
 
 ComputeDtype = Literal["float32", "float64"]
 """In which number type a merge computes."""
@@ -122,6 +123,10 @@ class _In(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._params)
 
-    def is_floating_point(self, name: str) -> bool:
-        """Return whether a tensor holds floating-point numbers, without reading its data."""
-        return is_floating(self._params, name)
+    def spec(self, name: str) -> Spec:
+        """Return a tensor's number type and shape, without reading it where that can be."""
+        spec = spec_of(self._params, name)
+        if not spec.dtype.is_floating_point:
+            return spec
+        own = spec.dtype if spec.dtype in _COMPUTE.values() else torch.float32
+        return Spec(self._dtype or own, spec.shape)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_lit.core.checkpoints import INDEX, Shards, match_names, open_tensors
+from mergekit_lit.core.checkpoints import match_names, open_tensors
+from mergekit_lit.core.shards import INDEX, Shards
+from mergekit_lit.core.specs import Spec
 
 STATE = {
     "conv.weight": torch.arange(6.0).reshape(2, 3),
@@ -38,9 +40,8 @@ def test_shards_are_one_mapping(tmp_path):
     shards = open_tensors(tmp_path / INDEX)
     assert isinstance(shards, Shards)
     assert len(shards) == 3
-    assert shards.shape("conv.weight") == (2, 3)
-    assert shards.is_floating_point("fc.bias")
-    assert not shards.is_floating_point("count")
+    assert shards.spec("conv.weight") == Spec(torch.float32, (2, 3))
+    assert shards.spec("fc.bias") == Spec(torch.bfloat16, (2,))
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path):

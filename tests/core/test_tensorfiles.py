@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mergekit_lit.core.specs import Spec
 from mergekit_lit.core.tensorfiles import TensorFile, floats, write_tensors
 
 TENSORS = {
@@ -50,7 +51,7 @@ def test_lazy_view_and_shapes(tmp_path):
     assert sorted(view) == ["brain", "double", "empty", "half", "mask"]
     assert len(view) == 5
     assert torch.equal(view["double"], TENSORS["a.double"])
-    assert file.shape("a.double") == (4, 3)
+    assert file.spec("a.double") == Spec(torch.float64, (4, 3))
     assert "scalar" not in view
     with pytest.raises(KeyError, match="nothing"):
         view["nothing"]
@@ -180,7 +181,7 @@ def test_full_disk(tmp_path):
         write_tensors(path, {"w": torch.zeros(100_000)}, FACTS)
     assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == [path]
-    assert TensorFile(path).shape("w") == (4,)
+    assert TensorFile(path).spec("w").shape == (4,)
 
 
 def test_floats_widens_halves_alone():
@@ -190,17 +191,17 @@ def test_floats_widens_halves_alone():
     assert wide["b.count"].dtype == torch.int64
 
 
-def test_shapes_and_kinds_are_told_from_the_header(tmp_path):
+def test_types_and_shapes_are_told_from_the_header(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, TENSORS, FACTS)
     file = TensorFile(path)
     part = file.under("a.")
     for name, tensor in TENSORS.items():
-        assert file.shape(name) == tuple(tensor.shape)
-        assert file.is_floating_point(name) == tensor.is_floating_point()
+        spec = Spec(tensor.dtype, tuple(tensor.shape))
+        assert file.spec(name) == spec
+        assert spec.bytes == tensor.nbytes
         if name.startswith("a."):
-            assert part.shape(name[2:]) == tuple(tensor.shape)
-            assert part.is_floating_point(name[2:]) == tensor.is_floating_point()
+            assert part.spec(name[2:]) == spec
 
 
 def test_a_tensor_is_checked_when_it_is_first_read(tmp_path, monkeypatch):

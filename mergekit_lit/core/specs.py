@@ -1,0 +1,79 @@
+"""This file is what is known of tensors before they are read or made: number types and shapes."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_lit.core.params import Params
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Number type and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes its entries take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Computed(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, each time anew.
+
+    Whoever goes through them once, as the writers of files do, holds one at a time.
+
+    Attributes:
+        specs: what each will be.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], make: Callable[[str], Tensor]) -> None:
+        """Make nothing yet.
+
+        Args:
+            specs: number type and shape of each tensor.
+            make: returns one by its name.
+        """
+        self.specs = specs
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.specs:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def spec(self, name: str) -> Spec:
+        """Return a tensor's number type and shape without making it."""
+        return self.specs[name]
+
+
+def spec_of(params: Params, name: str) -> Spec:
+    """Return a tensor's number type and shape, without reading or making it where that can be."""
+    told = getattr(params, "spec", None)
+    if told is None:
+        return Spec(params[name].dtype, tuple(params[name].shape))
+    spec: Spec = told(name)
+    return spec
+
+
+def joined(groups: Mapping[str, Params]) -> Computed:
+    """Return the tensors of several groups under prefix + name, none of them read or made yet."""
+    places = {prefix + name: (params, name) for prefix, params in groups.items() for name in params}
+    specs = {full: spec_of(params, name) for full, (params, name) in places.items()}
+
+    def make(full: str) -> Tensor:
+        params, name = places[full]
+        return params[name]
+
+    return Computed(specs, make)
