@@ -94,28 +94,6 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def check_same_names_and_shapes(params: Params, reference: Params, *, source: str) -> None:
-    """Refuse parameters whose names or shapes differ from a reference's.
-
-    Raises:
-        ValueError: names `source`, how many differ, and the first.
-    """
-    different = sorted(set(params) ^ set(reference))
-    if different:
-        raise ValueError(
-            f"{source} and the base differ in {len(different)} parameter names, first "
-            f"{different[0]!r}. Merge models of one architecture."
-        )
-    shapes = [name for name in reference if params[name].shape != reference[name].shape]
-    if shapes:
-        first = shapes[0]
-        raise ValueError(
-            f"{source} and the base differ in the shapes of {len(shapes)} parameters, first "
-            f"{first!r}: {tuple(params[first].shape)} and {tuple(reference[first].shape)}. "
-            "Merge models of one architecture."
-        )
-
-
 def with_prefix(params: Params, prefix: str) -> dict[str, Tensor]:
     """Return the same tensors under `prefix` + name."""
     return {f"{prefix}{name}": tensor for name, tensor in params.items()}

@@ -67,6 +67,31 @@ def spec_of(params: Params, name: str) -> Spec:
     return spec
 
 
+def check_same_names_and_shapes(params: Params, reference: Params, *, source: str) -> None:
+    """Refuse parameters whose names or shapes differ from a reference's.
+
+    Raises:
+        ValueError: names `source`, how many differ, and the first.
+    """
+    different = sorted(set(params) ^ set(reference))
+    if different:
+        raise ValueError(
+            f"{source} and the base differ in {len(different)} parameter names, first "
+            f"{different[0]!r}. Merge models of one architecture."
+        )
+    shapes = {
+        name: (spec_of(params, name).shape, spec_of(reference, name).shape) for name in reference
+    }
+    unlike = [name for name, (own, wanted) in shapes.items() if own != wanted]
+    if unlike:
+        own, wanted = shapes[unlike[0]]
+        raise ValueError(
+            f"{source} and the base differ in the shapes of {len(unlike)} parameters, first "
+            f"{unlike[0]!r}: {own} and {wanted}. "
+            "Merge models of one architecture."
+        )
+
+
 def joined(groups: Mapping[str, Params]) -> Computed:
     """Return the tensors of several groups under prefix + name, none of them read or made yet."""
     places = {prefix + name: (params, name) for prefix, params in groups.items() for name in params}

@@ -13,8 +13,9 @@ from torch.func import functional_call
 
 from mergekit_lit.core.adapters import adapted
 from mergekit_lit.core.experts import Base, Expert, Merged
-from mergekit_lit.core.params import Params, check_same_names_and_shapes
+from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.core.specs import check_same_names_and_shapes
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.recalibration import calibration_images, statistics_on

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import Form, MergeObserver
-from mergekit_lit.core.params import Params, check_same_names_and_shapes, is_finite
+from mergekit_lit.core.params import Params, is_finite
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
+from mergekit_lit.core.specs import check_same_names_and_shapes
 from mergekit_lit.merging.configuration import parameters, resolve
 from mergekit_lit.merging.forms import (
     Config,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lit.core import params
+from mergekit_lit.core import params, specs
 
 
 @pytest.fixture
@@ -81,12 +81,12 @@ def test_check_finite_names_the_tensor_and_counts(two, bad):
 
 def test_check_names_and_shapes(two):
     left, right = two
-    params.check_same_names_and_shapes(left, right, source="It")
+    specs.check_same_names_and_shapes(left, right, source="It")
     missing = {name: tensor for name, tensor in left.items() if name != "token"}
     with pytest.raises(ValueError, match="It and the base differ in 1 parameter names, first 'tok"):
-        params.check_same_names_and_shapes(missing, right, source="It")
+        specs.check_same_names_and_shapes(missing, right, source="It")
     with pytest.raises(ValueError, match=r"'token': \(2, 1\) and \(1, 1\)"):
-        params.check_same_names_and_shapes({**left, "token": torch.ones(2, 1)}, right, source="It")
+        specs.check_same_names_and_shapes({**left, "token": torch.ones(2, 1)}, right, source="It")
 
 
 def test_prefixes(two):
