@@ -12,7 +12,6 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
-from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, recalibrate
 from mergekit_lit.lit.wandb_runs import LoggerKind
@@ -20,7 +19,8 @@ from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
 from mergekit_lit.search.crew import tell
-from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.search.tuning_objective import objective_of
+from mergekit_lit.search.tuning_scores import Scorer, expert_rows
 from mergekit_lit.stages.merge import (
     Calibration,
     Recipe,
@@ -140,45 +140,40 @@ class _Judge:
 
     def __init__(self, plan: Plan, method: str) -> None:
         self._method = method
-        self._paths = plan.expert_paths()
-        self._backbone, base = load_base_of(self._paths, plan.backbone)
-        self._experts = in_memory(load_experts(self._paths, base=base))
+        paths = plan.expert_paths()
+        self._backbone, base = load_base_of(paths, plan.backbone)
+        self._experts = in_memory(load_experts(paths, base=base))
         suite = load_suite(plan.suite)
-        self._data = [suite.task(task).load(plan.split) for task in plan.tasks]
+        tasks = [suite.task(task).load(plan.split) for task in plan.tasks]
         self._images = {
             task.name: calibration_images(task.train, task.name, count=_SEARCH_IMAGES)
-            for task in self._data
+            for task in tasks
         }
+        self._scorer = Scorer(self._backbone, tasks)
+        # What an expert's file stores is what the final table estimates again: both take
+        # `lit.recalibration.task_statistics`. Only candidates make do with fewer images.
+        rows = expert_rows(self._backbone, [load_expert(path) for path in paths], tasks)
+        # Where an expert has no image right the ratio is undefined; plain accuracy takes its place.
+        known = all(row["accuracy"] > 0 for row in rows.values())
+        self._objective = objective_of(rows, metric="normalised_accuracy" if known else "accuracy")
 
     def of_scales(self, scales: Sequence[float]) -> list[float]:
         """Return the score at each scale."""
         total = len(scales) + 1
         tell("merge", self._method, 0, total, "merging")
-        candidates = {}
+        scores = []
         for done, merged in enumerate(merged_at(self._experts, self._method, scales)):
             tell("merge", self._method, done, total, f"trying scale {scales[done]:g}")
-            candidates[f"{scales[done]}"] = self._calibrated(merged)
-        return self._scores(candidates)
+            scores.append(self._score(merged))
+        return scores
 
     def of_defaults(self) -> float:
         """Return the score of the method as it comes."""
-        return self._scores({"": self._calibrated(merge(self._experts, self._method))})[0]
+        return self._score(merge(self._experts, self._method))
 
-    def _calibrated(self, merged: Merged) -> Merged:
-        return recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
-
-    def _scores(self, candidates: Mapping[str, Merged]) -> list[float]:
-        """Return each candidate's accuracy over the experts', averaged over the tasks.
-
-        Where an expert has no image right the ratio is undefined; plain accuracy takes its place.
-        """
-        experts = [load_expert(path) for path in self._paths]
-        # What an expert's file stores is what the final table estimates again: both take
-        # `lit.recalibration.task_statistics`. Only candidates make do with fewer images.
-        models: dict[str, Model] = {"experts": experts, **candidates}
-        table = evaluate_models(
-            self._backbone, models, self._data, split="val", batch_norm="stored"
-        )
-        rows = [table[name]["mean"] for name in candidates]
-        known = all(row["normalised_accuracy"] is not None for row in rows)
-        return [row["normalised_accuracy" if known else "accuracy"] for row in rows]
+    def _score(self, merged: Merged) -> float:
+        """Return what the quickstart chooses by: normalised accuracy, averaged over the tasks."""
+        whole = recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
+        found = self._scorer.outcomes(whole)
+        answers = {task: self._objective.answers(outcomes) for task, outcomes in found.items()}
+        return self._objective.total(self._objective.by_task(answers))

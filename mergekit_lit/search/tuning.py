@@ -1,0 +1,234 @@
+"""This file is the search for a merge: methods and their parameters, by validation images alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mergekit_lit.core.experts import Base, Expert, Experts, load_merged
+from mergekit_lit.core.files import file_hash, write_text
+from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.data.splits import TaskData, split_hash
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.recalibration import declared_splits, images_by_split
+from mergekit_lit.merging.gather import load_experts
+from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.reports.results import csv_text
+from mergekit_lit.search.display import Display
+from mergekit_lit.search.tuning_bench import Bench
+from mergekit_lit.search.tuning_loop import score_again, search_method
+from mergekit_lit.search.tuning_objective import check_goal, objective_of
+from mergekit_lit.search.tuning_plan import TuningPlan, check_plan, told
+from mergekit_lit.search.tuning_race import Run, stages_of
+from mergekit_lit.search.tuning_results import best_method, method_results, trial_rows
+from mergekit_lit.search.tuning_scores import Scorer, expert_rows
+from mergekit_lit.search.tuning_trials import Trial, TrialLog, best_of
+from mergekit_lit.stages.folders import check_folder
+from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, load_base_of, merge_files
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a search found.
+
+    Attributes:
+        record: every number, with its configuration.
+        record_path: the same as a file.
+        table_path: one row a trial, as CSV.
+        best: the best merged model.
+    """
+
+    record: Record
+    record_path: Path
+    table_path: Path
+    best: Path
+
+
+def tune_files(
+    experts: Sequence[Path],
+    *,
+    out: Path,
+    plan: TuningPlan,
+    calibration: Calibration,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    quiet: bool = False,
+) -> TuningResult:
+    """Search the parameters of merge methods on validation images, and merge with the best.
+
+    Candidates are merged in memory, many in one pass over the files, and their weights copied into
+    one module. `out` holds `trials.jsonl`, a line for each trial as soon as it is done, so that the
+    same command goes on where a killed one stopped; then `best.safetensors` with its record,
+    `trials.csv`, and `tune.record.json`.
+
+    Args:
+        experts: one file per expert, each of another task, all of one base.
+        out: the folder; a new one, or that of the same search.
+        plan: what is searched, and how.
+        calibration: suite and split of the tasks; its `images` are for the merge that is written,
+            and for methods that look at some.
+        base: spec of the base; the one that the first card names by default.
+        allow_different_base: take experts whose card names another base, or none.
+        quiet: whether to draw no progress.
+
+    Raises:
+        FileNotFoundError: an expert is missing.
+        KeyError: an unknown name.
+        ModuleNotFoundError: Optuna is wanted and not installed.
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, experts that cannot be merged, tasks without validation
+            images, or a folder that holds another search.
+    """
+    watch = Stopwatch()
+    out, paths = Path(out), [Path(path) for path in experts]
+    check_plan(plan)
+    check_folder(out)
+    backbone, loaded = load_base_of(paths, base)
+    gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
+    check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
+    tasks = _tasks(gathered, calibration)
+    bench = _bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
+    log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
+    with Display(Console(quiet=quiet)) as display:
+        for method in plan.methods:
+            _search(bench, log, method, plan, display)
+    results = {
+        name: method_results(log, name, plan.space_of(name), bench.count) for name in plan.methods
+    }
+    method = best_method(results)
+    made = merge_files(
+        paths,
+        out=out / "best.safetensors",
+        recipe=_recipe(plan, method, results[method]["chosen"]),
+        base=base,
+        allow_different_base=allow_different_base,
+        calibration=calibration,
+    )
+    record = _record(plan, calibration, made, loaded)
+    record.metrics = {
+        "best": {"method": method, **_scores(bench.run(load_merged(made.path)))},
+        "base": _scores(bench.run(bench.at_base())),
+        "methods": results,
+        "validation_images": bench.count,
+    }
+    watch.finish(record)
+    record.outputs = ["best.safetensors", "trials.jsonl", "trials.csv"]
+    write_text(out / "trials.csv", csv_text(trial_rows(log, plan.methods)))
+    record.write(out / "tune.record.json")
+    return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
+
+
+def _tasks(experts: Experts, calibration: Calibration) -> list[TaskData]:
+    suite = load_suite(calibration.suite, root=calibration.root)
+    return [
+        suite.task(task).load(
+            calibration.options,
+            root=calibration.root,
+            size=calibration.size,
+            download=calibration.download,
+        )
+        for task in experts.names
+    ]
+
+
+def _bench(
+    experts: Experts,
+    backbone: Backbone,
+    tasks: Sequence[TaskData],
+    plan: TuningPlan,
+    calibration: Calibration,
+) -> Bench:
+    """Load what candidates are made of and scored with."""
+    scorer = Scorer(backbone, tasks, compiled=plan.compile)
+    rows = expert_rows(backbone, _each(experts), tasks)
+    looked_at = [split for method in plan.methods for split in declared_splits(method)]
+    few = images_by_split(tasks, ["train"], count=plan.candidate_images, seed=plan.seed)
+    return Bench(
+        experts=experts,
+        backbone=backbone,
+        scorer=scorer,
+        objective=objective_of(rows, goal=plan.objective, metric=plan.metric, weights=plan.weights),
+        stages=stages_of(scorer.labels, seed=plan.seed, discard=plan.discard is not None),
+        shown=images_by_split(tasks, looked_at, count=calibration.images, seed=plan.seed),
+        statistics=few["train"],
+        batch_norm=plan.batch_norm,
+        seed=plan.seed,
+        confidence=plan.confidence,
+    )
+
+
+def _each(experts: Experts) -> list[Expert]:
+    """Return the experts one by one, under the names that they are merged by.
+
+    Raises:
+        ValueError: one has no head, so that it cannot be scored.
+    """
+    found = []
+    for name, tuned, head, card in zip(
+        experts.names, experts.tuned, experts.heads, experts.cards, strict=True
+    ):
+        if not head:
+            raise ValueError(f"The expert of {name!r} must have a head to be scored, but has none.")
+        found.append(Expert(tuned, head, experts.structure, replace(card, task=name)))
+    return found
+
+
+def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display: Display) -> None:
+    """Search one method, and score again what was discarded if the regret is asked for."""
+    propose, count = plan.proposals(method)
+    display.show(method, 0, count, "merging")
+
+    def heard(trial: Trial) -> None:
+        best = best_of(log.of(method))
+        note = f"best {best.value:.4f} at {told(best.config)}" if best and best.value else ""
+        done = len(log.again(method) if trial.again else log.of(method))
+        display.show(method, done, count, note + (" (for the regret)" if trial.again else ""))
+
+    search_method(bench, log, method, propose, heard=heard)
+    if plan.regret:
+        score_again(bench, log, method, heard=heard)
+
+
+def _recipe(plan: TuningPlan, method: str, config: dict[str, Any]) -> Recipe:
+    return Recipe(method=method, config=config, batch_norm=plan.batch_norm, seed=plan.seed)
+
+
+def _facts(
+    plan: TuningPlan,
+    calibration: Calibration,
+    paths: Sequence[Path],
+    base: Base,
+    tasks: Sequence[TaskData],
+) -> dict[str, Any]:
+    """Return all that the values of trials depend on."""
+    return {
+        **plan.facts(),
+        "images": calibration.images,
+        "base": base.content,
+        "experts": {task.name: file_hash(path) for task, path in zip(tasks, paths, strict=True)},
+        "tasks": {
+            task.name: [task.split_hash, split_hash(task.name, task.classes, task.val)]
+            for task in tasks
+        },
+    }
+
+
+def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base: Base) -> Record:
+    return Record(
+        stage="tune",
+        name=" or ".join(plan.methods),
+        config={
+            **asdict(plan),
+            "experts": list(made.record.inputs),
+            "base": base.name,
+            "calibration": asdict(calibration),
+        },
+        inputs=made.record.inputs,
+        seeds={"search": plan.seed, "split": calibration.options.seed},
+    )
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    return {"value": run.total, "by_task": dict(run.values)}

@@ -1,0 +1,127 @@
+"""This file is the loop of a search: propose, merge, score, write down."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from mergekit_lit.core.experts import Merged
+from mergekit_lit.search.tuning_bench import Bench
+from mergekit_lit.search.tuning_proposals import Propose
+from mergekit_lit.search.tuning_race import Run
+from mergekit_lit.search.tuning_space import Config, key_of
+from mergekit_lit.search.tuning_trials import (
+    Trial,
+    TrialLog,
+    best_of,
+    pack_answers,
+    unpack_answers,
+)
+
+Heard: TypeAlias = Callable[[Trial], None]
+"""Hears of each trial that is done."""
+
+
+def search_method(
+    bench: Bench, log: TrialLog, method: str, propose: Propose, *, heard: Heard
+) -> None:
+    """Try what is proposed of one method until nothing is; each trial goes to the log at once.
+
+    Args:
+        bench: makes and scores candidates.
+        log: holds the trials of earlier runs, which are not made again.
+        method: name of the method.
+        propose: what to try next.
+        heard: called with each new trial.
+
+    Raises:
+        ValueError: the configuration that the search starts from cannot be merged.
+    """
+    while configs := propose(log.of(method)):
+        merges = bench.merges(method, configs)
+        for config in configs:
+            trial = _tried(bench, merges, method, config, log.of(method))
+            log.add(trial)
+            heard(trial)
+
+
+def score_again(bench: Bench, log: TrialLog, method: str, *, heard: Heard) -> None:
+    """Score each discarded candidate of a method on all images too, so that the regret is known.
+
+    Args:
+        bench: makes and scores candidates.
+        log: what is in it already is not done again.
+        method: name of the method.
+        heard: called with each new trial.
+    """
+    done = {trial.number for trial in log.again(method)}
+    left = [t for t in log.of(method) if t.state == "discarded" and t.number not in done]
+    merges = bench.merges(method, [trial.config for trial in left])
+    for trial in left:
+        blank = Trial(
+            method=method, number=trial.number, config=trial.config, state="failed", again=True
+        )
+        scored = replace(_scored(bench, blank, merges, rival=None), answers={})
+        log.add(scored)
+        heard(scored)
+
+
+def _tried(
+    bench: Bench,
+    merges: Iterator[Merged | ValueError],
+    method: str,
+    config: Config,
+    finished: Sequence[Trial],
+) -> Trial:
+    """Return the trial of one configuration; one that was tried before costs nothing."""
+    number = len(finished)
+    for earlier in finished:
+        if key_of(earlier.config) == key_of(config):
+            note = f"as trial {earlier.number}"
+            return replace(earlier, number=number, images=0, seconds=0.0, note=note, answers={})
+    blank = Trial(method=method, number=number, config=config, state="failed")
+    return _scored(bench, blank, merges, rival=_rival(bench, finished))
+
+
+def _scored(
+    bench: Bench, blank: Trial, merges: Iterator[Merged | ValueError], *, rival: Run | None
+) -> Trial:
+    """Return a trial with what the next of the merges did."""
+    start = time.perf_counter()
+    merged = next(merges)
+    if isinstance(merged, ValueError):
+        # A method that cannot merge these experts at all is no method to tune.
+        if blank.number == 0:
+            raise merged
+        return replace(blank, seconds=_since(start), note=" ".join(str(merged).split()))
+    run = bench.run(merged, rival)
+    seen = replace(blank, images=run.images, seconds=_since(start))
+    if not math.isfinite(run.total):
+        return replace(seen, state="failed", note="Its answers are no numbers.")
+    return replace(
+        seen,
+        state="scored" if run.upper is None else "discarded",
+        value=run.total,
+        upper=run.upper,
+        by_task=run.values,
+        answers=pack_answers(run.answers) if _is_better(run, rival) else {},
+    )
+
+
+def _rival(bench: Bench, finished: Sequence[Trial]) -> Run | None:
+    """Return the run of the best trial so far, which brought its answers."""
+    best = best_of([trial for trial in finished if trial.answers])
+    if best is None:
+        return None
+    answers = unpack_answers(best.answers)
+    values = bench.objective.by_task(answers)
+    return Run(answers, values, bench.objective.total(values))
+
+
+def _is_better(run: Run, rival: Run | None) -> bool:
+    return run.upper is None and (rival is None or run.total > rival.total)
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)

@@ -1,0 +1,165 @@
+"""This file is the plan of a search: what is tried how, and what is refused before any work."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from mergekit_lit.core.merging import BatchNormPolicy
+from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.merging.configuration import check_interval, parameters
+from mergekit_lit.search.tuning_objective import Goal, Metric
+from mergekit_lit.search.tuning_proposals import Propose, grid_proposals, optuna_proposals
+from mergekit_lit.search.tuning_space import Space, grid_of, space_of
+
+Search = Literal["grid", "optuna"]
+
+# Optuna starts with ten random trials; fewer than as many again would hardly be a search.
+_OPTUNA_TRIALS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningPlan:
+    """What is searched, and how.
+
+    Attributes:
+        method: merge methods, each searched by itself; their bests are compared.
+        search: a `grid` over the range of each parameter, or `optuna`, whose TPE sampler learns
+            from the trials before (`pip install 'mergekit-lit[tune]'`).
+        trials: most configurations of a method, its defaults among them: a draw from the grid,
+            which is tried whole by default, or what Optuna may ask for, 40 by default.
+        points: points of each range in the grid, at least 2; by default 10 for `scale`, dense near
+            0, and 5 for all others.
+        space: values of parameters in place of the ranges that the methods declare, by name: those
+            of the grid, or with Optuna the ends of a range; one value fixes a parameter.
+        objective: the `mean` over tasks, the `worst` task, or a mean `weighted` by `weights`.
+        metric: `accuracy`, `normalised_accuracy` (over that of the task's expert), or
+            `cross_entropy` (in nats, with a minus: more is better).
+        weights: weight of each task; 1 for those not named.
+        batch_norm: BatchNorm statistics of candidates: the `base`'s, the `average` of the experts',
+            or estimated again on training images, of all tasks together (`recalibrate`) or of each
+            (`recalibrate-per-task`).
+        discard: confidence at which a candidate that cannot beat the best so far is given up after
+            1/8, 1/4 or 1/2 of the images; null scores every candidate on all of them.
+        regret: whether to score what was discarded on all images too, at the end, to tell what the
+            discarding cost; a finished search can be asked for it later.
+        candidate_images: training images of a task on which a candidate's statistics are estimated;
+            the merge that is written takes as many as base and experts do.
+        compile: whether to compile the model, once for all candidates.
+        device: where to compute: `cpu`, `cuda`, ...; `auto` takes a GPU if there is one.
+        seed: of the draw, the subsets, Optuna, and methods that draw at random.
+    """
+
+    method: Sequence[str]
+    search: Search = "grid"
+    trials: int | None = None
+    points: int | None = None
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    objective: Goal = "mean"
+    metric: Metric = "normalised_accuracy"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    batch_norm: BatchNormPolicy = "recalibrate-per-task"
+    discard: float | None = 0.99
+    regret: bool = False
+    candidate_images: int = 128
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, each once."""
+        return tuple(dict.fromkeys(self.method))
+
+    @property
+    def confidence(self) -> float:
+        """The level at which a candidate is discarded."""
+        return 1.0 if self.discard is None else self.discard
+
+    def torch_device(self) -> torch.device:
+        """Return the device to compute on.
+
+        Raises:
+            ValueError: torch has no device of that name.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"`device` must be one of this machine, but is {self.device!r}: {error}"
+            ) from None
+
+    def space_of(self, method: str) -> Space:
+        """Return what is searched of one method."""
+        return space_of(MERGE_METHODS.get(method), given=self.space, points=self.points)
+
+    def proposals(self, method: str) -> tuple[Propose, int]:
+        """Return what tells the next configurations of a method, and how many there are at most."""
+        space = self.space_of(method)
+        if self.search == "optuna" and space:
+            trials = self.trials or _OPTUNA_TRIALS
+            return optuna_proposals(space, trials=trials, seed=self.seed), trials
+        count = len(grid_of(space, trials=self.trials, seed=self.seed))
+        propose = grid_proposals(space, trials=self.trials, seed=self.seed)
+        return propose, count
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the values of trials depend on; the log of another search differs in it."""
+        # More trials or methods go on from those that are there; these change no value.
+        apart = ("method", "trials", "regret", "compile", "device")
+        return {name: value for name, value in vars(self).items() if name not in apart}
+
+
+def check_plan(plan: TuningPlan) -> None:
+    """Refuse a plan with unknown names or values out of range, before anything is read.
+
+    Raises:
+        KeyError: unknown method, parameter, search or policy.
+        ModuleNotFoundError: Optuna is wanted and not installed.
+        TypeError: a value of the wrong type in `space`.
+        ValueError: a number out of range; no method; or one that looks at test images.
+    """
+    if not plan.methods:
+        raise ValueError("`method` must name at least one merge method, but is empty.")
+    for noun, name, known in (
+        ("search", plan.search, get_args(Search)),
+        ("BatchNorm policy", plan.batch_norm, get_args(BatchNormPolicy)),
+    ):
+        if name not in known:
+            raise KeyError(unknown_name(noun, name, known))
+    _check_numbers(plan)
+    methods = [MERGE_METHODS.get(name) for name in plan.methods]
+    for method in methods:
+        if method.facts.get("data") == "test-unlabelled":
+            raise ValueError(
+                "`method` must not look at test images, which choose nothing here, but "
+                f"{method.name!r} does. Merge with it as it is: mergekit-lit merge."
+            )
+    known_parameters = {name for method in methods for name in parameters(method.function)}
+    for parameter in sorted(set(plan.space) - known_parameters):
+        noun = f"parameter of {' or '.join(plan.methods)}"
+        raise KeyError(unknown_name(noun, parameter, known_parameters))
+    for method in methods:
+        plan.proposals(method.name)
+
+
+def _check_numbers(plan: TuningPlan) -> None:
+    for name, least in (("trials", 1), ("candidate_images", 2)):
+        value = getattr(plan, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
+    if plan.discard is not None:
+        check_interval("discard", plan.discard, "(0, 1)")
+
+
+def told(config: Mapping[str, Any]) -> str:
+    """Return a configuration as people write it: `density=0.2, scale=1`."""
+    return ", ".join(f"{name}={_word(value)}" for name, value in config.items()) or "defaults"
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
