@@ -1,0 +1,129 @@
+"""This file is `mergekit-lit tune`: methods and their parameters, chosen on validation images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.merge import calibration
+from mergekit_lit.cli.output import print_json, print_table
+from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.saving import config_texts, write_config
+from mergekit_lit.core.records import Record
+from mergekit_lit.search.tuning import tune_files
+from mergekit_lit.search.tuning_plan import TuningPlan, told
+
+_USAGE = "EXPERT ... --method NAME[,NAME ...] --data.suite SUITE --out FOLDER [options]"
+
+
+def options(
+    experts: list[Path],
+    *,
+    out: Path,
+    space: dict[str, Any] | None = None,
+    weights: dict[str, float] | str | None = None,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    json: bool = False,
+) -> None:
+    """Say what is merged, and how the result is told.
+
+    Args:
+        experts: one file per expert, each of another task, all of one base.
+        out: folder of the search: `best.safetensors` and its record, `trials.jsonl` and
+            `trials.csv`, `tune.record.json`. The same command goes on where a killed one stopped.
+        space: values of parameters in place of the ranges that the methods declare, such as
+            `--space.scale 0.1,0.3,1`: those of the grid, or with Optuna the ends of a range; one
+            value fixes a parameter.
+        weights: weight of each task for the objective `weighted`, such as `mnist=2,letters=0.5`;
+            1 for those not named.
+        base: the base, if not the one that the first card names.
+        allow_different_base: whether to take experts whose card names another base, or none.
+        json: whether to print the record as JSON, and nothing else.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = _parser()
+    namespace = parse(parser, argv, positional="experts")
+    texts = config_texts(parser, argv, namespace, positional="experts")
+    given = dict(vars(parser.instantiate(namespace)))
+    json, images = given.pop("json"), calibration(**vars(given.pop("data")))
+    if images is None:
+        raise ValueError("`data.suite` must name the suite of the experts' tasks, but does not.")
+    files = {name: given.pop(name) for name in ("experts", "out", "base", "allow_different_base")}
+    plan = TuningPlan(
+        space={name: _listed(values) for name, values in (given.pop("space") or {}).items()},
+        weights=_weights(given.pop("weights")),
+        **given,
+    )
+    result = tune_files(**files, plan=plan, calibration=images, quiet=json)
+    write_config(texts, Path(files["out"]) / "config")
+    if json:
+        print_json(vars(result.record))
+    else:
+        _print(result.record)
+        print(f"{result.record.metrics['best']['method']}: {result.best}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("tune", COMMANDS["tune"], usage=_USAGE)
+    add_parameters(parser, options)
+    parser.add_class_arguments(TuningPlan, skip={"space", "weights"})
+    parser.add_function_arguments(calibration, "data")
+    return parser
+
+
+def _listed(values: Any) -> list[Any]:
+    """Return the values of one parameter: from a list, from `a,b` on a line, or from one value."""
+    if isinstance(values, str):
+        return list(yaml.safe_load(f"[{values}]"))
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def _weights(given: Mapping[str, float] | str | None) -> dict[str, float]:
+    """Return weights by task from a mapping or from `task=number,...`."""
+    if not isinstance(given, str):
+        return dict(given or {})
+    weights = {}
+    for part in given.split(","):
+        task, _, number = part.partition("=")
+        try:
+            weights[task.strip()] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"`weights` must be written as TASK=NUMBER,TASK=NUMBER, but {part!r} is not."
+            ) from None
+    return weights
+
+
+def _print(record: Record) -> None:
+    """Print a row for each method, and what they are to be compared with."""
+    metrics = record.metrics
+    rows = [
+        {
+            **found,
+            "method": name,
+            "chosen": told(found["chosen"]),
+            "defaults": found["defaults"]["value"],
+            "base": metrics["base"]["value"],
+            "saved": f"{found['saved_share']:.0%}",
+            "regret": found["regret"]["regret"] if found["regret"] else None,
+        }
+        for name, found in metrics["methods"].items()
+    ]
+    names = ("method", "chosen", "value", "defaults", "base", "trials", "discarded", "saved")
+    columns = {name: name for name in (*names, "seconds", "regret")}
+    print_table(rows, columns | {"value": record.config["metric"], "base": "base (scale 0)"})
+    for name, found in metrics["methods"].items():
+        if not found["space"]:
+            print(f"{name!r} has nothing to search: it is scored as it comes.")
+    print(
+        f"{record.config['objective']} over the tasks on validation images: by them it was chosen,"
+    )
+    print("so expect less on test images.")
