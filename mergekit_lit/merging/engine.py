@@ -1,37 +1,25 @@
 """This file is the merge engine: it alone iterates over tensors, whatever a method's form."""
 
-from collections import ChainMap, Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import Form, MergeObserver
-from mergekit_lit.core.params import Params, is_finite
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
-from mergekit_lit.core.specs import check_same_names_and_shapes
 from mergekit_lit.merging.configuration import parameters, resolve
-from mergekit_lit.merging.forms import (
-    Config,
-    Setting,
-    Steps,
-    base_plus,
-    mean_step,
-    setting,
-    step_alone,
-)
+from mergekit_lit.merging.finishing import POLICIES, finished
+from mergekit_lit.merging.forms import Config, Setting, mean_step, setting
 from mergekit_lit.merging.images import Given, shown
+from mergekit_lit.merging.observing import observed
 from mergekit_lit.merging.patterns import ByPattern
-from mergekit_lit.merging.precision import compute_dtype, computing_in, kept_in, output_dtype
+from mergekit_lit.merging.precision import compute_dtype, computing_in, output_dtype
+from mergekit_lit.merging.stepping import stepped, streamed_model
 from mergekit_lit.merging.steps import moved
 
 _POSITIONS = ("after", "before")
-
-POLICIES = ("average", "base")
-"""BatchNorm policies that need no images; `lit.recalibration` has those that do."""
 
 
 # Each argument is one choice of the merge, hence so many.
@@ -47,6 +35,7 @@ def merge(  # noqa: PLR0913
     calibration: Given = None,
     dtype: str | None = None,
     out_dtype: str = "base",
+    streamed: bool = False,
 ) -> Merged:
     """Merge experts by a registered method.
 
@@ -70,6 +59,9 @@ def merge(  # noqa: PLR0913
             base's where that is better.
         out_dtype: number type of the result: each tensor's own in the `base`, `float32`, `float16`
             or `bfloat16`.
+        streamed: merge each tensor when it is asked for, as writing the model does, once or more:
+            memory then does not grow with the model. Methods of the forms `whole` and `experts`,
+            and veneers that act on the result, merge all at once nevertheless.
 
     Returns:
         The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
@@ -85,6 +77,7 @@ def merge(  # noqa: PLR0913
     """
     job = _job(experts, method, [config or {}], veneers, batch_norm, calibration, seed)
     job = replace(job, dtype=compute_dtype(dtype), out_dtype=output_dtype(out_dtype))
+    job = replace(job, streamed=streamed)
     (merged,) = _merges(job, observers)
     return merged
 
@@ -154,6 +147,7 @@ class _Job:
     seed: int
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    streamed: bool = False
 
     def at(self, position: str) -> list[_Layer]:
         return [layer for layer in self.layers if layer.veneer.facts["position"] == position]
@@ -193,9 +187,9 @@ def _merges(job: _Job, observers: Sequence[MergeObserver]) -> Iterator[Merged]:
     for observer in observers:
         for config in job.configs:
             observer.on_merge_start(experts, job.entry.name, _plain(config))
-    seen = _observed(computing_in(experts, job.dtype), observers)
+    seen = observed(computing_in(experts, job.dtype), observers)
     for config, result in zip(job.configs, _results(job, seen), strict=True):
-        merged = _finished(job, experts, config, result)
+        merged = _complete(job, experts, config, result)
         for observer in observers:
             observer.on_merge_end(experts, merged)
         yield merged
@@ -203,8 +197,12 @@ def _merges(job: _Job, observers: Sequence[MergeObserver]) -> Iterator[Merged]:
 
 def _results(job: _Job, experts: Experts) -> Iterator[tuple[Experts, Merged]]:
     """Yield for each configuration the experts that were merged and what came of them."""
+    if job.streamed and not _is_whole(job.entry) and not job.at("after"):
+        yield experts, streamed_model(job.entry, experts, job.settings[0], job.seed)
+        return
     if not _is_whole(job.entry):
-        yield from ((experts, merged) for merged in _stepped(job, experts))
+        models = stepped(job.entry, experts, job.settings, job.seed)
+        yield from ((experts, merged) for merged in models)
         return
     for config in job.configs:
         made = job.entry.function(experts, **config)
@@ -215,47 +213,21 @@ def _results(job: _Job, experts: Experts) -> Iterator[tuple[Experts, Merged]]:
             yield experts, made
 
 
-def _stepped(job: _Job, experts: Experts) -> Iterator[Merged]:
-    """Yield the base moved by the step of each configuration; alike ones share a direction."""
-    users = Counter(one.direction for one in job.settings)
-    firsts = {one.direction: one for one in reversed(job.settings)}
-    steps = Steps(job.entry, experts, list(firsts.values()), job.seed)
-    made: dict[str, dict[str, Tensor]] = {direction: {} for direction in firsts}
-    for name in experts.merged_names():
-        # A direction that one configuration alone needs is put onto the base at once.
-        ends = [
-            base_plus(one.scales.get(name)) if users[one.direction] == 1 else step_alone
-            for one in firsts.values()
-        ]
-        for direction, tensor in zip(made, steps.of(name, ends), strict=True):
-            made[direction][name] = tensor
-    found = dict(zip(firsts, steps.coefficients, strict=True))
-    shared_directions = {direction for direction, count in users.items() if count > 1}
-    for one in job.settings:
-        users[one.direction] -= 1
-        tensors = made[one.direction] if users[one.direction] else made.pop(one.direction)
-        if one.direction in shared_directions:
-            tensors = {
-                name: base_plus(one.scales.get(name))(experts.base[name], step)
-                for name, step in tensors.items()
-            }
-        shared = {
-            name: tensors[name] if name in tensors else experts.base[name] for name in experts.base
-        }
-        facts = {"coefficients": one.scaled(found[one.direction])}
-        yield Merged(shared=shared, structure=experts.structure, facts=facts)
-
-
-def _finished(
+def _complete(
     job: _Job, experts: Experts, config: Config, result: tuple[Experts, Merged]
 ) -> Merged:
-    """Return the whole model: veneers, statistics, heads, number types, facts; all checked."""
+    """Return the whole model with its facts, under all veneers."""
     seen, merged = result
     for layer in job.at("after"):
         merged = layer.veneer.function(seen, merged, **layer.config)
-    merged = _complete(merged, seen, experts.base, job.batch_norm)
-    _check_result(job.entry.name, merged.shared, experts.base)
-    merged = kept_in(merged, experts.base, job.out_dtype)
+    merged = finished(
+        merged,
+        seen,
+        experts.base,
+        method=job.entry.name,
+        batch_norm=job.batch_norm,
+        dtype=job.out_dtype,
+    )
     return replace(
         merged, facts=_facts(job, experts, config) | dict(merged.facts) | _veneer_facts(job)
     )
@@ -332,71 +304,6 @@ def _check_policy(batch_norm: str) -> None:
         )
     if batch_norm not in POLICIES:
         raise ValueError(unknown_name("BatchNorm policy", batch_norm, POLICIES))
-
-
-def _observed(experts: Experts, observers: Sequence[MergeObserver]) -> Experts:
-    """Show every tensor's deltas to the observers; return experts with the deltas they returned."""
-    replaced: list[dict[str, Tensor]] = [{} for _ in experts.tuned]
-    for name in experts.merged_names() if observers else ():
-        before = deltas = experts.deltas(name)
-        for observer in observers:
-            deltas = _shown(observer, name, deltas)
-        if deltas is before:
-            continue
-        for tensors, delta in zip(replaced, deltas, strict=True):
-            tensors[name] = experts.base[name].to(delta.dtype) + delta
-    if not replaced or not replaced[0]:
-        return experts
-    # ChainMap is typed for mutable mappings alone, but only ever writes to the first.
-    tuned = [
-        ChainMap(tensors, cast("MutableMapping[str, Tensor]", before))
-        for tensors, before in zip(replaced, experts.tuned, strict=True)
-    ]
-    return replace(experts, tuned=tuned)
-
-
-def _shown(observer: MergeObserver, name: str, deltas: Tensor) -> Tensor:
-    changed = observer.on_merge_tensor(name, deltas)
-    if changed is None:
-        return deltas
-    if changed.shape != deltas.shape:
-        raise ValueError(
-            f"{type(observer).__name__} must return deltas of {name!r} of shape "
-            f"{tuple(deltas.shape)}, but returned {tuple(changed.shape)}."
-        )
-    return changed
-
-
-def _complete(result: Merged, experts: Experts, base: Params, batch_norm: str) -> Merged:
-    """Return the result with integers of the base, statistics by the policy, and every head."""
-    merged_names = set(experts.merged_names())
-    kept = {name: base[name] for name in base if name not in merged_names}
-    if batch_norm == "average":
-        kept |= {name: _mean(experts, name) for name in kept if _is_statistic(experts, name)}
-    heads = result.heads or dict(zip(experts.names, experts.heads, strict=True))
-    return replace(result, shared={**result.shared, **kept}, heads=heads)
-
-
-def _is_statistic(experts: Experts, name: str) -> bool:
-    return experts.structure[name].kind == "statistic"
-
-
-def _mean(experts: Experts, name: str) -> Tensor:
-    """Return the mean over experts of one BatchNorm statistic; a variance is at least 0."""
-    mean = torch.stack([tuned[name].double() for tuned in experts.tuned]).mean(dim=0)
-    # A sum scaled like the weights can fall below 0, which BatchNorm turns into NaN.
-    mean = mean.clamp(min=0) if name.endswith("var") else mean
-    return mean.to(experts.base[name].dtype)
-
-
-def _check_result(method: str, shared: Params, base: Params) -> None:
-    check_same_names_and_shapes(shared, base, source=f"The result of {method!r}")
-    for name, tensor in shared.items():
-        if not is_finite(tensor):
-            raise ValueError(
-                f"The result of {method!r} must be finite, but {name!r} is not in "
-                f"{tensor.dtype}. Merge with a smaller scale, or from a base in float32."
-            )
 
 
 def _facts(job: _Job, experts: Experts, config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params, is_finite, wide
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.specs import Spec, spec_of
@@ -55,31 +55,6 @@ def computing_in(experts: Experts, dtype: torch.dtype | None) -> Experts:
     if dtype is None and isinstance(base, dict) and all(map(_is_wide, base.values())):
         return experts
     return replace(experts, base=_In(base, dtype))
-
-
-def kept_in(merged: Merged, base: Params, dtype: torch.dtype | None) -> Merged:
-    """Return the same model in a number type; integers stay.
-
-    Args:
-        merged: tensors by the names of `base`.
-        base: tells the number type where `dtype` is None.
-        dtype: number type of every floating-point tensor of the backbone.
-
-    Raises:
-        ValueError: a number is too large for the type.
-    """
-
-    def kept(params: Params) -> dict[str, Tensor]:
-        return {
-            name: cast(name, tensor, dtype or base[name].dtype) for name, tensor in params.items()
-        }
-
-    return replace(
-        merged,
-        shared=kept(merged.shared),
-        base=kept(merged.base),
-        statistics={task: kept(own) for task, own in merged.statistics.items()},
-    )
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
