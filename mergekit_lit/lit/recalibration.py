@@ -164,15 +164,15 @@ def recalibrate(
     facts = {**merged.facts, "batch_norm": policy}
     if not has_statistics(merged.structure):
         return replace(merged, facts=facts)
-    backbone = _given(backbone)
+    module = copy.deepcopy(_given(backbone)).eval()
     pools = {task: _pool(task, images) for task in merged.tasks}
     if per_task:
         statistics = {
-            task: statistics_on([pool], merged.for_task(task), backbone=backbone, seed=seed)
+            task: _estimated(module, merged.for_task(task), [pool], seed)
             for task, pool in pools.items()
         }
         return replace(merged, statistics=statistics, facts=facts)
-    pooled = statistics_on(list(pools.values()), merged.shared, backbone=backbone, seed=seed)
+    pooled = _estimated(module, merged.shared, list(pools.values()), seed)
     return replace(merged, shared={**merged.shared, **pooled}, statistics={}, facts=facts)
 
 
@@ -192,11 +192,7 @@ def statistics_on(
     """
     if not any(name.endswith("running_mean") for name in params):
         return {}
-    from mergekit_lit.lit.passes import statistics_of
-
-    module = copy.deepcopy(backbone).eval()
-    module.load_state_dict(dict(params))
-    return statistics_of(module, pools, seed=seed)
+    return _estimated(copy.deepcopy(backbone).eval(), params, pools, seed)
 
 
 def task_statistics(backbone: "Backbone", data: TaskData) -> dict[str, Tensor]:
@@ -246,6 +242,16 @@ def _given(backbone: "Backbone | None") -> "Backbone":
     if backbone is None:
         raise ValueError("Looking at images needs the experts' `backbone`, but got none. Build it.")
     return backbone
+
+
+def _estimated(
+    module: "Backbone", params: Params, pools: Sequence[Images], seed: int
+) -> dict[str, Tensor]:
+    """Return the statistics of a model whose tensors are copied into the module."""
+    from mergekit_lit.lit.passes import statistics_of
+
+    module.load_state_dict(dict(params))
+    return statistics_of(module, pools, seed=seed)
 
 
 def _pool(task: str, images: Mapping[str, Images]) -> Images:

@@ -1,7 +1,7 @@
 """This file is the re-estimation of BatchNorm statistics, for a head fit or after a merge."""
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[
     those of batch i, as it reaches the layer when all layers before normalise by their own batch.
 
     Args:
-        backbone: never changed.
+        backbone: as it was again when the statistics are returned.
         batches: normalised images, (b, 3, H, W) each, of equal size where all images should count
             alike.
 
@@ -35,23 +35,47 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> dict[
     Raises:
         ValueError: the backbone has BatchNorm and there is no batch.
     """
-    if not _tracking(backbone):
+    layers = _tracking(backbone)
+    if not layers:
         return {}
-    probe = copy.deepcopy(backbone).eval()
-    layers = _tracking(probe)
-    for layer in layers.values():
+    with _averaging(backbone, layers.values()):
+        count = 0
+        for x in batches:
+            backbone(x)
+            count += 1
+        if count == 0:
+            raise ValueError("BatchNorm statistics need at least one batch, but there is none.")
+        names = [f"{name}.{leaf}" for name in layers for leaf in ("running_mean", "running_var")]
+        tensors = backbone.state_dict()
+        return {name: tensors[name].clone() for name in sorted(names)}
+
+
+@contextmanager
+def _averaging(module: nn.Module, layers: Collection[Any]) -> Iterator[None]:
+    """Let some layers average what they see, all others in evaluation mode; then put all back.
+
+    A copy to work on would cost as much as a pass of a small ResNet over a hundred images.
+    """
+    modes = [(inner, inner.training) for inner in module.modules()]
+    before = [
+        (layer, layer.momentum, {name: buffer.clone() for name, buffer in layer.named_buffers()})
+        for layer in layers
+    ]
+    module.eval()
+    for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative average
         layer.train()
-    count = 0
-    for x in batches:
-        probe(x)
-        count += 1
-    if count == 0:
-        raise ValueError("BatchNorm statistics need at least one batch, but there is none.")
-    names = [f"{name}.{leaf}" for name in layers for leaf in ("running_mean", "running_var")]
-    tensors = probe.state_dict()
-    return {name: tensors[name].clone() for name in sorted(names)}
+    try:
+        yield
+    finally:
+        module.train(modes[0][1])  # a module may have more to set than its parts
+        for inner, mode in modes:
+            inner.training = mode
+        for layer, momentum, buffers in before:
+            layer.momentum = momentum
+            for name, buffer in buffers.items():
+                layer.get_buffer(name).copy_(buffer)
 
 
 def _tracking(module: nn.Module) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def test_module_and_mode_stay_as_they_were():
     found = estimate_statistics(backbone, images())
     assert all(m.training for m in backbone.modules())
     assert all(torch.equal(t, base.params[n]) for n, t in backbone.state_dict().items())
+    assert {m.momentum for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
     wanted = {n for n, info in base.structure.items() if info.kind == "statistic"}
     assert set(found) == wanted
     assert has_statistics(base.structure)
@@ -47,5 +48,8 @@ def test_an_encoder_without_batchnorm_has_no_statistics():
 
 
 def test_no_batch_is_refused():
+    layer = nn.BatchNorm2d(3)
+    layer.running_mean.fill_(2)
     with pytest.raises(ValueError, match="need at least one batch"):
-        estimate_statistics(nn.BatchNorm2d(3), [])
+        estimate_statistics(layer, [])
+    assert layer.running_mean.tolist() == [2, 2, 2]
