@@ -1,9 +1,12 @@
 """The command line: `main` picks a command, runs it, and tells errors in one line."""
 
+import atexit
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from mergekit_lit.core.registry import unknown_name
@@ -37,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # The last search for garbage among all of torch takes seconds, and the process ends anyway.
+    atexit.register(gc.freeze)
     try:
         return _dispatch(arguments)
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else int(request.code is not None)
     except KeyboardInterrupt:
-        print("mergekit-lit: interrupted", file=sys.stderr)
+        _tell("mergekit-lit: interrupted", alone=False)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has left; point stdout elsewhere, or Python complains at exit.
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         if os.environ.get("MERGEKIT_LIT_TRACEBACK") == "1":
             raise
-        print(f"mergekit-lit: error: {one_line(error)}", file=sys.stderr)
+        _tell(f"mergekit-lit: error: {one_line(error)}", alone=True)
         return _WRONG_INPUT
 
 
@@ -59,6 +64,43 @@ def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks, and without the quotes that KeyError adds."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _tell(line: str, *, alone: bool) -> None:
+    """Print a line on stderr; of several processes that a launcher started, only one does.
+
+    Args:
+        line: why this process ends.
+        alone: whether a process that works together with others may end so by itself.
+    """
+    if _is_first_to_tell() or (alone and _has_joined_others()):
+        print(line, file=sys.stderr)
+
+
+def _is_first_to_tell() -> bool:
+    """Whether no other process of this launch and machine tells why it ends.
+
+    Processes that are given the same words refuse them alike, in any order; torchrun then ends
+    those that have not come so far. It gives them a folder in common, for the first to leave a mark
+    in. Elsewhere the first process tells.
+    """
+    shared = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if shared:
+        try:
+            Path(shared).parents[1].joinpath("told").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def _has_joined_others() -> bool:
+    """Whether this process has met others, without a folder in common to leave a mark in."""
+    # Nothing is imported for it; and there are builds of torch without it.
+    joined = getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)
+    return bool(joined()) and "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
 def _dispatch(arguments: list[str]) -> int:

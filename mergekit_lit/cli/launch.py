@@ -52,6 +52,9 @@ def lightning_main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"lightning run: error: {one_line(error)}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("lightning run: interrupted", file=sys.stderr)
+            return 130
     return _lightning_sdk()
 
 
@@ -141,15 +144,19 @@ def _processes(devices: str, accelerator: str | None) -> int:
 
 def _torchrun(arguments: list[str]) -> int:
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The processes tell their own errors; the launcher's account of them would hide those.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         torchrun.main(arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as ended:
+        # The processes were told of it, and tell it.
+        return 128 + int(ended.sigval)
     return 0
 
 

@@ -1,9 +1,12 @@
 """This file runs one function on many items in a few processes, and hears from them meanwhile."""
 
+import atexit
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
@@ -86,12 +89,26 @@ class Crew:
         """Return the result of `work` on each item, in the order of the items.
 
         The first error is raised as it came; work that has not begun is left.
+
+        Raises:
+            ChildProcessError: a worker was killed.
         """
         if self._pool is None:
             return self._run_here(work, items)
+        try:
+            return self._run_apart(self._pool, work, items)
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "Worker processes must live until their work is done, but one ended before: it was "
+                "killed, or there was too little memory. Start again with fewer `jobs`."
+            ) from None
+
+    def _run_apart(
+        self, pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> list[Result]:
         with _interrupts_held():
             # The pool starts its processes as work comes in.
-            futures = [self._pool.submit(_work, work, item) for item in items]
+            futures = [pool.submit(_work, work, item) for item in items]
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_LISTEN_S, return_when=FIRST_COMPLETED)
@@ -139,6 +156,8 @@ def _interrupts_held() -> Iterator[None]:
 def _join(queue: Any) -> None:
     """Make a new process a member of the crew: one thread, messages into the queue."""
     torch.set_num_threads(1)
+    # The last search for garbage among all of torch takes seconds.
+    atexit.register(gc.freeze)
     _Outlet.send = queue.put
     signal.signal(signal.SIGTERM, _leave)
     Thread(target=_leave_after_parent, daemon=True).start()

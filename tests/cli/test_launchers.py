@@ -96,7 +96,8 @@ def test_a_disagreement_is_an_error_and_writes_nothing(tiny_suite, tmp_path):
     done = run([*words, "--trainer.devices=1"])
     assert done.returncode == 2
     assert "`trainer.devices` must agree with the launcher, which says 2" in done.stderr
-    assert "Traceback" not in done.stderr
+    # One line, whichever of the two processes has come to it first.
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
