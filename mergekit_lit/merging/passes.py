@@ -50,6 +50,28 @@ class Pairs(Iterable[tuple[str, Tensor]]):
             else:
                 yield name, self._experts.deltas(name)
 
+    def sample(self, count: int) -> tuple[Tensor, int]:
+        """Return evenly spaced entries of all deltas, (T, m), without reading the others.
+
+        Args:
+            count: about how many of each expert are asked for; all where there are fewer.
+
+        Returns:
+            The entries, in float32 or better; and how many each expert has in all.
+        """
+        names = self._experts.merged_names()
+        tensors = {name: self._experts.base[name].reshape(-1) for name in names}
+        entries = sum(len(tensor) for tensor in tensors.values())
+        stride = max(1, entries // count) | 1  # odd: widths of layers tend to be even
+        parts, before = [torch.zeros(len(self._experts), 0)], 0
+        for name, tensor in tensors.items():
+            base = wide(tensor[-before % stride :: stride])
+            tuned = [params[name].reshape(-1) for params in self._experts.tuned]
+            taken = [t[-before % stride :: stride].to(base.dtype) - base for t in tuned]
+            parts.append(torch.stack(taken))
+            before += len(tensor)
+        return torch.cat(parts, dim=1), entries
+
 
 Blocks = Callable[[Tensor, int], Tensor]
 """f(deltas (T, n), place of the first entry) -> (n,): one block of a tensor that is made."""

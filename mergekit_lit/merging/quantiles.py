@@ -1,11 +1,18 @@
 """This file is exact order statistics of all entries of a model, in two passes of little memory."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Pairs = Iterable[tuple[str, Tensor]]
+"""Name and deltas (T, *s) of every merged tensor; may be gone through more than once."""
+
+Function = Callable[[Tensor], Tensor]
+"""What is looked at of each entry of the deltas, (T, *s) -> (T, *s)."""
 
 Chunks = Callable[[], Iterable[Tensor]]
 """Starts a pass over all entries: tensors (T, n), one row an expert, of any n."""
@@ -14,21 +21,35 @@ _BINS = 1 << 16
 _SAMPLE = 1 << 18
 
 
-def smallest(chunks: Chunks, ranks: Callable[[int], Sequence[int]]) -> Tensor:
+@runtime_checkable
+class Sampled(Protocol):
+    """Pairs of which some entries can be had without a pass over all, as `passes.Pairs` can."""
+
+    def sample(self, count: int) -> tuple[Tensor, int]:
+        """Return about `count` even entries of each expert, (T, m); and how many it has in all."""
+
+
+def smallest(pairs: Pairs, function: Function, ranks: Callable[[int], Sequence[int]]) -> Tensor:
     """Return per expert the values of given ranks among all its entries, exactly.
 
-    A sample brackets each value; a second pass counts the entries below the bracket and collects
-    those inside it. Where a sample was misleading, a count by bit pattern takes its place.
+    A sample brackets each value; a pass over all entries counts those below the bracket and
+    collects those inside it. Where a sample was misleading, a count by bit pattern takes its place.
 
     Args:
-        chunks: starts a pass over the entries; called twice, or four times after a bad sample.
+        pairs: gone through once, twice if they cannot be `Sampled`; thrice after a bad sample.
+        function: what is ranked: f(deltas).
         ranks: tells, from the number of entries of an expert, R ranks: 1 for the smallest, up to
             the number of entries for the largest; 0 gives minus infinity.
 
     Returns:
         Values, (T, R), in float64; (0, 0) where there are no entries.
     """
-    sample, entries = _sample(chunks)
+
+    def chunks() -> Iterator[Tensor]:
+        for _, deltas in pairs:
+            yield function(deltas).reshape(len(deltas), deltas[0].numel())
+
+    sample, entries = _sample(pairs, function, chunks)
     if entries == 0:
         return torch.zeros(0, 0, dtype=torch.float64)
     wanted = list(ranks(entries))
@@ -45,8 +66,11 @@ def threshold(values: Tensor, density: float) -> Tensor:
     return values.reshape(-1).kthvalue(rank).values
 
 
-def _sample(chunks: Chunks) -> tuple[np.ndarray, int]:
+def _sample(pairs: Pairs, function: Function, chunks: Chunks) -> tuple[np.ndarray, int]:
     """Return evenly spaced entries of each expert, sorted, (T, m); and how many it has in all."""
+    if isinstance(pairs, Sampled):
+        deltas, entries = pairs.sample(_SAMPLE)
+        return np.sort(function(deltas).numpy(), axis=1), entries
     parts: list[np.ndarray] = []
     stride, taken, entries = 1, 0, 0
     for values in chunks():
@@ -62,8 +86,8 @@ def _sample(chunks: Chunks) -> tuple[np.ndarray, int]:
 
 def _bracket(ordered: np.ndarray, share: float) -> tuple[float, float]:
     """Return bounds that a share of all entries lies below, by a sample in order."""
-    # At least 8 standard deviations of a share, if the sample were drawn at random.
-    place, slack = share * len(ordered), 4 * math.sqrt(len(ordered))
+    # At least 6 standard deviations of a share, if the sample were drawn at random.
+    place, slack = share * len(ordered), 3 * math.sqrt(len(ordered))
     low, high = math.floor(place - slack), math.ceil(place + slack)
     return (
         float(ordered[low]) if low >= 0 else -math.inf,
@@ -80,17 +104,18 @@ def _inside(
     for values in chunks():
         for t, row in enumerate(values.numpy()):
             for r, (low, high) in enumerate(brackets[t]):
-                reached = row >= row.dtype.type(low)
-                below[t, r] += len(row) - np.count_nonzero(reached)
-                found[t][r].append(row[reached & (row <= row.dtype.type(high))])
+                inside = row >= row.dtype.type(low)
+                below[t, r] += len(row) - np.count_nonzero(inside)
+                inside &= row <= row.dtype.type(high)
+                found[t][r].append(row[inside])
     result = torch.full(below.shape, -torch.inf, dtype=torch.float64)
     for t, r in np.ndindex(below.shape):
-        inside = np.concatenate(found[t][r])
+        collected = np.concatenate(found[t][r])
         rank = wanted[r] - int(below[t, r])
-        if wanted[r] >= 1 and not 1 <= rank <= len(inside):
+        if wanted[r] >= 1 and not 1 <= rank <= len(collected):
             return None
         if wanted[r] >= 1:
-            result[t, r] = float(np.partition(inside, rank - 1)[rank - 1])
+            result[t, r] = float(np.partition(collected, rank - 1)[rank - 1])
     return result
 
 

@@ -1,6 +1,5 @@
 """This file is the methods that compare entries between experts: SCE, PCB, RAM, Nearswap."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
-from mergekit_lit.merging.quantiles import smallest
+from mergekit_lit.merging.quantiles import Pairs, smallest
 from mergekit_lit.merging.reductions import total
-from mergekit_lit.merging.sparsify import Pairs, agreeing, flat_rows
+from mergekit_lit.merging.sparsify import agreeing
 from mergekit_lit.merging.steps import weighted_sum
 
 # PCB cuts off this share of the magnitudes at either end before it compares them.
@@ -63,21 +62,16 @@ def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
     """Find what PCB needs of the whole model, per expert: bounds of |tau|, and of the balance."""
     check_interval("density", density, "(0, 1]")
 
-    def magnitudes() -> Iterator[Tensor]:
-        return (flat_rows(deltas.abs()) for _, deltas in pairs)
-
     def tails(entries: int) -> list[int]:
         cut = int(entries * _TAIL)
         return [cut + 1, entries - cut]
 
-    def balances() -> Iterator[Tensor]:
-        return (flat_rows(_balance(deltas, bounds)) for _, deltas in pairs)
-
     def winners(entries: int) -> list[int]:
         return [max(1, entries - max(1, int(entries * density))), entries]
 
-    bounds = smallest(magnitudes, tails)
-    return {"bounds": bounds, "span": smallest(balances, winners)}
+    bounds = smallest(pairs, torch.abs, tails)
+    span = smallest(pairs, lambda deltas: _balance(deltas, bounds), winners)
+    return {"bounds": bounds, "span": span}
 
 
 @MERGE_METHODS.add(

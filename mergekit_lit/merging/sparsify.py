@@ -1,7 +1,8 @@
 """This file is the methods that keep a share of each delta's entries: TIES, Breadcrumbs, MagMax."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,27 +11,34 @@ from torch.nn.functional import hardshrink
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
-from mergekit_lit.merging.quantiles import smallest, threshold
-
-Pairs = Iterable[tuple[str, Tensor]]
-"""Name and deltas (T, *s) of every merged tensor; may be gone through more than once."""
+from mergekit_lit.merging.quantiles import Pairs, smallest, threshold
 
 Combine = Literal["mean", "sum"]
 
 
 def trim_and_elect(
     pairs: Pairs, *, density: float, trim: Literal["model", "tensor"] = "model"
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Find what TIES needs of the whole model: a threshold per expert, and the majority sign.
 
     threshold_t = the (d - floor(d * density))-th smallest |tau_t| over all d entries, exactly.
+
+    Returns:
+        `thresholds` (T,) unless tensors are trimmed for themselves; and `majority`, a function that
+        returns the sign of sum_p sign(sum_t m_tp tau_tp). It takes another pass over all entries,
+        and is needed only where what is kept of an entry sums to 0 exactly.
     """
     thresholds = None if trim == "tensor" else magnitude_thresholds(pairs, density=density)
-    signs = torch.zeros((), dtype=torch.int64)
-    for _, deltas in pairs:
-        total = _trimmed(deltas, thresholds, density).sum(dim=0)
-        signs += total.sign().sum(dtype=torch.float64).long()
-    return {"majority": signs.sign()} | ({} if thresholds is None else {"thresholds": thresholds})
+
+    @cache
+    def majority() -> int:
+        signs = 0
+        for _, deltas in pairs:
+            total = _trimmed(deltas, thresholds, density).sum(dim=0)
+            signs += int(total.sign().sum(dtype=torch.float64))
+        return (signs > 0) - (signs < 0)
+
+    return {"majority": majority} | ({} if thresholds is None else {"thresholds": thresholds})
 
 
 @MERGE_METHODS.add(
@@ -73,9 +81,7 @@ def ties(
     check_scale(scale)
     thresholds = tensor.stats["thresholds"] if trim == "model" else None
     kept = _trimmed(tensor.deltas, thresholds, density)
-    sign = kept.sum(dim=0).sign()
-    sign = torch.where(sign == 0, tensor.stats["majority"].to(sign.dtype), sign)
-    return scale * combined(agreeing(kept, sign), combine)
+    return scale * _elected(kept, tensor.stats["majority"], combine)
 
 
 @MERGE_METHODS.add(
@@ -155,28 +161,37 @@ def magnitude_thresholds(pairs: Pairs, *, density: float) -> Tensor:
     It is 0 where every entry is kept.
     """
     check_interval("density", density, "(0, 1]")
-    found = smallest(
-        lambda: (flat_rows(deltas.abs()) for _, deltas in pairs),
-        lambda entries: [entries - int(entries * density)],
-    )
+    found = smallest(pairs, torch.abs, lambda entries: [entries - int(entries * density)])
     return found.clamp(min=0).flatten()
+
+
+def _elected(kept: Tensor, majority: Callable[[], int], combine: Combine) -> Tensor:
+    """Return what `combine` makes of the entries (T, *s) of the sign of their sum, (*s).
+
+    Where they sum to 0 exactly it is the majority's sign.
+    """
+    sign = kept.sum(dim=0).sign()
+    step = by_sign(kept, sign + (1 - sign.abs()), combine)
+    # As if the majority were positive; a step is left only where something was kept.
+    undecided = (1 - sign.abs()) * step
+    if bool(undecided.any()) and majority() <= 0:
+        tied = undecided != 0
+        step[tied] = by_sign(kept[:, tied], torch.tensor(float(majority())), combine)
+    return step
+
+
+def by_sign(kept: Tensor, sign: Tensor, combine: Combine) -> Tensor:
+    """Return the sum over experts of the entries (T, *s) of a sign (*s), or their mean, (*s)."""
+    # By products of numbers: comparisons that make booleans take ten times as long.
+    agreed = (kept * sign).clamp_(min=0)
+    step = agreed.sum(dim=0) * sign
+    return step if combine == "sum" else step / agreed.sign().sum(dim=0).clamp(min=1)
 
 
 def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
     """Return the entries (T, *s) whose sign is the elected one (*s), and 0 for the others."""
     # By products of numbers: comparisons that make booleans take ten times as long.
     return (kept * sign).clamp(min=0) * sign
-
-
-def combined(kept: Tensor, combine: Combine) -> Tensor:
-    """Return the sum over experts of the entries kept (T, *s), or the mean of those not 0, (*s)."""
-    total = kept.sum(dim=0)
-    return total if combine == "sum" else total / kept.sign().abs().sum(dim=0).clamp(min=1)
-
-
-def flat_rows(deltas: Tensor) -> Tensor:
-    """Return one row an expert, (T, n), whatever the tensor's own shape."""
-    return deltas.reshape(len(deltas), deltas[0].numel())
 
 
 def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tensor:

@@ -16,7 +16,8 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
 from mergekit_lit.merging.decompositions import has_direction, leading, polar, singular_values
 from mergekit_lit.merging.quantiles import threshold
-from mergekit_lit.merging.sparsify import Combine, agreeing, combined
+from mergekit_lit.merging.sparsify import Combine, by_sign
+from mergekit_lit.merging.steps import sum_of
 
 
 @MERGE_METHODS.add(
@@ -176,8 +177,7 @@ def knots(
     if rule == "ties":
         thresholds = torch.stack([threshold(part.abs(), density) for part in parts])
         parts = parts * (parts.abs() >= thresholds[:, None, None])
-        parts = agreeing(parts, parts.sum(dim=0).sign())
-        merged = combined(parts, combine)
+        merged = by_sign(parts, parts.sum(dim=0).sign(), combine)
     else:
         merged = parts.sum(dim=0) if combine == "sum" else parts.mean(dim=0)
     return scale * like((left * values) @ merged, tensor)
@@ -197,14 +197,6 @@ def matrices(tensor: Slice) -> Iterator[Tensor]:
 def mean_of(tensor: Slice) -> Tensor:
     """Return the mean of the deltas, (*s), one expert at a time."""
     return sum_of(iter(tensor.each)) / len(tensor.each)
-
-
-def sum_of(parts: Iterator[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape, one at a time."""
-    total = next(parts).clone()
-    for part in parts:
-        total += part
-    return total
 
 
 def like(step: Tensor, tensor: Slice) -> Tensor:

@@ -41,6 +41,15 @@ def weighted_sum(coefficients: Tensor, deltas: Tensor) -> Tensor:
     return step
 
 
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape, at least one, of which it holds one at a time."""
+    each = iter(parts)
+    total = next(each).clone()
+    for part in each:
+        total += part
+    return total
+
+
 def moved(base: Params, steps: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return base + step in the base's dtypes, in its order; tensors without a step stay.
 

@@ -197,7 +197,7 @@ def trimmed_and_agreed(deltas: Mapping[str, Tensor], *, density: float) -> dict[
         least = stats["thresholds"].to(of_each.dtype).reshape(-1, *[1] * (of_each.ndim - 1))
         kept = of_each * (of_each.abs() >= least)
         sign = kept.sum(dim=0).sign()
-        sign = torch.where(sign == 0, stats["majority"].to(sign.dtype), sign)
+        sign = torch.where(sign == 0, float(stats["majority"]()), sign)
         agreed[name] = agreeing(kept, sign)
     return agreed
 

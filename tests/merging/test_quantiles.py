@@ -5,12 +5,17 @@ import pytest
 import torch
 
 from mergekit_lit.merging import quantiles
-from mergekit_lit.merging.quantiles import smallest, threshold
+from mergekit_lit.merging.passes import Pairs
+from mergekit_lit.merging.quantiles import threshold
 from mergekit_lit.merging.reductions import gram, total
 
 
 def chunked(values, sizes):
-    return lambda: iter(values.split(sizes, dim=1))
+    return [("w", part) for part in values.split(sizes, dim=1)]
+
+
+def smallest(pairs, ranks):
+    return quantiles.smallest(pairs, lambda deltas: deltas, ranks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -43,6 +48,43 @@ def test_a_sample_never_changes_the_result(monkeypatch, misleading):
     assert bool(counted) == misleading
 
 
+class Thin(list):
+    """Pairs that can be sampled: every third entry, or a sample that stands for nothing."""
+
+    def __init__(self, pairs, values, *, misleading):
+        super().__init__(pairs)
+        self.entries = values.shape[1]
+        self.taken = values[:, ::3] + 50 * misleading
+        self.passes = 0
+
+    def sample(self, count):
+        return self.taken, self.entries
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize(("misleading", "passes"), [(False, 1), (True, 3)])
+def test_what_can_be_sampled_is_gone_through_once(misleading, passes):
+    values = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    pairs = Thin(chunked(values, 1000), values, misleading=misleading)
+    found = smallest(pairs, lambda entries: [entries // 2])
+    expected = np.sort(values.double().numpy(), axis=1)[:, 4499:4500]
+    np.testing.assert_array_equal(found.numpy(), expected)
+    assert pairs.passes == passes
+
+
+@pytest.mark.parametrize("count", [1, 40, 10**9])
+def test_experts_give_even_samples_of_their_deltas(tiny_experts, count):
+    names = tiny_experts.merged_names()
+    everything = torch.cat([tiny_experts.deltas(name).reshape(3, -1) for name in names], dim=1)
+    sample, entries = Pairs(tiny_experts).sample(count)
+    stride = max(1, entries // count) | 1
+    assert entries == everything.shape[1]
+    torch.testing.assert_close(sample, everything[:, ::stride])
+
+
 def test_zeros_of_both_signs_huge_and_tiny_numbers():
     row = [-0.0, 0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0]
     values = torch.tensor([row])
@@ -53,7 +95,7 @@ def test_zeros_of_both_signs_huge_and_tiny_numbers():
 def test_rank_0_lies_below_everything_and_no_entries_have_no_ranks():
     values = torch.tensor([[1.0, -5.0]])
     assert smallest(chunked(values, 2), lambda _: [0]).tolist() == [[-np.inf]]
-    assert smallest(lambda: iter(()), lambda _: [1]).shape == (0, 0)
+    assert smallest([], lambda _: [1]).shape == (0, 0)
 
 
 @pytest.mark.parametrize(("density", "expected"), [(1.0, 0), (0.5, 2), (0.25, 3), (0.01, 4)])

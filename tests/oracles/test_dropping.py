@@ -1,13 +1,15 @@
 """DARE and DELLA against NumPy transcriptions of their papers that share only the draws."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from mergekit_lit.core.merging import Slice
-from mergekit_lit.core.seeds import generator
+from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.dropping import dare, della
+from mergekit_lit.merging.dropping import dare, della, drawn
 
 
 def a_slice(shape=(7, 5), count=3, name="w", seed=0, deltas=None):
@@ -19,9 +21,16 @@ def a_slice(shape=(7, 5), count=3, name="w", seed=0, deltas=None):
 
 
 def draws(tensor):
+    """Return uniform numbers in [0, 1), of each expert's own stream."""
+    shape = tensor.deltas[0].shape
+    streams = [
+        np.random.Philox(key=derive_seed(tensor.seed, tensor.name, t))
+        for t in range(len(tensor.deltas))
+    ]
     return [
-        torch.rand(delta.shape, generator=generator(tensor.seed, tensor.name, t, 0)).numpy()
-        for t, delta in enumerate(tensor.deltas)
+        stream.random_raw(math.prod(shape)).view(np.uint32)[: math.prod(shape)].reshape(shape)
+        / 2.0**32
+        for stream in streams
     ]
 
 
@@ -78,6 +87,16 @@ def test_methods_equal_their_papers(rule, combine, rescale):
         found = della(tensor, drop=0.4, window=0.6, scale=0.7, **options).numpy()
         expected = 0.7 * reference_della(tensor, 0.4, 0.6, **options)
         np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_draws_depend_on_the_place_and_not_on_the_blocks():
+    whole = drawn((4000,), 0.3, key=11)
+    parts = [drawn((n,), 0.3, key=11, offset=at) for at, n in ((0, 808), (808, 8), (816, 3184))]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    each = drawn((4000,), torch.full((4000,), 0.3, dtype=torch.float64), key=11)
+    np.testing.assert_array_equal(each, whole)
+    assert abs(whole.mean() - 0.7) < 4 * (0.3 * 0.7 / 4000) ** 0.5
+    assert not np.array_equal(drawn((4000,), 0.3, key=12), whole)
 
 
 def test_without_a_window_della_drops_as_dare_does():

@@ -86,6 +86,30 @@ def test_exact_cancellation_takes_the_majority_sign():
     )
 
 
+def test_the_majority_is_looked_up_where_entries_cancel_and_only_there():
+    passes = []
+
+    class Counted(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    apart = torch.tensor([[1.0, -2.0, 0.0], [2.0, 3.0, 0.0]])
+    stats = trim_and_elect(Counted([("w", apart)]), density=1.0)
+    before = len(passes)
+    found = ties(a_slice("w", apart, stats), density=1.0)
+    torch.testing.assert_close(found, torch.tensor([1.5, 3.0, 0.0]))
+    assert len(passes) == before
+    # Two entries cancel, and of the others as many are positive as negative: no majority.
+    even = torch.tensor([[1.0, -2.0, 3.0, -4.0], [-1.0, -2.0, 3.0, 4.0]])
+    stats = trim_and_elect(Counted([("w", even)]), density=1.0)
+    before = len(passes)
+    for _ in range(2):
+        found = ties(a_slice("w", even, stats), density=1.0)
+        torch.testing.assert_close(found, torch.tensor([0.0, -2.0, 3.0, 0.0]))
+    assert len(passes) == before + 1
+
+
 def test_ties_of_agreeing_experts_is_their_mean():
     pairs = [(name, deltas.abs()) for name, deltas in model()]
     stats = trim_and_elect(pairs, density=1.0)
@@ -137,6 +161,6 @@ def test_magmax_takes_the_largest_and_the_later_of_equals():
     ],
 )
 def test_values_out_of_range(call, message):
-    stats = {"thresholds": torch.zeros(2), "majority": torch.tensor(1)}
+    stats = {"thresholds": torch.zeros(2), "majority": lambda: 1}
     with pytest.raises(ValueError, match=message):
         call(a_slice("w", torch.ones(2, 3), stats))
