@@ -89,8 +89,8 @@ def tune_files(
     gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
     check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
     tasks = _tasks(gathered, calibration)
-    bench = _bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
     log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
+    bench = _bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
     with Display(Console(quiet=quiet)) as display:
         for method in plan.methods:
             _search(bench, log, method, plan, display)

@@ -63,7 +63,7 @@ class TrialLog:
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Open the log, or begin one.
+        """Open the log; without a file there is none before the first trial.
 
         Args:
             path: the file; its first line holds the facts, every other one a trial.
@@ -73,14 +73,14 @@ class TrialLog:
             ValueError: the file is the log of another search, or of none; it is left as it is.
         """
         self._path = path
-        facts = json.loads(json.dumps(plain(facts)))
-        if not path.is_file():
-            write_text(path, json.dumps({"search": facts}) + "\n")
-        self.trials = self._read(facts)
+        self._facts = json.loads(json.dumps(plain(facts)))
+        self.trials = self._read() if path.is_file() else []
 
     def add(self, trial: Trial) -> None:
         """Write a trial."""
         line = json.dumps(plain(asdict(trial))) + "\n"
+        if not self._path.is_file():
+            write_text(self._path, json.dumps({"search": self._facts}) + "\n")
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
@@ -95,7 +95,7 @@ class TrialLog:
         """Return the trials of one method that were made for the regret's sake."""
         return [trial for trial in self.trials if trial.method == method and trial.again]
 
-    def _read(self, facts: Mapping[str, Any]) -> list[Trial]:
+    def _read(self) -> list[Trial]:
         data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
@@ -107,18 +107,18 @@ class TrialLog:
                 f"{str(self._path)!r} must be the log of a search, but is not: {error!r}. "
                 "Choose another folder."
             ) from None
-        self._check_same(found, facts)
+        self._check_same(found)
         if len(whole) < len(data):
             os.truncate(self._path, len(whole))
         return trials
 
-    def _check_same(self, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        for name in facts:
-            if found.get(name) != facts[name]:
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        for name, mine in self._facts.items():
+            if found.get(name) != mine:
                 raise ValueError(
                     f"`out` must be a new folder or that of this very search, but the search of "
                     f"{str(self._path)!r} had {_told(name, found.get(name))} and this one has "
-                    f"{_told(name, facts[name])}. Choose another folder."
+                    f"{_told(name, mine)}. Choose another folder."
                 )
 
 
