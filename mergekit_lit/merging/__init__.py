@@ -12,6 +12,7 @@ from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
 from mergekit_lit.merging.masks import consensus, emr, tall_masks
 from mergekit_lit.merging.patterns import select
+from mergekit_lit.merging.raw import load_raw, save_raw
 from mergekit_lit.merging.regression import regmean, regmean_plus_plus
 from mergekit_lit.merging.repair import repair
 from mergekit_lit.merging.selection import nearswap, pcb, ram, sce
@@ -43,6 +44,7 @@ __all__ = [
     "knots",
     "lines",
     "load_experts",
+    "load_raw",
     "magmax",
     "mats",
     "merge",
@@ -58,6 +60,7 @@ __all__ = [
     "regmean",
     "regmean_plus_plus",
     "repair",
+    "save_raw",
     "sce",
     "select",
     "slerp",

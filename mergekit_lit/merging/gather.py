@@ -12,6 +12,7 @@ from mergekit_lit.core.checkpoints import match_names, open_tensors
 from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
 from mergekit_lit.core.params import Params, check_finite
 from mergekit_lit.core.permutations import has_axes
+from mergekit_lit.core.shards import Shards
 from mergekit_lit.core.specs import check_same_names_and_shapes
 from mergekit_lit.core.tensorfiles import TensorFile
 
@@ -72,7 +73,7 @@ def in_memory(experts: Experts) -> Experts:
 def _open(path: Path, base: Base) -> Expert:
     """Open one expert, ours or one that others wrote."""
     given = open_tensors(path)
-    if isinstance(given, TensorFile) and given.facts:
+    if isinstance(given, (TensorFile, Shards)) and given.facts.get("kind") not in (None, "plain"):
         return load_expert(path)
     source = f"Expert {str(path)!r}"
     names, left = match_names(given, base.params, source=source)

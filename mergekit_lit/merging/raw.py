@@ -1,0 +1,152 @@
+"""This file merges plain weight files: no architecture known, no card, a base file given."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.checkpoints import match_names, open_tensors
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.params import Params, is_finite
+from mergekit_lit.core.shards import write_shards
+from mergekit_lit.core.specs import Computed, check_same_names_and_shapes, joined, spec_of
+from mergekit_lit.core.tensorfiles import write_tensors
+from mergekit_lit.merging.guessing import guessed_structure
+from mergekit_lit.merging.patterns import is_match
+
+HEADS = "head.*|heads.*|fc.*|classifier.*"
+"""What heads are called in timm, torchvision and transformers."""
+
+
+def load_raw(paths: Sequence[Path], *, base: Path, heads: str = HEADS) -> Experts:
+    """Open weight files as experts of a base file; only headers are read.
+
+    Numbers are checked when a tensor is first read: NaN and infinity are refused.
+
+    Args:
+        paths: one file or folder per expert, as `core.checkpoints.open_tensors` takes them, in the
+            order of the merge; an expert is called as its file, or as its folder where files are
+            called alike.
+        base: what all of them were tuned from, of any of these formats.
+        heads: pattern of the tensors that are not merged, but kept for each expert as its head;
+            empty for none. What experts hold beyond the base must be of a head.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no files; two of one name; a file is damaged or would run code; names, shapes or
+            kinds of numbers differ from the base's.
+    """
+    if not paths:
+        raise ValueError("Merging needs at least one expert file, but got none.")
+    opened = open_tensors(Path(base))
+    backbone = {name: name for name in opened if not _is_head(heads, name)}
+    params = _checked(opened, backbone, f"The base {str(base)!r}")
+    experts = [_expert(Path(path), params, heads) for path in paths]
+    return Experts(
+        base=params,
+        tuned=[backbone for backbone, _ in experts],
+        structure=guessed_structure(params.specs),
+        cards=[Card(task=name) for name in _names(paths)],
+        heads=[head for _, head in experts],
+        names=_names(paths),
+        base_name=str(base),
+    )
+
+
+def save_raw(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) -> list[Path]:
+    """Write a merged model's tensors under their own names, as the experts' files have them.
+
+    Heads are written beside them, `NAME.heads.safetensors`, as `TASK/name`. Both are atomic.
+
+    Args:
+        path: a file that ends in `.safetensors`.
+        merged: a model without anything of its own per task but heads; held tensor by tensor where
+            it is streamed.
+        max_shard_bytes: write several files of at most so many bytes, as `core.shards` does.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OSError: a file cannot be written (full disk, read-only folder).
+        ValueError: the merge gave each task masks, statistics or adapters of its own, which plain
+            files have no place for.
+    """
+    if merged.masks or merged.statistics or merged.adapters:
+        raise ValueError(
+            f"Plain files hold one model for all tasks, but {merged.facts.get('method')!r} gave "
+            "each task a part of its own. Choose another method, or merge experts of mergekit-lit."
+        )
+    facts = {"kind": "plain", "facts": dict(merged.facts)}
+    heads = {f"{task}/": head for task, head in merged.heads.items() if head}
+    written = []
+    if heads:
+        written.append(path.with_name(f"{path.stem}.heads{path.suffix}"))
+        write_tensors(written[0], joined(heads), facts)
+    if max_shard_bytes is None:
+        write_tensors(path, merged.shared, facts)
+        return [path, *written]
+    return [*write_shards(path, merged.shared, facts, max_shard_bytes=max_shard_bytes), *written]
+
+
+def _expert(path: Path, base: Computed, heads: str) -> tuple[Computed, Computed]:
+    """Return the tensors that the base has too, and the head."""
+    opened, source = open_tensors(path), f"Expert {str(path)!r}"
+    names, left = match_names(opened, base, source=source)
+    first = min(names)
+    prefix = names[first].removesuffix(first)
+    for name in left:
+        if not _is_head(heads, name.removeprefix(prefix)):
+            raise ValueError(
+                f"{source} must hold nothing beyond the base's tensors but a head "
+                f"({heads or 'none'}), but holds {name!r}. Say by `heads` what a head is called."
+            )
+    backbone = _checked(opened, names, source)
+    check_same_names_and_shapes(backbone, base, source=source)
+    for name, spec in backbone.specs.items():
+        if spec.dtype.is_floating_point != base.specs[name].dtype.is_floating_point:
+            raise ValueError(
+                f"{source} must hold the base's kinds of numbers, but {name!r} is of {spec.dtype} "
+                f"and there of {base.specs[name].dtype}. Save it in floating point."
+            )
+    return backbone, _checked(opened, {name.removeprefix(prefix): name for name in left}, source)
+
+
+def _is_head(heads: str, name: str) -> bool:
+    return bool(heads) and is_match(heads, name)
+
+
+def _checked(params: Params, names: Mapping[str, str], source: str) -> Computed:
+    """Return some tensors under short names; NaN and infinity are refused when first read."""
+    unread = set(names)
+
+    def read(short: str) -> Tensor:
+        tensor = params[names[short]]
+        if short in unread and not is_finite(tensor):
+            raise ValueError(
+                f"{source} must hold finite numbers, but {names[short]!r} holds NaN or infinite "
+                "ones. Leave this expert out, or train it again with a lower learning rate."
+            )
+        unread.discard(short)
+        return tensor
+
+    return Computed({short: spec_of(params, name) for short, name in names.items()}, read)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return what each expert is called: its file's stem, or its folder's name."""
+    stems = [_stem(Path(path)) for path in paths]
+    if len(set(stems)) < len(stems):
+        stems = [Path(path).resolve().parent.name for path in paths]
+    for name in stems:
+        if stems.count(name) > 1:
+            raise ValueError(
+                f"Experts must have names of their own, but {stems.count(name)} of them are called "
+                f"{name!r}. Rename the files or their folders."
+            )
+    return stems
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.name.removesuffix(".index.json").rpartition(".")[0]
