@@ -1,5 +1,6 @@
 """This file writes whole files or none: atomic writes, JSON, content hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -67,6 +68,24 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 at the end of a file that is there; all of it, or nothing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = text.encode()
+    try:
+        with Path(path).open("ab", buffering=0) as file:
+            before = file.tell()
+            # A full disk takes what still fits, and refuses the rest at the next call.
+            if file.write(content) < len(content):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _told(error, Path(path)) from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mergekit_lit.core.files import write_text
+from mergekit_lit.core.files import append_text, write_text
 from mergekit_lit.core.records import plain
 from mergekit_lit.lit.wandb_runs import (
     LoggerKind,
@@ -58,8 +58,7 @@ class FileLogger(Logger):
             self._rows = self._earlier_rows(step)
             write_text(self.folder / "metrics.jsonl", _lines(self._rows))
         self._rows.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Write nothing: the expert's card and record hold the configuration."""
