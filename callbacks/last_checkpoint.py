@@ -1,6 +1,6 @@
 """This file keeps one checkpoint of a run, from which a killed run goes on to the same bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,25 @@ class LastCheckpoint(Callback):
     """
 
     def __init__(
-        self, path: Path, *, every: int = 200, config: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        *,
+        every: int = 200,
+        at: Sequence[int] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Choose where and how often.
 
         Args:
             path: the checkpoint.
             every: steps between two checkpoints, at least 0; 0 for none.
+            at: further steps after which one is written, unless none are.
             config: what decides the weights' path; a resumed run must have the same.
         """
         if every < 0:
             raise ValueError(f"`checkpoint_every` must be at least 0, but is {every!r}.")
         self.path = Path(path)
-        self.every = every
+        self.every, self.at = every, frozenset(at)
         self.config = dict(config or {})
 
     def on_train_batch_end(
@@ -45,8 +51,8 @@ class LastCheckpoint(Callback):
     ) -> None:
         """Write the checkpoint after a step for which it is due; the last step needs none."""
         step = trainer.global_step
-        due = self.every and step % self.every == 0 and step != trainer.max_steps
-        if not (due and step_ended(trainer, batch_idx)):
+        due = self.every > 0 and (step % self.every == 0 or step in self.at)
+        if not (due and step != trainer.max_steps and step_ended(trainer, batch_idx)):
             return
         # One process writes; the others take part in collecting what it writes.
         place = atomic_path(self.path) if trainer.is_global_zero else nullcontext(self.path)

@@ -1,6 +1,7 @@
 """This file is the first stage: one task in, its expert files and record out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.loggers import log_outcome, make_loggers
-from mergekit_lit.lit.quiet import quiet
+from mergekit_lit.lit.quiet import interruptible, quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts
 from mergekit_lit.stages.folders import check_folder
@@ -86,7 +87,8 @@ def train_expert(  # noqa: PLR0913
     Writes `<out>/<name>.safetensors` (`<name>-step<K>.safetensors` for several K),
     `<name>.record.json`, `logs/<name>/metrics.csv` and `metrics.jsonl`, and while it runs
     `checkpoints/<name>/last.ckpt`. A run that was killed goes on with `resume` and, on the CPU,
-    ends with the same bytes.
+    ends with the same bytes. A run that diverges keeps its logs, which show when and how, but
+    leaves no expert of the steps from there on and no record.
 
     Args:
         data: the task.
@@ -99,7 +101,8 @@ def train_expert(  # noqa: PLR0913
         loggers: `csv`, `wandb` (offline) or `wandb-online`, or loggers.
         resume: whether to go on from the last checkpoint; a finished run is left as it is.
         name: stem of the files; None for the task's name.
-        checkpoint_every: steps between two checkpoints; 0 for none.
+        checkpoint_every: steps between two checkpoints, of which one is made with each expert too;
+            0 for none.
 
     Raises:
         ValueError: an argument is out of range, or the run diverged.
@@ -114,9 +117,14 @@ def train_expert(  # noqa: PLR0913
     finished = _finished(record_path, config) if resume else None
     if finished:
         return finished
+    logs = Path(out) / "logs" / name
     export = ExpertExport(Path(out), steps=chosen, name=name)
     last = LastCheckpoint(
-        Path(out) / "checkpoints" / name / "last.ckpt", every=checkpoint_every, config=config
+        Path(out) / "checkpoints" / name / "last.ckpt",
+        every=checkpoint_every,
+        # So that no expert that is written is trained again.
+        at=chosen,
+        config=config,
     )
     if isinstance(loggers, str):
         facts = RunFacts(
@@ -126,12 +134,13 @@ def train_expert(  # noqa: PLR0913
             tags=[Path(data.suite).name, model.base.name],
             config=config,
         )
-        loggers = make_loggers(loggers, Path(out) / "logs" / name, facts)
-    with quiet():
+        loggers = make_loggers(loggers, logs, facts)
+    with quiet(), interruptible():
         observers = [*_standard(callbacks), *callbacks, export, last]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
         resumable = resume and check_resumable(last.path, config)
-        fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
+        with _logs_told(fitter, logs):
+            fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
     if fitter.global_step < chosen[-1]:
         raise ValueError(
             f"Training must reach step {chosen[-1]}, but was stopped at step {fitter.global_step} "
@@ -151,6 +160,17 @@ def train_expert(  # noqa: PLR0913
         )
         log_outcome(loggers, outcome)
     return TrainResult(experts, record_path, record)
+
+
+@contextmanager
+def _logs_told(trainer: Trainer, logs: Path) -> Iterator[None]:
+    """Say in the error of a run that has begun, such as one that diverged, where its logs are."""
+    try:
+        yield
+    except ValueError as error:
+        if trainer.global_step == 0 or not logs.is_dir():
+            raise
+        raise ValueError(f"{error} Its curves up to there are in {str(logs)!r}.") from error
 
 
 def _checked_steps(steps: Sequence[int], model: ExpertModule) -> tuple[int, ...]:

@@ -120,6 +120,31 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path, opti
     assert logs[0] == logs[1]
 
 
+def test_an_expert_that_is_written_is_not_trained_again(tiny_suite, tmp_path):
+    class Count(Callback):
+        steps = 0
+
+        def on_train_batch_end(self, *_):
+            self.steps += 1
+
+    with pytest.raises(StopError):
+        train(tiny_suite, tmp_path, steps=[3, 6], callbacks=[StopAfter(5)])
+    count = Count()
+    train(tiny_suite, tmp_path, steps=[3, 6], callbacks=[count], resume=True)
+    assert count.steps == 3
+
+
+def test_a_run_that_diverges_keeps_its_logs_and_says_where(tiny_suite, tmp_path):
+    told = f"The loss must be finite, .* Its curves up to there are in '{tmp_path}/logs/dots'."
+    with pytest.raises(ValueError, match=told) as caught:
+        train(
+            tiny_suite, tmp_path, steps=[20], model={"lr": 1e30}, trainer={"log_every_n_steps": 2}
+        )
+    assert "\n" not in str(caught.value)
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == ["logs/dots/metrics.csv", "logs/dots/metrics.jsonl"]
+
+
 def test_resume_leaves_a_finished_run_as_it_is(tiny_suite, tmp_path):
     first = train(tiny_suite, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -250,17 +275,22 @@ SCRIPT = textwrap.dedent(
 
     suite, out, base, norm, options = sys.argv[1:]
     trainer = {"accelerator": "cpu", **eval(options)}
+    schedule = trainer.pop("schedule", "cosine")
+    steps = trainer.pop("steps", [20])
+    every = trainer.pop("every", 3)
     resume = trainer.pop("resume", False)
     die = trainer.pop("die", None)
     train_expert(
         data=TaskDataModule(suite, "dots", batch=12, reserve=8),
-        model=ExpertModule(base, image_size=8, lr=0.002, warmup_steps=1, norm_statistics=norm),
-        steps=[trainer.pop("steps", 20)],
+        model=ExpertModule(
+            base, image_size=8, lr=0.002, warmup_steps=1, norm_statistics=norm, schedule=schedule
+        ),
+        steps=steps,
         out=Path(out),
         trainer=trainer,
         callbacks=[Die(*die)] if die else [],
         resume=resume,
-        checkpoint_every=3,
+        checkpoint_every=every,
     )
     """
 )
@@ -274,7 +304,7 @@ def command(suite, out, *, base=RESNET, norm="train", **options):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path):
-    steps = 120
+    steps = [120]
     subprocess.run(command(tiny_suite, tmp_path / "whole", steps=steps), check=True)
     cut = tmp_path / "cut"
     # Somewhere in a step, or in the writing of a checkpoint.
@@ -286,6 +316,29 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path):
     subprocess.run(command(tiny_suite, cut, steps=steps, resume=True), check=True)
     whole = (tmp_path / "whole/dots.safetensors").read_bytes()
     assert (cut / "dots.safetensors").read_bytes() == whole
+    assert not list(cut.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_first_expert_goes_on_from_there(tiny_suite, tmp_path):
+    """Several K of one trajectory: the same bytes, and no more work than was left and lost."""
+    told = {"steps": [100, 200, 300], "schedule": "constant", "every": 10, "log_every_n_steps": 1}
+    subprocess.run(command(tiny_suite, tmp_path / "whole", **told), check=True)
+    cut = tmp_path / "cut"
+    run = subprocess.run(command(tiny_suite, cut, **told, die=(207, 0.01)), check=False)
+    assert run.returncode == -signal.SIGKILL
+    first = cut / "dots-step100.safetensors"
+    assert first.exists()
+    assert not (cut / "dots-step300.safetensors").exists()
+    before = first.stat().st_mtime_ns
+    subprocess.run(command(tiny_suite, cut, **told, resume=True), check=True)
+    assert first.stat().st_mtime_ns == before
+    for name in ("dots-step100", "dots-step200", "dots-step300"):
+        whole = (tmp_path / "whole" / f"{name}.safetensors").read_bytes()
+        assert (cut / f"{name}.safetensors").read_bytes() == whole
+    seconds = [Record.read(tmp_path / n / "dots.record.json").cpu_seconds for n in ("cut", "whole")]
+    # 90 to 100 steps of 300, and what every run does at its start and end.
+    assert seconds[0] < 0.8 * seconds[1]
     assert not list(cut.rglob(".*"))
 
 
