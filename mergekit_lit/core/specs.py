@@ -92,6 +92,17 @@ def check_same_names_and_shapes(params: Params, reference: Params, *, source: st
         )
 
 
+def renamed(params: Params, names: Mapping[str, str]) -> Computed:
+    """Return some of the tensors under new names, none of them read or made yet.
+
+    Args:
+        params: tensors.
+        names: from the new name of each to its name in `params`.
+    """
+    specs = {new: spec_of(params, old) for new, old in names.items()}
+    return Computed(specs, lambda new: params[names[new]])
+
+
 def joined(groups: Mapping[str, Params]) -> Computed:
     """Return the tensors of several groups under prefix + name, none of them read or made yet."""
     places = {prefix + name: (params, name) for prefix, params in groups.items() for name in params}

@@ -12,6 +12,7 @@ from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.listing import methods_table
 from mergekit_lit.merging.masks import consensus, emr, tall_masks
 from mergekit_lit.merging.patterns import select
+from mergekit_lit.merging.plan import plan
 from mergekit_lit.merging.raw import load_raw, save_raw
 from mergekit_lit.merging.regression import regmean, regmean_plus_plus
 from mergekit_lit.merging.repair import repair
@@ -56,6 +57,7 @@ __all__ = [
     "nearswap",
     "nuslerp",
     "pcb",
+    "plan",
     "ram",
     "regmean",
     "regmean_plus_plus",

@@ -37,13 +37,20 @@ def parameter_help(function: Callable[..., Any]) -> dict[str, str]:
     return {name: " ".join(help_text.split()) for name, help_text in entries}
 
 
-def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(
+    method: Registered[Any], config: Mapping[str, Any], *, seed: int | None = None
+) -> dict[str, Any]:
     """Return every parameter of `method` with its value: what `config` gives, else the default.
 
     A value may differ from tensor to tensor: by pattern, `{"blocks.*.attn.*": 0.5, "*": 0.3}`,
     where the first match wins and tensors that none matches keep the default; and by depth, where
     a number is due: `[0.1, 0.5]` goes from 0.1 in the first block to 0.5 in the last. Such values
     come back as `ByPattern`.
+
+    Args:
+        method: a registered method or veneer.
+        config: values by parameter.
+        seed: default of a parameter `seed`, if the merge has one; None leaves the method's own.
 
     Raises:
         KeyError: an unknown parameter; the message offers the nearest.
@@ -54,11 +61,18 @@ def resolve(method: Registered[Any], config: Mapping[str, Any]) -> dict[str, Any
     for name in config:
         if name not in known:
             raise KeyError(_unknown_parameter(method.name, name, known))
-    values = {name: parameter.default for name, parameter in known.items()} | dict(config)
+    values = {name: parameter.default for name, parameter in known.items()}
+    values |= {"seed": seed} if seed is not None and "seed" in known else {}
+    values |= config
     return {
         name: _read(f"`{name}` of {method.name!r}", known[name], value)
         for name, value in values.items()
     }
+
+
+def to_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `resolve` returned as plain JSON values, which it takes again."""
+    return {p: v.to_json() if isinstance(v, ByPattern) else v for p, v in config.items()}
 
 
 def check_scale(scale: float) -> None:

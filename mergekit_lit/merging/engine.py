@@ -9,9 +9,9 @@ import torch
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import Form, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
-from mergekit_lit.merging.configuration import parameters, resolve
+from mergekit_lit.merging.configuration import resolve, to_json
 from mergekit_lit.merging.finishing import POLICIES, finished
-from mergekit_lit.merging.forms import Config, Setting, mean_step, setting
+from mergekit_lit.merging.forms import Config, Setting, is_whole, mean_step, setting
 from mergekit_lit.merging.images import Given, shown
 from mergekit_lit.merging.observing import observed
 from mergekit_lit.merging.patterns import ByPattern
@@ -164,16 +164,15 @@ def _job(
 ) -> _Job:
     """Return the job, or refuse it before anything is read."""
     entry = MERGE_METHODS.get(method)
-    values = [_values(entry, config, seed) for config in configs]
+    values = [resolve(entry, config, seed=seed) for config in configs]
     layers = [_layer(name, given, seed) for name, given in veneers]
-    _check_form(entry, values)
+    check_request(entry, values, experts)
     _check_policy(batch_norm)
-    _check_count(entry, experts)
     return _Job(
         experts=experts,
         entry=shown(entry, experts, calibration),
         configs=values,
-        settings=[] if _is_whole(entry) else [setting(entry, one, experts) for one in values],
+        settings=[] if is_whole(entry) else [setting(entry, one, experts) for one in values],
         layers=[replace(x, veneer=shown(x.veneer, experts, calibration)) for x in layers],
         batch_norm=batch_norm,
         seed=seed,
@@ -186,7 +185,7 @@ def _merges(job: _Job, observers: Sequence[MergeObserver]) -> Iterator[Merged]:
         experts = layer.veneer.function(experts, **layer.config)
     for observer in observers:
         for config in job.configs:
-            observer.on_merge_start(experts, job.entry.name, _plain(config))
+            observer.on_merge_start(experts, job.entry.name, to_json(config))
     seen = observed(computing_in(experts, job.dtype), observers)
     for config, result in zip(job.configs, _results(job, seen), strict=True):
         merged = _complete(job, experts, config, result)
@@ -197,10 +196,10 @@ def _merges(job: _Job, observers: Sequence[MergeObserver]) -> Iterator[Merged]:
 
 def _results(job: _Job, experts: Experts) -> Iterator[tuple[Experts, Merged]]:
     """Yield for each configuration the experts that were merged and what came of them."""
-    if job.streamed and not _is_whole(job.entry) and not job.at("after"):
+    if job.streamed and not is_whole(job.entry) and not job.at("after"):
         yield experts, streamed_model(job.entry, experts, job.settings[0], job.seed)
         return
-    if not _is_whole(job.entry):
+    if not is_whole(job.entry):
         models = stepped(job.entry, experts, job.settings, job.seed)
         yield from ((experts, merged) for merged in models)
         return
@@ -233,23 +232,12 @@ def _complete(
     )
 
 
-def _values(entry: Registered[Any], config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return every parameter's value; a `seed` that is not given is the merge's."""
-    default = {"seed": seed} if "seed" in parameters(entry.function) else {}
-    return resolve(entry, {**default, **config})
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    """Return a configuration as plain JSON values, from which it can be made again."""
-    return {p: v.to_json() if isinstance(v, ByPattern) else v for p, v in config.items()}
-
-
 def _layer(name: str, given: Mapping[str, Any], seed: int) -> _Layer:
     veneer = VENEERS.get(name)
     position = str(veneer.facts.get("position"))
     if position not in _POSITIONS:
         raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
-    values = _values(veneer, given, seed)
+    values = resolve(veneer, given, seed=seed)
     _refuse_patterns(veneer, values)
     return _Layer(veneer, values)
 
@@ -260,18 +248,19 @@ def _veneer_facts(job: _Job) -> dict[str, Any]:
     return {"veneers": named} | ({"coefficients": None} if named else {})
 
 
-def _check_form(entry: Registered[Any], values: Sequence[Config]) -> None:
+def check_request(entry: Registered[Any], configs: Sequence[Config], experts: Experts) -> None:
+    """Refuse a method of unknown form, values by pattern where it has one, and too many experts.
+
+    Raises:
+        ValueError: any of these.
+    """
     form = str(entry.facts.get("form"))
     if form not in get_args(Form):
         known = get_args(Form)
         raise ValueError(unknown_name(f"form (declared by {entry.name!r})", form, known))
-    for config in values if _is_whole(entry) else ():
+    for config in configs if is_whole(entry) else ():
         _refuse_patterns(entry, config)
-
-
-def _is_whole(entry: Registered[Any]) -> bool:
-    """Return whether a method sees the model as a whole, and not tensor by tensor."""
-    return entry.facts["form"] in ("whole", "experts")
+    _check_count(entry, experts)
 
 
 def _refuse_patterns(entry: Registered[Any], config: Config) -> None:
@@ -309,7 +298,7 @@ def _check_policy(batch_norm: str) -> None:
 def _facts(job: _Job, experts: Experts, config: Config) -> dict[str, Any]:
     return {
         "method": job.entry.name,
-        "config": _plain(config),
+        "config": to_json(config),
         "data": job.entry.facts.get("data"),
         "tasks": list(experts.names),
         "coefficients": None,

@@ -74,6 +74,17 @@ def is_homogeneous(entry: Registered[Any]) -> bool:
     return bool(entry.facts.get("homogeneous", False))
 
 
+def is_whole(entry: Registered[Any]) -> bool:
+    """Return whether a method sees the model as a whole, and not tensor by tensor."""
+    return entry.facts["form"] in ("whole", "experts")
+
+
+def is_elementwise(entry: Registered[Any], config: Config) -> bool:
+    """Return whether a method under a configuration takes entries one by one, in blocks."""
+    declared = entry.facts["form"] == "linear" or entry.facts.get("elementwise", False)
+    return bool(declared(config) if callable(declared) else declared)
+
+
 class Steps:
     """The steps of one method under several settings, tensor by tensor."""
 
@@ -198,11 +209,7 @@ def _kernel(
     Tensors whose values differ where `prepare` looks at them are prepared apart, each group as if
     it were a model of its own.
     """
-    declared = entry.facts.get("elementwise", False)
-    by_blocks = {
-        name: bool(declared(config) if callable(declared) else declared)
-        for name, config in values.items()
-    }
+    by_blocks = {name: is_elementwise(entry, config) for name, config in values.items()}
     stats = _prepared(entry, experts, values, by_blocks, known)
     return _Kernel(
         step=lambda tensor: entry.function(tensor, **values[tensor.name]),

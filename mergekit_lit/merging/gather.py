@@ -13,12 +13,16 @@ from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
 from mergekit_lit.core.params import Params, check_finite
 from mergekit_lit.core.permutations import has_axes
 from mergekit_lit.core.shards import Shards
-from mergekit_lit.core.specs import check_same_names_and_shapes
+from mergekit_lit.core.specs import check_same_names_and_shapes, renamed, spec_of
 from mergekit_lit.core.tensorfiles import TensorFile
 
 
 def load_experts(
-    paths: Sequence[Path], *, base: Base, allow_different_base: bool = False
+    paths: Sequence[Path],
+    *,
+    base: Base,
+    allow_different_base: bool = False,
+    headers_only: bool = False,
 ) -> Experts:
     """Open expert files, check each against the base and the others, and return them together.
 
@@ -34,6 +38,8 @@ def load_experts(
         paths: one file per expert, each of another task; their order is the order of the merge.
         base: the initialisation that all of them were tuned from.
         allow_different_base: take experts whose card names another base, or none.
+        headers_only: read no tensor, so that damage and numbers that are none stay unnoticed;
+            enough for a plan.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -50,7 +56,10 @@ def load_experts(
         if not allow_different_base:
             _check_base(expert, base)
         _check_image_size(expert, base)
-        _check_tensors(expert, base.params)
+        check_kinds(expert.backbone, base.params, source=f"Expert {_file(expert)}")
+        if not headers_only:
+            check_finite(dict(expert.backbone), source=f"Expert {_file(expert)}")
+        check_finite(expert.head, source=f"The head of {_file(expert)}")
     return Experts(
         base=base.params,
         tuned=[expert.backbone for expert in experts],
@@ -78,7 +87,7 @@ def _open(path: Path, base: Base) -> Expert:
     source = f"Expert {str(path)!r}"
     names, left = match_names(given, base.params, source=source)
     return Expert(
-        backbone={name: given[theirs] for name, theirs in names.items()},
+        backbone=renamed(given, names),
         head=_classifier(given, left, source),
         structure=base.structure,
         card=Card(),
@@ -143,19 +152,20 @@ def _check_image_size(expert: Expert, base: Base) -> None:
         )
 
 
-def _check_tensors(expert: Expert, base: Params) -> None:
-    """Read every tensor once and compare it with the base's."""
-    tensors = dict(expert.backbone)
-    source = f"Expert {_file(expert)}"
-    check_same_names_and_shapes(tensors, base, source=source)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() != base[name].is_floating_point():
+def check_kinds(params: Params, base: Params, *, source: str) -> None:
+    """Refuse parameters whose names, shapes or kinds of numbers are not the base's, by headers.
+
+    Raises:
+        ValueError: names `source` and the first that differs.
+    """
+    check_same_names_and_shapes(params, base, source=source)
+    for name in params:
+        own, wanted = spec_of(params, name).dtype, spec_of(base, name).dtype
+        if own.is_floating_point != wanted.is_floating_point:
             raise ValueError(
-                f"{source} must hold the base's kinds of numbers, but {name!r} is of "
-                f"{tensor.dtype} and there of {base[name].dtype}. Save it in floating point."
+                f"{source} must hold the base's kinds of numbers, but {name!r} is of {own} and "
+                f"there of {wanted}. Save it in floating point."
             )
-    check_finite(tensors, source=source)
-    check_finite(expert.head, source=f"The head of {_file(expert)}")
 
 
 def _file(expert: Expert) -> str:

@@ -10,8 +10,9 @@ from mergekit_lit.core.checkpoints import match_names, open_tensors
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params, is_finite
 from mergekit_lit.core.shards import write_shards
-from mergekit_lit.core.specs import Computed, check_same_names_and_shapes, joined, spec_of
+from mergekit_lit.core.specs import Computed, joined, renamed
 from mergekit_lit.core.tensorfiles import write_tensors
+from mergekit_lit.merging.gather import check_kinds
 from mergekit_lit.merging.guessing import guessed_structure
 from mergekit_lit.merging.patterns import is_match
 
@@ -103,13 +104,7 @@ def _expert(path: Path, base: Computed, heads: str) -> tuple[Computed, Computed]
                 f"({heads or 'none'}), but holds {name!r}. Say by `heads` what a head is called."
             )
     backbone = _checked(opened, names, source)
-    check_same_names_and_shapes(backbone, base, source=source)
-    for name, spec in backbone.specs.items():
-        if spec.dtype.is_floating_point != base.specs[name].dtype.is_floating_point:
-            raise ValueError(
-                f"{source} must hold the base's kinds of numbers, but {name!r} is of {spec.dtype} "
-                f"and there of {base.specs[name].dtype}. Save it in floating point."
-            )
+    check_kinds(backbone, base, source=source)
     return backbone, _checked(opened, {name.removeprefix(prefix): name for name in left}, source)
 
 
@@ -119,10 +114,11 @@ def _is_head(heads: str, name: str) -> bool:
 
 def _checked(params: Params, names: Mapping[str, str], source: str) -> Computed:
     """Return some tensors under short names; NaN and infinity are refused when first read."""
+    short_named = renamed(params, names)
     unread = set(names)
 
     def read(short: str) -> Tensor:
-        tensor = params[names[short]]
+        tensor = short_named[short]
         if short in unread and not is_finite(tensor):
             raise ValueError(
                 f"{source} must hold finite numbers, but {names[short]!r} holds NaN or infinite "
@@ -131,7 +127,7 @@ def _checked(params: Params, names: Mapping[str, str], source: str) -> Computed:
         unread.discard(short)
         return tensor
 
-    return Computed({short: spec_of(params, name) for short, name in names.items()}, read)
+    return Computed(short_named.specs, read)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
