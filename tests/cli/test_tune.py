@@ -1,0 +1,120 @@
+"""The command tune: what it writes, prints and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_lit.cli import main
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.models.backbones import load_base
+from mergekit_lit.search.tuning_trials import TrialLog
+
+BASE = "timm/test_vit@random:0"
+
+
+@pytest.fixture(autouse=True)
+def told_in_one_line(monkeypatch):
+    monkeypatch.delenv("MERGEKIT_LIT_TRACEBACK", raising=False)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, tiny_suite) -> list[str]:
+    """The command on two experts that moved a little, on images that they know nothing of."""
+    folder = tmp_path_factory.mktemp("experts")
+    backbone, base = load_base(BASE, image_size=32)
+    paths = []
+    for seed, task in enumerate(("dots", "stripes")):
+        draw = torch.Generator().manual_seed(seed)
+        moved = {
+            name: tensor + 0.01 * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in base.params.items()
+        }
+        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.zeros(3)}
+        card = Card(
+            task=task,
+            base=BASE,
+            base_hash=base.content,
+            backbone=base.backbone,
+            image_size=32,
+        )
+        paths.append(folder / f"{task}.safetensors")
+        save_expert(paths[-1], Expert(moved, head, base.structure, card))
+    data = [f"--data.suite={tiny_suite}", "--data.reserve=4", "--data.val_share=0.2"]
+    return ["tune", *map(str, paths), *data, "--metric=cross_entropy"]
+
+
+def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):
+    command = [
+        *words,
+        "--method=task_arithmetic,average",
+        "--space.scale=0.3,1",
+        f"--out={tmp_path}",
+    ]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "task_arithmetic" in table
+    assert "scale=" in table
+    assert "'average' has nothing to search" in table
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= {"best.safetensors", "best.record.json", "trials.jsonl", "trials.csv"}
+    assert written >= {"tune.record.json", "config.yaml"}
+    assert main(["tune", "--config", str(tmp_path / "config.yaml"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((tmp_path / "tune.record.json").read_text())
+    assert record["metrics"]["methods"]["task_arithmetic"]["trials"] == 2
+    assert record["config"]["space"] == {"scale": [0.3, 1]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=tise"], "No merge method named 'tise'. Did you mean 'ties'"),
+        (["--method=ties", "--metric=acuracy"], "acuracy"),
+        (["--method=ties", "--space.dens=1"], "No parameter of ties named 'dens'"),
+        (["--method=ties", "--objective=weighted", "--weights=dot=2"], "Did you mean 'dots'"),
+        (["--method=ties", "--objective=weighted", "--weights=dots"], "TASK=NUMBER"),
+        (["--method=ties", "--data.val_share=0"], "The val split of 'dots' must hold an image"),
+        (["--method=adamerging"], "must not look at test images"),
+        (["--method=ties", "--trails=3"], "trials"),
+        ([], "method"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(words, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert main([*words, *flags, f"--out={out}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert message in told
+    assert not out.exists()
+
+
+def test_a_suite_must_be_named(words, tmp_path, capsys):
+    rest = [word for word in words if not word.startswith("--data")]
+    assert main([*rest, "--method=ties", f"--out={tmp_path}"]) == 2
+    assert "`data.suite` must name the suite" in capsys.readouterr().err
+
+
+def test_another_search_in_the_folder_is_kept(words, tmp_path, capsys):
+    log = tmp_path / "trials.jsonl"
+    log.write_text('{"search": {"metric": "accuracy"}}\n')
+    assert TrialLog(log, {"metric": "accuracy"}).trials == []
+    assert main([*words, "--method=ties", f"--out={tmp_path}"]) == 2
+    assert "`out` must be a new folder or that of this very search" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [log.name]
+
+
+@pytest.mark.slow
+def test_weights_are_taken_from_a_line_and_from_a_file(words, tmp_path, capsys):
+    config = tmp_path / "tune.yaml"
+    config.write_text("objective: weighted\nweights: {dots: 2}\nspace: {scale: 0.5}\n")
+    common = [*words, "--method=task_arithmetic", "--json"]
+    line = ["--objective=weighted", "--weights=dots=2,stripes=1", "--space.scale=0.5"]
+    values = []
+    for flags in (line, [f"--config={config}"]):
+        out = Path(tmp_path / str(len(values)))
+        assert main([*common, *flags, f"--out={out}"]) == 0
+        values.append(json.loads(capsys.readouterr().out)["metrics"]["best"]["value"])
+    assert values[0] == values[1]
