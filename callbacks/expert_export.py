@@ -82,7 +82,7 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
     weights = with_prefix(params, "backbone.") | with_prefix(head, "head.")
     check_finite(weights, source=f"E{told[1:]}")
     plain = module.plain_backbone(params)
-    if module.norm_statistics == "train":
+    if module.finetuning.norm_statistics == "train":
         params = {**params, **task_statistics(plain, data)}
         plain.load_state_dict(params)
     layer = Head(head, trained=False).to(module.device)

@@ -27,8 +27,8 @@ def expert_card(
         val: loss and accuracy on the validation images.
         measured: path constants by the names of the card's fields.
     """
-    optimization, data = module.optimization, module.data
-    lora = module.adapter is not None
+    optimization, tuning, data = module.optimization, module.finetuning, module.data
+    lora = tuning.kind == "lora"
     is_sgd = optimization.optimizer == "sgd"
     horizon = trainer.max_steps if optimization.horizon_matters else None
     facts = {
@@ -47,14 +47,14 @@ def expert_card(
         "schedule_steps": horizon,
         "steps": trainer.global_step,
         "batch": data.batch * trainer.accumulate_grad_batches,
-        "label_smoothing": module.label_smoothing,
+        "label_smoothing": tuning.label_smoothing,
         "clip_norm": _clip_norm(trainer),
         "precision": str(trainer.precision),
-        "norm_statistics": module.norm_statistics,
-        "finetuning": module.finetuning,
-        "sam_radius": module.sam_radius,
-        "lora_rank": module.lora_rank if lora else None,
-        "lora_alpha": module.lora_alpha if lora else None,
+        "norm_statistics": tuning.norm_statistics,
+        "finetuning": tuning.kind,
+        "sam_radius": tuning.sam_radius,
+        "lora_rank": tuning.lora_rank if lora else None,
+        "lora_alpha": tuning.lora_alpha if lora else None,
         "head": module.head_kind,
         "seed": module.seed,
         "train_loss": train.loss,

@@ -101,6 +101,21 @@ class TaskDataModule(LightningDataModule):
         self.replaced, self.neighbour_seed = neighbour, neighbour_seed
         self.augmentation, self.size, self.download = augment, size, download
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> "TaskDataModule":
+        """Return the data module of a Trainer.
+
+        Raises:
+            TypeError: the Trainer has another kind.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it untyped
+        if not isinstance(data, cls):
+            raise TypeError(
+                f"ExpertModule must be trained on a TaskDataModule, but got {type(data).__name__}. "
+                "Pass trainer.fit(module, datamodule=TaskDataModule(...))."
+            )
+        return data
+
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 (Lightning's signature)
         """Read the task and make its splits, once."""
         if not hasattr(self, "task_data"):

@@ -1,7 +1,6 @@
 """This file is the fine-tuning of one expert: what a Trainer moves, and how."""
 
-import math
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,23 +11,19 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_lit.core.params import Params
-from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import Batch
 from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.finetuning import Finetuning, FinetuningName, NormStatistics
 from mergekit_lit.lit.heads import Head, head_at, head_kind
-from mergekit_lit.lit.lora import LowRank, check_low_rank, matrices_of
+from mergekit_lit.lit.lora import LowRank
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
 from mergekit_lit.lit.passes import inputs
-from mergekit_lit.lit.randomness import seed_stream
+from mergekit_lit.lit.randomness import seed_stream, slot_of
 from mergekit_lit.lit.recalibration import task_statistics
-from mergekit_lit.lit.sharpness import Ascent, statistics_kept
-from mergekit_lit.lit.tangent import linearised
+from mergekit_lit.lit.sharpness import Ascent, check_trainer, statistics_kept
+from mergekit_lit.lit.tangent import Tangent
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
-from mergekit_lit.models.statistics import has_statistics
-
-NormStatistics = Literal["train", "frozen"]
-Finetuning = Literal["full", "linearised", "lora"]
 
 
 class ExpertModule(LightningModule):
@@ -49,14 +44,13 @@ class ExpertModule(LightningModule):
         structure: what each backbone tensor is.
         optimization: optimizer and schedule.
         head_kind: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
-        norm_statistics: `train` or `frozen`.
-        finetuning: `full`, `linearised` or `lora`.
+        finetuning: what moves, and how.
+        tangent: the tangent model of `linearised`, after `setup`; else None.
         adapter: the low-rank factors of `lora`, after `setup`; else None.
         seed: the seed of everything random.
     """
 
     head: Head
-    _origin: dict[str, Tensor]
     _ascent: Ascent
 
     # Each argument is one flag of the command line, hence so many.
@@ -75,7 +69,7 @@ class ExpertModule(LightningModule):
         warmup_steps: int = 20,
         label_smoothing: float = 0.0,
         norm_statistics: NormStatistics = "train",
-        finetuning: Finetuning = "full",
+        finetuning: FinetuningName = "full",
         sam_radius: float = 0.0,
         lora_rank: int = 8,
         lora_alpha: float = 8.0,
@@ -124,31 +118,27 @@ class ExpertModule(LightningModule):
             schedule=schedule,
             warmup_steps=warmup_steps,
         )
-        self.head_kind = head_kind(head)
-        self.head_spec, self.label_smoothing, self.seed = head, label_smoothing, seed
-        self.norm_statistics, self.compiles = norm_statistics, compile
-        self.finetuning, self.sam_radius = finetuning, sam_radius
-        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
+        self.finetuning = Finetuning(
+            kind=finetuning,
+            norm_statistics=norm_statistics,
+            label_smoothing=label_smoothing,
+            sam_radius=sam_radius,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            compiles=compile,
+        )
+        self.head_kind, self.head_spec, self.seed = head_kind(head), head, seed
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.tangent: Tangent | None = None
         self.adapter: LowRank | None = None
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
-        self._check_options()
+        self.finetuning.check_fits(self.structure)
 
     @property
     def data(self) -> TaskDataModule:
-        """The data module of the Trainer.
-
-        Raises:
-            TypeError: the Trainer has another kind.
-        """
-        data = self.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it untyped
-        if not isinstance(data, TaskDataModule):
-            raise TypeError(
-                f"ExpertModule must be trained on a TaskDataModule, but got {type(data).__name__}. "
-                "Pass trainer.fit(module, datamodule=TaskDataModule(...))."
-            )
-        return data
+        """The data module of the Trainer."""
+        return TaskDataModule.of(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Put the base back, estimate its BatchNorm statistics and fit the head under them."""
@@ -161,35 +151,24 @@ class ExpertModule(LightningModule):
         self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
         self.backbone.to(memory_format=self.memory)
-        self._prepare(start)
+        self.tangent = self.finetuning.tangent(start, self.memory)
+        self.adapter = self.finetuning.adapter(start, self.structure, seed=self.seed)
+        if self.adapter is not None:
+            self.backbone.requires_grad_(requires_grad=False)
         super().train()
-        if self.compiles:
+        if self.finetuning.compiles:
             self.backbone.compile()
 
     def on_train_start(self) -> None:
-        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before.
-
-        Raises:
-            ValueError: sharpness-aware steps that are accumulated, or in fp16.
-        """
-        trainer = self.trainer
-        if self.sam_radius and trainer.accumulate_grad_batches > 1:
-            raise ValueError(
-                "`trainer.accumulate_grad_batches` must be 1 with `sam_radius`, which goes uphill "
-                f"once a step, but is {trainer.accumulate_grad_batches}. Raise `data.batch`."
-            )
-        if self.sam_radius and getattr(trainer.precision_plugin, "scaler", None):
-            raise ValueError(
-                f"`trainer.precision` must not scale the loss with `sam_radius`, but is "
-                f"{trainer.precision!r}. Use 'bf16-mixed' or '32-true'."
-            )
+        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before."""
+        if self.finetuning.sam_radius:
+            check_trainer(self.trainer)
         self._ascent = Ascent([p for p in self.parameters() if p.requires_grad])
         self.train()
 
     def on_after_backward(self) -> None:
         """Come back from the point at which a sharpness-aware gradient was taken."""
-        if self.sam_radius:
-            self._ascent.down()
+        self._ascent.down()
 
     def plain_backbone(self, params: Params, device: torch.device | None = None) -> Backbone:
         """Return a second backbone in eval mode that holds `params`, never compiled or wrapped."""
@@ -200,7 +179,7 @@ class ExpertModule(LightningModule):
     def train(self, mode: bool = True) -> "ExpertModule":  # noqa: FBT001 (torch's signature)
         """Set the mode; BatchNorm stays in eval mode where its statistics are frozen."""
         super().train(mode)
-        if self.norm_statistics == "frozen":
+        if self.finetuning.norm_statistics == "frozen":
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
@@ -209,27 +188,25 @@ class ExpertModule(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of uint8 images (B, H, W, 3)."""
         images = inputs(self.backbone, x).contiguous(memory_format=self.memory)
-        if self.finetuning == "linearised":
-            return linearised(
-                lambda params: self.head(functional_call(self.backbone, dict(params), (images,))),
-                self._origin,
-                dict(self.backbone.named_parameters()),
-            )
-        if self.adapter is not None:
-            adapted = self.adapter(dict(self.backbone.named_parameters()))
-            return cast("Tensor", self.head(functional_call(self.backbone, adapted, (images,))))
-        return cast("Tensor", self.head(self.backbone(images)))
+        if self.tangent is None and self.adapter is None:
+            return cast("Tensor", self.head(self.backbone(images)))
+
+        def model(params: Params) -> Tensor:
+            features = functional_call(self.backbone, dict(params), (images,))
+            return cast("Tensor", self.head(features))
+
+        params = dict(self.backbone.named_parameters())
+        return self.tangent(model, params) if self.tangent else model(self._adapted(params))
 
     def tuned(self) -> dict[str, Tensor]:
         """Return the backbone's tensors as tuned so far, low-rank steps added."""
-        state = self.backbone.state_dict()
         with torch.no_grad():
-            return state | (self.adapter(state) if self.adapter is not None else {})
+            return self._adapted(self.backbone.state_dict())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
         x, y, _ = batch
-        step, slot = self.trainer.global_step, self._slot(batch_idx)
+        step, slot = self.trainer.global_step, slot_of(self.trainer, batch_idx)
         seed = derive_seed(self.seed, "forward", step, slot)
         x = self.data.augmented(x, step, slot, seed=self.seed)
         loss = self._loss(x, y, seed)
@@ -238,9 +215,10 @@ class ExpertModule(LightningModule):
         if logs:
             self._report(loss, step)
         # In eval mode others ask for the gradient at x itself.
-        if not (self.sam_radius and self.training):
+        if not (self.finetuning.sam_radius and self.training):
             return loss
-        norm = self._ascent.up(self._gradients(loss), self.sam_radius)
+        gradients = self._ascent.gradients(loss, self.trainer.strategy)
+        norm = self._ascent.up(gradients, self.finetuning.sam_radius)
         if logs:
             self.log("sam/first_norm", norm.float())
         with statistics_kept(self):
@@ -256,97 +234,29 @@ class ExpertModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer over what is trained, and its schedule over K steps."""
-        optimizer = self.optimization.build(p for p in self.parameters() if p.requires_grad)
-        scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        trained = (p for p in self.parameters() if p.requires_grad)
+        return self.optimization.configured(trained, self.trainer.max_steps)
 
-    def _check_options(self) -> None:
-        """Refuse values out of range, and what does not go together."""
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"`label_smoothing` must lie in [0, 1), but is {self.label_smoothing!r}."
-            )
-        for noun, value, known in (
-            ("norm_statistics", self.norm_statistics, get_args(NormStatistics)),
-            ("finetuning", self.finetuning, get_args(Finetuning)),
-        ):
-            if value not in known:
-                raise ValueError(unknown_name(noun, value, known))
-        if not 0 <= self.sam_radius < math.inf:
-            raise ValueError(f"`sam_radius` must be at least 0, but is {self.sam_radius!r}.")
-        check_low_rank(self.lora_rank, self.lora_alpha)
-        if self.finetuning != "full" and self.compiles:
-            raise ValueError(f"`compile` must be off with `finetuning` {self.finetuning!r}.")
-        batch_statistics = has_statistics(self.structure) and self.norm_statistics == "train"
-        if self.finetuning == "linearised" and batch_statistics:
-            raise ValueError(
-                "`norm_statistics` must be 'frozen' with `finetuning` 'linearised', whose base "
-                "must not depend on the batch, but is 'train'."
-            )
-
-    def _prepare(self, start: Backbone) -> None:
-        """Hold what the kind of fine-tuning needs of the starting point."""
-        state = start.state_dict()
-        self._origin = (
-            {
-                name: state[name].to(
-                    memory_format=self.memory if state[name].dim() == 4 else torch.preserve_format
-                )
-                for name, _ in start.named_parameters()
-            }
-            if self.finetuning == "linearised"
-            else {}
-        )
-        if self.finetuning != "lora":
-            return
-        self.backbone.requires_grad_(requires_grad=False)
-        shapes = matrices_of(dict(start.named_parameters()), self.structure)
-        self.adapter = LowRank(shapes, rank=self.lora_rank, alpha=self.lora_alpha, seed=self.seed)
+    def _adapted(self, params: Params) -> dict[str, Tensor]:
+        """Return tensors of the backbone with low-rank steps, if any, added."""
+        return {**params, **(self.adapter(params) if self.adapter is not None else {})}
 
     def _loss(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """Return the loss, all that the forward pass draws at random keyed by `seed`."""
         seed_stream(seed, self.device)
-        return cross_entropy(self(x).float(), y, label_smoothing=self.label_smoothing)
-
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """Return the gradient of a loss, the mean over all processes."""
-        parameters = self._ascent.parameters
-        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        if self.trainer.world_size == 1:
-            return list(found)
-        flat = torch.cat([gradient.flatten() for gradient in found])
-        mean = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        parts = mean.split([gradient.numel() for gradient in found])
-        return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-
-    def _slot(self, batch_idx: int) -> int:
-        """Return which micro-batch of its step this one is, over accumulation and processes."""
-        trainer = self.trainer
-        return (batch_idx % trainer.accumulate_grad_batches) * trainer.world_size + (
-            trainer.global_rank
-        )
+        smoothing = self.finetuning.label_smoothing
+        return cross_entropy(self(x).float(), y, label_smoothing=smoothing)
 
     def _report(self, loss: Tensor, step: int) -> None:
         """Log the loss and the learning rate; refuse a loss that is no number."""
         value = loss.detach()
-        if not bool(torch.isfinite(value)):
-            raise ValueError(
-                f"The loss must be finite, but is {float(value)} at step {step} of task "
-                f"{self.data.task!r}. Train with a lower `lr` (now {self.optimization.lr:g}), more "
-                f"`warmup_steps` (now {self.optimization.warmup_steps}) or "
-                "`trainer.gradient_clip_val`."
-            )
+        self.optimization.check_finite(float(value), step=step, task=self.data.task)
         self.log("train/loss", value)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def _evaluate(self, batch: Batch, split: str) -> None:
         x, y, _ = batch
         logits = self(x).float()
-        values = {
-            f"{split}/loss": cross_entropy(logits, y),
-            f"{split}/accuracy": (logits.argmax(1) == y).float().mean(),
-        }
+        right = (logits.argmax(1) == y).float().mean()
+        values = {f"{split}/loss": cross_entropy(logits, y), f"{split}/accuracy": right}
         self.log_dict(values, batch_size=len(y), sync_dist=True)

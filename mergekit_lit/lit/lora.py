@@ -46,6 +46,18 @@ class LowRank(nn.Module):
             self.down[_key(name)] = nn.Parameter(bound * (2 * drawn - 1))
             self.up[_key(name)] = nn.Parameter(torch.zeros(rows, rank))
 
+    @classmethod
+    def of(
+        cls, params: Params, structure: Structure, *, rank: int, alpha: float, seed: int
+    ) -> "LowRank":
+        """Return factors of all linear layers and convolutions among the tensors."""
+        shapes = {
+            name: tensor.shape
+            for name, tensor in params.items()
+            if structure[name].kind in _MATRICES and tensor.dim() > 1
+        }
+        return cls(shapes, rank=rank, alpha=alpha, seed=seed)
+
     def forward(self, params: Params) -> dict[str, Tensor]:
         """Return W + (alpha / r) B A of every adapted matrix; nothing given changes."""
         return {
@@ -53,27 +65,6 @@ class LowRank(nn.Module):
             for name, shape in self.shapes.items()
             for key in [_key(name)]
         }
-
-
-def matrices_of(params: Params, structure: Structure) -> dict[str, torch.Size]:
-    """Return the shapes of what low-rank steps adapt: linear layers and convolutions."""
-    return {
-        name: tensor.shape
-        for name, tensor in params.items()
-        if structure[name].kind in _MATRICES and tensor.dim() > 1
-    }
-
-
-def check_low_rank(rank: int, alpha: float) -> None:
-    """Refuse values out of range.
-
-    Raises:
-        ValueError: `rank` below 1, or `alpha` not positive and finite.
-    """
-    if rank < 1:
-        raise ValueError(f"`lora_rank` must be at least 1, but is {rank!r}.")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"`lora_alpha` must be positive and finite, but is {alpha!r}.")
 
 
 def _key(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -82,6 +83,30 @@ class Optimization:
                 f"{self.warmup_steps}. Train longer or warm up for less."
             )
         return LambdaLR(optimizer, lambda step: self.factor(step, steps))
+
+    def check_finite(self, loss: float, *, step: int, task: str) -> None:
+        """Refuse a loss that is no number.
+
+        Raises:
+            ValueError: it is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss must be finite, but is {loss} at step {step} of task {task!r}. Train "
+                f"with a lower `lr` (now {self.lr:g}), more `warmup_steps` (now "
+                f"{self.warmup_steps}) or `trainer.gradient_clip_val`."
+            )
+
+    def configured(
+        self, parameters: Iterable[nn.Parameter], steps: int
+    ) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and its schedule over `steps` steps as Lightning takes them."""
+        optimizer = self.build(parameters)
+        scheduler = self.scheduler(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def factor(self, step: int, steps: int) -> float:
         """Return eta_k / eta of step k = 0, 1, ..., in (0, 1] for k < K.

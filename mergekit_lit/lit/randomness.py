@@ -1,6 +1,7 @@
-"""This file starts the random stream that a forward pass draws from."""
+"""This file starts the random stream that a forward pass draws from, and names its place."""
 
 import torch
+from lightning.pytorch import Trainer
 
 
 def seed_stream(seed: int, device: torch.device) -> None:
@@ -15,3 +16,9 @@ def seed_stream(seed: int, device: torch.device) -> None:
     """
     seeded = torch.default_generator if device.type == "cpu" else torch
     seeded.manual_seed(seed)
+
+
+def slot_of(trainer: Trainer, batch_idx: int) -> int:
+    """Return which micro-batch of its step a batch is, over accumulation and processes."""
+    accumulated = batch_idx % trainer.accumulate_grad_batches
+    return accumulated * trainer.world_size + trainer.global_rank

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,6 +24,18 @@ class Ascent:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters: list[Tensor] = list(parameters)
         self._below: list[Tensor] = []
+
+    def gradients(self, loss: Tensor, strategy: Strategy) -> list[Tensor]:
+        """Return the gradient of a loss, the mean over all processes.
+
+        Every process goes up the same way, so that all are at one point.
+        """
+        found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        # One message for all of them.
+        flat = torch.cat([gradient.flatten() for gradient in found])
+        mean = cast("Tensor", strategy.reduce(flat, reduce_op="mean"))
+        parts = torch.split(mean, [gradient.numel() for gradient in found])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def up(self, gradients: Sequence[Tensor], radius: float) -> Tensor:
@@ -45,6 +60,24 @@ class Ascent:
         if self._below:
             torch._foreach_copy_(self.parameters, self._below)
         self._below = []
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a Trainer whose steps cannot be sharpness-aware.
+
+    Raises:
+        ValueError: steps that are accumulated, or in fp16.
+    """
+    if trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            "`trainer.accumulate_grad_batches` must be 1 with `sam_radius`, which goes uphill "
+            f"once a step, but is {trainer.accumulate_grad_batches}. Raise `data.batch`."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None):
+        raise ValueError(
+            f"`trainer.precision` must not scale the loss with `sam_radius`, but is "
+            f"{trainer.precision!r}. Use 'bf16-mixed' or '32-true'."
+        )
 
 
 @contextmanager

@@ -4,11 +4,31 @@ import warnings
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergekit_lit.core.params import Params
+
+
+class Tangent:
+    """The tangent model at the point where training starts.
+
+    Attributes:
+        origin: theta_0, the parameters that move.
+    """
+
+    def __init__(self, start: nn.Module, *, memory: torch.memory_format) -> None:
+        """Hold a starting point, its filters in the given memory format."""
+        self.origin = {
+            name: p.detach().to(memory_format=memory if p.dim() == 4 else torch.preserve_format)
+            for name, p in start.named_parameters()
+        }
+
+    def __call__(self, model: Callable[[Params], Tensor], params: Params) -> Tensor:
+        """Return the first-order expansion of a model at the starting point."""
+        return linearised(model, self.origin, params)
 
 
 def linearised(model: Callable[[Params], Tensor], origin: Params, params: Params) -> Tensor:

@@ -2,41 +2,18 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import StepLoader
-from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.passes import inputs, statistics_of
 from mergekit_lit.models.backbones import load_base
 
 RESNET, VIT = "timm/test_resnet@random:0", "vit@random:0"
-
-
-def fit(module, data, *, steps=3, callbacks=(), **trainer):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        fitter = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=list(callbacks),
-            **trainer,
-        )
-        fitter.fit(module, datamodule=data)
-    return module
-
-
-def make_data(suite, **changes):
-    return TaskDataModule(suite, "dots", **{"batch": 12, "reserve": 8, **changes})
 
 
 def make_module(base=VIT, **changes):
@@ -68,8 +45,8 @@ def bare_loop(module, data, *, steps, optimizer, smoothing=0.0, rate=lambda _: 1
 
 
 @pytest.mark.parametrize("base", [RESNET, VIT])
-def test_equals_a_bare_loop(tiny_suite, base):
-    data = make_data(tiny_suite)
+def test_equals_a_bare_loop(base, fit, dots):
+    data = dots()
     module = fit(
         make_module(base, momentum=0.8, weight_decay=0.1, label_smoothing=0.2, schedule="linear"),
         data,
@@ -88,8 +65,8 @@ def test_equals_a_bare_loop(tiny_suite, base):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_adaptive_optimizers_equal_a_bare_loop(tiny_suite, optimizer):
-    data = make_data(tiny_suite)
+def test_adaptive_optimizers_equal_a_bare_loop(optimizer, fit, dots):
+    data = dots()
     module = fit(make_module(optimizer=optimizer, lr=1e-3, weight_decay=0.1), data)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
     expected = bare_loop(
@@ -102,19 +79,19 @@ def test_adaptive_optimizers_equal_a_bare_loop(tiny_suite, optimizer):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
-def test_accumulated_micro_batches_make_one_step(tiny_suite):
-    whole = fit(make_module(RESNET, norm_statistics="frozen"), make_data(tiny_suite, batch=24))
+def test_accumulated_micro_batches_make_one_step(fit, dots):
+    whole = fit(make_module(RESNET, norm_statistics="frozen"), dots(batch=24))
     parts = fit(
         make_module(RESNET, norm_statistics="frozen"),
-        make_data(tiny_suite, batch=12),
+        dots(batch=12),
         accumulate_grad_batches=2,
     )
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(tensor, parts.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
-def test_frozen_statistics_are_those_of_the_head_fit(tiny_suite):
-    data = make_data(tiny_suite)
+def test_frozen_statistics_are_those_of_the_head_fit(fit, dots):
+    data = dots()
     module = fit(make_module(RESNET, norm_statistics="frozen"), data)
     start, _ = load_base(RESNET, image_size=8)
     expected = statistics_of(start, data.task_data.train)
@@ -130,46 +107,41 @@ def test_frozen_statistics_are_those_of_the_head_fit(tiny_suite):
 
 
 @pytest.mark.parametrize("head", ["frozen-ncm", "frozen-probe", "trained"])
-def test_only_a_trained_head_moves(tiny_suite, head):
+def test_only_a_trained_head_moves(head, fit, dots):
     class Start(Callback):
         def on_fit_start(self, _, pl_module):
             self.head = {n: t.detach().clone() for n, t in pl_module.head.state_dict().items()}
 
     start = Start()
-    module = fit(make_module(head=head), make_data(tiny_suite), callbacks=[start])
+    module = fit(make_module(head=head), dots(), callbacks=[start])
     moved = not torch.equal(start.head["weight"], module.head.weight)
     assert moved == (head == "trained")
     assert module.head.weight.requires_grad == (head == "trained")
 
 
-def test_class_embeddings_make_a_frozen_head(tiny_suite, tmp_path):
+def test_class_embeddings_make_a_frozen_head(tmp_path, fit, dots):
     from safetensors.torch import save_file
 
     module = make_module()
     features = module.backbone.features
     save_file({"embeddings": torch.eye(3, features)}, tmp_path / "names.safetensors")
-    module = fit(
-        make_module(head=f"embeddings:{tmp_path}/names.safetensors"), make_data(tiny_suite)
-    )
+    module = fit(make_module(head=f"embeddings:{tmp_path}/names.safetensors"), dots())
     assert module.head_kind == "embeddings"
     assert torch.equal(module.head.weight, torch.eye(3, features))
 
 
-def test_a_second_fit_starts_from_the_base_again(tiny_suite):
-    module, data = make_module(), make_data(tiny_suite)
+def test_a_second_fit_starts_from_the_base_again(fit, dots):
+    module, data = make_module(), dots()
     first = content_hash(weights(fit(module, data)))
     assert content_hash(weights(fit(module, data))) == first
 
 
-def test_seed_decides_the_order(tiny_suite):
-    hashes = [
-        content_hash(weights(fit(make_module(seed=seed), make_data(tiny_suite))))
-        for seed in (0, 0, 1)
-    ]
+def test_seed_decides_the_order(fit, dots):
+    hashes = [content_hash(weights(fit(make_module(seed=seed), dots()))) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_forward_passes_are_reseeded_by_step_and_slot(tiny_suite):
+def test_forward_passes_are_reseeded_by_step_and_slot(fit, dots):
     class Watch(Callback):
         def __init__(self):
             self.seeds, self.positions = [], []
@@ -183,7 +155,7 @@ def test_forward_passes_are_reseeded_by_step_and_slot(tiny_suite):
     watch = Watch()
     fit(
         make_module(seed=5),
-        make_data(tiny_suite),
+        dots(),
         steps=2,
         callbacks=[watch],
         accumulate_grad_batches=2,
@@ -193,8 +165,8 @@ def test_forward_passes_are_reseeded_by_step_and_slot(tiny_suite):
     assert len(torch.cat(watch.positions).unique()) == 4 * 12
 
 
-def test_augmentation_is_keyed_by_step_and_slot(tiny_suite):
-    data = make_data(tiny_suite, augment="crop-flip")
+def test_augmentation_is_keyed_by_step_and_slot(dots):
+    data = dots(augment="crop-flip")
     data.setup()
     x = torch.from_numpy(data.task_data.train.x[:12])
     once = data.augmented(x, 3, 0, seed=1)
@@ -203,19 +175,19 @@ def test_augmentation_is_keyed_by_step_and_slot(tiny_suite):
     assert not torch.equal(once, x)
 
 
-def test_compiles(tiny_suite, monkeypatch):
+def test_compiles(monkeypatch, fit, dots):
     from mergekit_lit.models.backbones import Backbone
 
     compiled = []
     monkeypatch.setattr(Backbone, "compile", lambda module: compiled.extend([module]))
-    module = fit(make_module(compile=True), make_data(tiny_suite))
+    module = fit(make_module(compile=True), dots())
     assert compiled == [module.backbone]
 
 
-def test_validates_when_asked(tiny_suite):
-    module, data = make_module(), make_data(tiny_suite)
+def test_validates_when_asked(fit, dots, quiet_trainer):
+    module, data = make_module(), dots()
     fit(module, data)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = quiet_trainer()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         (found,) = trainer.validate(module, datamodule=data, verbose=False)
@@ -242,13 +214,13 @@ def test_refuses_bad_options(options, error, message):
         ExpertModule(**options)
 
 
-def test_a_run_that_diverges_says_so_in_one_line(tiny_suite):
+def test_a_run_that_diverges_says_so_in_one_line(fit, dots):
     with pytest.raises(
         ValueError, match=r"The loss must be finite, but is .* of task 'dots'\. .*`lr`"
     ):
-        fit(make_module(lr=1e30), make_data(tiny_suite), steps=4, log_every_n_steps=1)
+        fit(make_module(lr=1e30), dots(), steps=4, log_every_n_steps=1)
 
 
-def test_needs_a_number_of_steps(tiny_suite):
+def test_needs_a_number_of_steps(fit, dots):
     with pytest.raises(ValueError, match="`max_steps` must be the number of steps K"):
-        fit(make_module(), make_data(tiny_suite), steps=-1, max_epochs=1)
+        fit(make_module(), dots(), steps=-1, max_epochs=1)

@@ -1,18 +1,15 @@
 """Tests of linearised, sharpness-aware and low-rank fine-tuning, by closed forms and tiny runs."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import nn
 
 from mergekit_lit.callbacks import GradientNoise
 from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.params import content_hash
-from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.lora import LowRank
 from mergekit_lit.lit.passes import inputs
@@ -31,25 +28,6 @@ VARIANTS = {
 def make(base=RESNET, **options):
     defaults = {"image_size": 8, "lr": 0.01, "schedule": "constant", "warmup_steps": 0}
     return ExpertModule(base, **{**defaults, **options})
-
-
-def fit(suite, module, *, steps=4, callbacks=(), resume=None, **trainer):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        fitter = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=list(callbacks),
-            **{"log_every_n_steps": 1, **trainer},
-        )
-        data = TaskDataModule(suite, "dots", batch=12, reserve=8)
-        fitter.fit(module, datamodule=data, ckpt_path=resume)
-    return module, fitter
 
 
 def test_the_tangent_model_is_linear_and_of_first_order():
@@ -79,20 +57,20 @@ def test_the_tangent_model_is_linear_and_of_first_order():
 
 
 @pytest.mark.parametrize("base", [RESNET, VIT])
-def test_linearised_logits_are_linear_in_the_displacement(tiny_suite, base):
+def test_linearised_logits_are_linear_in_the_displacement(base, fit, dots):
     """In the whole module, heads and attention included; training really moves it."""
-    module, fitter = fit(tiny_suite, make(base, **VARIANTS["linearised"]), steps=3)
-    x = torch.from_numpy(fitter.datamodule.task_data.test.x[:6])
+    module = fit(make(base, **VARIANTS["linearised"]), dots(), steps=3)
+    x = torch.from_numpy(module.data.task_data.test.x[:6])
     module.eval()
     moved = dict(module.backbone.named_parameters())
-    assert any(not torch.equal(p, module._origin[n]) for n, p in moved.items())
+    assert any(not torch.equal(p, module.tangent.origin[n]) for n, p in moved.items())
     draw = torch.Generator().manual_seed(0)
     tau = {n: 0.01 * torch.randn(p.shape, generator=draw) for n, p in moved.items()}
     logits = []
     with torch.no_grad():
         for scale in (2.0, 1.0, 0.0):
             for name, p in moved.items():
-                p.copy_(module._origin[name] + scale * tau[name])
+                p.copy_(module.tangent.origin[name] + scale * tau[name])
             logits.append(module(x))
         start = module.head(module.backbone(inputs(module.backbone, x)))
     two, one, zero = logits
@@ -137,7 +115,7 @@ def test_statistics_are_kept_and_the_batch_normalises_as_before():
     assert int(layer.num_batches_tracked) == 1
 
 
-def test_sharpness_aware_steps_are_those_of_a_bare_loop(tiny_suite):
+def test_sharpness_aware_steps_are_those_of_a_bare_loop(fit, dots):
     """Two passes, the weights' own gradient replaced, clipped by the norm of the second."""
 
     class Norms(Callback):
@@ -153,11 +131,9 @@ def test_sharpness_aware_steps_are_those_of_a_bare_loop(tiny_suite):
 
     norms = Norms()
     radius = 0.5
-    module, fitter = fit(
-        tiny_suite, make(sam_radius=radius, momentum=0.0), steps=1, callbacks=[norms]
-    )
-    bare, _ = fit(tiny_suite, make(momentum=0.0, lr=1e-30), steps=1)
-    x, y, _ = next(iter(fitter.train_dataloader))
+    module = fit(make(sam_radius=radius, momentum=0.0), dots(), steps=1, callbacks=[norms])
+    bare = fit(make(momentum=0.0, lr=1e-30), dots(), steps=1)
+    x, y, _ = next(iter(module.trainer.train_dataloader))
     bare.train()
     named = [p for p in bare.parameters() if p.requires_grad]
     state = {n: t.clone() for n, t in bare.state_dict().items()}
@@ -207,8 +183,8 @@ def test_low_rank_steps_have_their_rank_and_start_at_the_base():
 
 
 @pytest.mark.parametrize("base", [RESNET, VIT])
-def test_low_rank_experts_hold_the_full_weights(tiny_suite, tmp_path, base):
-    module, _ = fit(tiny_suite, make(base, **VARIANTS["lora"]), callbacks=[ExpertExport(tmp_path)])
+def test_low_rank_experts_hold_the_full_weights(tmp_path, base, fit, dots):
+    module = fit(make(base, **VARIANTS["lora"]), dots(), callbacks=[ExpertExport(tmp_path)])
     expert = load_expert(tmp_path / "dots.safetensors")
     moved = 0
     for name, start in module.base.params.items():
@@ -228,16 +204,16 @@ def test_low_rank_experts_hold_the_full_weights(tiny_suite, tmp_path, base):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tmp_path, options):
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, options, fit, dots):
     class Save(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 2:
                 trainer.save_checkpoint(tmp_path / "two.ckpt")
 
-    whole, _ = fit(tiny_suite, make(**options), callbacks=[Save(), ExpertExport(tmp_path)])
-    rest, _ = fit(
-        tiny_suite,
+    whole = fit(make(**options), dots(), callbacks=[Save(), ExpertExport(tmp_path)])
+    rest = fit(
         make(**options),
+        dots(),
         callbacks=[ExpertExport(tmp_path, name="rest")],
         resume=tmp_path / "two.ckpt",
     )
@@ -251,15 +227,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tmp_path, options):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_measuring_the_noise_changes_nothing(tiny_suite, options):
-    plain, _ = fit(tiny_suite, make(**options))
-    watched, _ = fit(tiny_suite, make(**options), callbacks=[GradientNoise(every=1)])
+def test_measuring_the_noise_changes_nothing(options, fit, dots):
+    plain = fit(make(**options), dots())
+    watched = fit(make(**options), dots(), callbacks=[GradientNoise(every=1)])
     assert content_hash(plain.state_dict()) == content_hash(watched.state_dict())
 
 
-def test_channels_last_changes_by_rounding_alone(tiny_suite):
-    plain, _ = fit(tiny_suite, make(), steps=2)
-    last, _ = fit(tiny_suite, make(channels_last=True), steps=2)
+def test_channels_last_changes_by_rounding_alone(fit, dots):
+    plain = fit(make(), dots(), steps=2)
+    last = fit(make(channels_last=True), dots(), steps=2)
     filters = [p for p in last.backbone.parameters() if p.dim() == 4 and p.shape[-1] > 1]
     assert filters
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
@@ -284,6 +260,6 @@ def test_bad_options_are_told_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_accumulated_sharpness_aware_steps_are_refused(tiny_suite):
+def test_accumulated_sharpness_aware_steps_are_refused(fit, dots):
     with pytest.raises(ValueError, match=r"`trainer.accumulate_grad_batches` must be 1"):
-        fit(tiny_suite, make(sam_radius=0.1), accumulate_grad_batches=2)
+        fit(make(sam_radius=0.1), dots(), accumulate_grad_batches=2)

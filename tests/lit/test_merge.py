@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -66,18 +66,6 @@ def _data(tiny_suite, **options):
     return data
 
 
-def _test(module, data, callbacks=()):
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    return trainer.test(module, datamodule=data, verbose=False)[0]
-
-
 def _task(n=40, classes=3, **labels):
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (n, 8, 8, 3)).astype(np.uint8)
@@ -94,11 +82,11 @@ def _task(n=40, classes=3, **labels):
     )
 
 
-def test_scores_are_torchmetrics_own_on_all_images_at_once(family, tiny_suite):
+def test_scores_are_torchmetrics_own_on_all_images_at_once(family, tiny_suite, scored):
     backbone, _, experts = family
     data = _data(tiny_suite)
     module = MergeModule(backbone, {"experts": experts}, batch_norm="stored")
-    logged = _test(module, data)
+    logged = scored(module, data)
     found = module.results()["experts"]
     for expert, task in zip(experts, data.task_data, strict=True):
         reference = copy.deepcopy(backbone).eval()
@@ -118,12 +106,12 @@ def test_scores_are_torchmetrics_own_on_all_images_at_once(family, tiny_suite):
     assert logged["loss/experts"] == pytest.approx(found["mean"]["loss"])
 
 
-def test_the_plain_loop_gives_the_same_table(family, tiny_suite):
+def test_the_plain_loop_gives_the_same_table(family, tiny_suite, scored):
     backbone, base, experts = family
     models = {"base": base, "experts": experts, "merged": _merged(base, experts)}
     data = _data(tiny_suite, split="val")
     module = MergeModule(backbone, models)
-    _test(module, data)
+    scored(module, data)
     loop = evaluate_models(backbone, models, data.task_data, split="val", batch=7)
     assert loop == module.results()
 
@@ -144,12 +132,12 @@ def test_a_merge_of_scale_zero_scores_as_the_base_does(family, tiny_suite):
     assert stored["base"] != table["base"]
 
 
-def test_shares_of_batches_join_to_the_table_of_one_process(family, tiny_suite):
+def test_shares_of_batches_join_to_the_table_of_one_process(family, tiny_suite, scored):
     """What two processes would gather, in the order in which they would, is exactly the same."""
     backbone, _, experts = family
     data = _data(tiny_suite)
     whole = MergeModule(backbone, {"experts": experts})
-    _test(whole, data)
+    scored(whole, data)
 
     class Shares(MergeDataModule):
         def test_dataloader(self):
@@ -157,7 +145,7 @@ def test_shares_of_batches_join_to_the_table_of_one_process(family, tiny_suite):
 
     shares = Shares(tiny_suite, batch=7, reserve=4)
     joined = MergeModule(backbone, {"experts": experts})
-    _test(joined, shares)
+    scored(joined, shares)
     assert joined.results() == whole.results()
 
 
@@ -201,7 +189,7 @@ def test_more_processes_than_batches_are_refused(tiny_suite):
         data.test_dataloader()
 
 
-def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
+def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite, scored):
     backbone, base, experts = family
 
     class Doubles(Callback):
@@ -221,7 +209,7 @@ def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
     pending = PendingMerge(_gathered(base, experts), "average")
     module = MergeModule(backbone, {"average": pending})
     observer = Doubles()
-    _test(module, _data(tiny_suite), [observer])
+    scored(module, _data(tiny_suite), callbacks=[observer])
     assert observer.told[0] == ("average", 2, {})
     assert observer.told[-1] == ("average", 2)
     name = observer.told[1]
@@ -231,7 +219,7 @@ def test_pending_merges_are_made_in_sight_of_the_callbacks(family, tiny_suite):
 
 
 @pytest.mark.parametrize("policy", ["base", "average", "recalibrate", "recalibrate-per-task"])
-def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy):
+def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy, scored):
     """Under every BatchNorm policy, to the last bit; the images are the training split's."""
     backbone, base, experts = family
     gathered = _gathered(base, experts)
@@ -245,7 +233,7 @@ def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy)
     module = MergeModule(
         backbone, {"m": pending, "given": replace(pending, images={"train": images})}
     )
-    _test(module, data)
+    scored(module, data)
     for name in ("m", "given"):
         found = module.models[name]
         assert found.facts == expected.facts
@@ -254,14 +242,14 @@ def test_pending_merges_are_those_of_the_merge_stage(family, tiny_suite, policy)
     assert (policy == "recalibrate-per-task") == bool(module.models["m"].statistics)
 
 
-def test_a_pending_merge_without_images_of_a_task_is_told(family, tiny_suite):
+def test_a_pending_merge_without_images_of_a_task_is_told(family, tiny_suite, scored):
     backbone, base, experts = family
     pending = PendingMerge(_gathered(base, experts), "average", batch_norm="recalibrate")
     with pytest.raises(KeyError, match="No task with images named 'stripes'"):
-        _test(MergeModule(backbone, {"m": pending}), _data(tiny_suite, tasks=["dots"]))
+        scored(MergeModule(backbone, {"m": pending}), _data(tiny_suite, tasks=["dots"]))
     unknown = replace(pending, batch_norm="recalibrated")
     with pytest.raises(KeyError, match="Did you mean 'recalibrate'"):
-        _test(MergeModule(backbone, {"m": unknown}), _data(tiny_suite))
+        scored(MergeModule(backbone, {"m": unknown}), _data(tiny_suite))
 
 
 def test_evaluation_estimates_the_statistics_that_the_head_was_fitted_under(family, tiny_suite):
@@ -364,13 +352,13 @@ def _gathered(base, experts):
     )
 
 
-def test_nothing_that_is_given_changes(family, tiny_suite):
+def test_nothing_that_is_given_changes(family, tiny_suite, scored):
     backbone, base, experts = family
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     params = {name: tensor.clone() for name, tensor in base.params.items()}
     backbone.train()
     evaluate_models(backbone, {"base": base, "experts": experts}, _data(tiny_suite).task_data)
-    _test(MergeModule(backbone, {"base": base, "experts": experts}), _data(tiny_suite))
+    scored(MergeModule(backbone, {"base": base, "experts": experts}), _data(tiny_suite))
     assert backbone.training
     assert all(torch.equal(tensor, before[n]) for n, tensor in backbone.state_dict().items())
     assert all(torch.equal(tensor, params[name]) for name, tensor in base.params.items())
@@ -462,6 +450,6 @@ def test_unknown_policy_and_split_are_told(family):
         evaluate_models(backbone, {"experts": experts}, [_task()], split="valid")
 
 
-def test_another_data_module_is_refused(family):
+def test_another_data_module_is_refused(family, scored):
     with pytest.raises(TypeError, match="must be tested on a MergeDataModule"):
-        _test(MergeModule(family[0], {"experts": family[2]}), None)
+        scored(MergeModule(family[0], {"experts": family[2]}), None)
