@@ -14,8 +14,9 @@ from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
-from mergekit_lit.merging.decompositions import has_direction, leading, polar, singular_values
+from mergekit_lit.merging.decompositions import has_direction, leading, polar
 from mergekit_lit.merging.quantiles import threshold
+from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.sparsify import Combine, by_sign
 from mergekit_lit.merging.steps import sum_of
 
@@ -49,7 +50,8 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
     count = len(tensor.each)
-    triplets = [leading(delta, max(1, min(delta.shape) // count)) for delta in matrices(tensor)]
+    rank = max(1, min(tensor.base.flatten(1).shape) // count)
+    triplets = [leading(delta, rank) for delta in matrices(tensor)]
     left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
     known = has_direction(values)
     step = (polar(left * known) * values) @ polar(right * known).mT
@@ -82,8 +84,11 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     check_scale(scale)
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
-    total = sum_of(matrices(tensor))
-    return scale * like(singular_values(total).mean() * polar(total), tensor)
+    summed = sum_of(matrices(tensor))
+    flat = polar(summed)
+    # <U V^T, U S V^T> is the sum of the singular values.
+    mean = total(flat * summed) / min(summed.shape)
+    return scale * like(mean * flat, tensor)
 
 
 @MERGE_METHODS.add(
@@ -116,11 +121,11 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     check_interval("common_share", common_share, "[0, 1]")
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
-    total, count = sum_of(matrices(tensor)), len(tensor.each)
-    full = min(total.shape)
+    summed, count = sum_of(matrices(tensor)), len(tensor.each)
+    full = min(summed.shape)
     # At most floor(r / T) directions a task, so that the common ones never number less than 0.
     own = min(round((1 - common_share) * full / count), full // count)
-    common, _, _ = triplets = leading(total, full - own * count)
+    common, _, _ = triplets = leading(summed, full - own * count)
     rest = (delta - common @ (common.mT @ delta) for delta in matrices(tensor))
     parts = [triplets, *(leading(delta, own) for delta in rest)]
     left, values, right = (torch.cat(both, dim=-1) for both in zip(*parts, strict=True))
