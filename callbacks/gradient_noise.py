@@ -38,7 +38,7 @@ class GradientNoise(Callback):
     The module is in eval mode meanwhile (in train mode BatchNorm makes a micro-batch gradient
     another function); its gradients, buffers, plain attributes, metrics and logs, and all random
     states, are as before afterwards. Together the micro-batches are as large as one optimizer
-    step's batch, so that an estimate costs about one step. Processes share the micro-batches: the
+    step's batch, so that an estimate costs one to two steps. Processes share the micro-batches: the
     draw, and so the estimate, is that of one process.
 
     Data that can only be iterated over cannot be drawn from: then the last `micro_batches` training

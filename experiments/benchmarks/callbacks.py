@@ -98,8 +98,8 @@ def measure(
     plain, _ = run(None, clip=clip, steps=steps, batch=batch)
     watched, inside = run(callback, clip=clip, steps=steps, batch=batch)
     if isinstance(callback, GradientNoise):
-        # One estimate in `every` steps; the steps between are plain.
-        share = inside / callback.every
+        # In the long run one estimate in `every` steps; the steps between are plain.
+        share = inside / (callback.card_facts()["noise_estimates"] or 1) / callback.every
         return plain, share, plain + share
     return plain, inside / steps, watched
 
