@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         print_json(vars(result.record))
     else:
         _print(result.record)
-        print(f"{result.record.metrics['best']['method']}: {result.best}")
+        print(result.best)
     return 0
 
 
@@ -123,7 +123,8 @@ def _print(record: Record) -> None:
     for name, found in metrics["methods"].items():
         if not found["space"]:
             print(f"{name!r} has nothing to search: it is scored as it comes.")
+    best = metrics["best"]
     print(
-        f"{record.config['objective']} over the tasks on validation images: by them it was chosen,"
+        f"Best: {best['method']}, {best['value']:.4f} as written, on the validation images that "
+        "chose it: expect less on test images."
     )
-    print("so expect less on test images.")

@@ -20,7 +20,7 @@ from mergekit_lit.search.display import Display
 from mergekit_lit.search.tuning_bench import Bench
 from mergekit_lit.search.tuning_loop import score_again, search_method
 from mergekit_lit.search.tuning_objective import check_goal, objective_of
-from mergekit_lit.search.tuning_plan import TuningPlan, check_plan, told
+from mergekit_lit.search.tuning_plan import TuningPlan, check_plan
 from mergekit_lit.search.tuning_race import Run, stages_of
 from mergekit_lit.search.tuning_results import best_method, method_results, trial_rows
 from mergekit_lit.search.tuning_scores import Scorer, expert_rows
@@ -182,9 +182,10 @@ def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display:
 
     def heard(trial: Trial) -> None:
         best = best_of(log.of(method))
-        note = f"best {best.value:.4f} at {told(best.config)}" if best and best.value else ""
-        done = len(log.again(method) if trial.again else log.of(method))
-        display.show(method, done, count, note + (" (for the regret)" if trial.again else ""))
+        note = f"best {best.value:.4f}" if best and best.value is not None else ""
+        if trial.again:
+            note += f"; {len(log.again(method))} of the discarded scored again"
+        display.show(method, len(log.of(method)), count, note)
 
     search_method(bench, log, method, propose, heard=heard)
     if plan.regret:
@@ -207,7 +208,8 @@ def _facts(
         **plan.facts(),
         "images": calibration.images,
         "base": base.content,
-        "experts": {task.name: file_hash(path) for task, path in zip(tasks, paths, strict=True)},
+        # Their order counts: some methods draw by it, or go from the first to the second.
+        "experts": [[task.name, file_hash(path)] for task, path in zip(tasks, paths, strict=True)],
         "tasks": {
             task.name: [task.split_hash, split_hash(task.name, task.classes, task.val)]
             for task in tasks

@@ -93,15 +93,9 @@ def expert_rows(
     backbone: Backbone, experts: Sequence[Expert], tasks: Sequence[TaskData]
 ) -> dict[str, Any]:
     """Return the scores of each task's own expert on val, under the statistics of its file."""
-    return dict(score_rows(backbone, {"experts": experts}, tasks)["experts"])
-
-
-def score_rows(
-    backbone: Backbone, models: Mapping[str, Any], tasks: Sequence[TaskData]
-) -> dict[str, dict[str, Any]]:
-    """Return scores on val by model and task, under the statistics that each model came with."""
+    models = {"experts": experts}
     table = evaluate_models(backbone, models, tasks, split="val", batch_norm="stored")
-    return {name: told["tasks"] for name, told in table.items()}
+    return dict(table["experts"]["tasks"])
 
 
 def _fields(outcomes: Outcomes) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,8 @@ def grid_of(space: Space, *, trials: int | None = None, seed: int = 0) -> list[d
     near = [sorted(space[name].values, key=_distance_from(space[name].start)) for name in names]
     start = start_of(space)
     combinations = [dict(zip(names, values, strict=True)) for values in product(*near)]
-    others = [config for config in combinations if config != start]
+    apart = {key_of(config): config for config in combinations if config != start}
+    others = list(apart.values())
     if trials is not None:
         drawn = torch.randperm(len(others), generator=generator(seed, "grid"))[: trials - 1]
         others = [others[place] for place in sorted(drawn.tolist())]

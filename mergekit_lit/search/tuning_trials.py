@@ -130,9 +130,15 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     scored = [trial for trial in trials if trial.state == "scored" and trial.value is not None]
     return min(
         scored,
-        key=lambda t: (-(t.value or 0.0), t.config.get(SCALE, 0.0), t.number),
+        key=lambda trial: (-(trial.value or 0.0), _length(trial.config), trial.number),
         default=None,
     )
+
+
+def _length(config: Mapping[str, Any]) -> float:
+    """Return the scale of a step; 0 where there is none, or one for each pattern of tensors."""
+    scale = config.get(SCALE)
+    return float(scale) if isinstance(scale, int | float) else 0.0
 
 
 def pack_answers(answers: Answers) -> dict[str, str]:
