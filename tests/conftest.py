@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ import torch
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.specs import Computed, Spec
 from mergekit_lit.core.structure import TensorInfo
 
 # An unmarked test may take 2 s of processor time; half again is left for slower machines.
@@ -112,6 +114,27 @@ def tiny_experts() -> Experts:
 def make_experts() -> Callable[..., Experts]:
     """`make_tiny_experts`, for tests that need another number, dtype or size of experts."""
     return make_tiny_experts
+
+
+def headers(params: Mapping[str, torch.Tensor]) -> Computed:
+    """Return tensors of which names, types and shapes are known, and that fail when read."""
+    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in params.items()}
+    return Computed(specs, lambda name: pytest.fail(f"{name} was read"))
+
+
+@pytest.fixture
+def headers_of() -> Callable[[Experts], Experts]:
+    """Makes experts of which nothing may be read, for what must look at headers alone."""
+
+    def make(experts: Experts) -> Experts:
+        return replace(
+            experts,
+            base=headers(experts.base),
+            tuned=[headers(tuned) for tuned in experts.tuned],
+            heads=[headers(head) for head in experts.heads],
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

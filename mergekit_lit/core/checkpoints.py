@@ -107,6 +107,11 @@ def match_names(given: Params, wanted: Params, *, source: str) -> tuple[dict[str
     if not whole:
         prefix = max(prefixes | {""}, key=lambda p: (sum(p + n in given for n in wanted), -len(p)))
         missing = sorted(name for name in wanted if prefix + name not in given)
+        if any(".lora_" in name for name in given):
+            raise ValueError(
+                f"{source} must hold whole weights, but holds a LoRA adapter alone. Add it to its "
+                "base first, such as by peft's `merge_and_unload`, and save that."
+            )
         raise ValueError(
             f"{source} must hold the base's {len(wanted)} tensors, but lacks {len(missing)}, first "
             f"{(prefix + missing[0])!r}. Merge models of one architecture."

@@ -9,6 +9,7 @@ import torch
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import Form, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
+from mergekit_lit.merging.checking import checked
 from mergekit_lit.merging.configuration import resolve, to_json
 from mergekit_lit.merging.finishing import POLICIES, finished
 from mergekit_lit.merging.forms import Config, Setting, is_whole, mean_step, setting
@@ -72,8 +73,8 @@ def merge(  # noqa: PLR0913
         KeyError: unknown method, veneer, parameter or number type.
         TypeError: a value of the wrong type, NaN or infinite.
         ValueError: a value out of range, a pattern that matches nothing, an unknown policy, a
-            number of experts that the method cannot take, missing images, or a result that is not
-            finite in its number type.
+            number of experts that the method cannot take, experts that do not fit the base or hold
+            NaN, missing images, or a result that is not finite in its number type.
     """
     job = _job(experts, method, [config or {}], veneers, batch_norm, calibration, seed)
     job = replace(job, dtype=compute_dtype(dtype), out_dtype=output_dtype(out_dtype))
@@ -168,6 +169,7 @@ def _job(
     layers = [_layer(name, given, seed) for name, given in veneers]
     check_request(entry, values, experts)
     _check_policy(batch_norm)
+    experts = checked(experts)
     return _Job(
         experts=experts,
         entry=shown(entry, experts, calibration),

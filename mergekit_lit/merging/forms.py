@@ -255,7 +255,7 @@ def base_plus(scale: float | None) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function (base, step) -> base + scale * step, in the dtype of the step."""
     if scale is None:
         return lambda base, step: base.to(step.dtype) + step
-    return lambda base, step: base.to(step.dtype) + scale * step
+    return lambda base, step: (scale * step).add_(base.to(step.dtype))
 
 
 def step_alone(_base: Tensor, step: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
 from mergekit_lit.core.params import Params, check_finite
 from mergekit_lit.core.permutations import has_axes
 from mergekit_lit.core.shards import Shards
-from mergekit_lit.core.specs import check_same_names_and_shapes, renamed, spec_of
+from mergekit_lit.core.specs import renamed
 from mergekit_lit.core.tensorfiles import TensorFile
+from mergekit_lit.merging.checking import Finite, check_kinds
 
 
 def load_experts(
@@ -56,13 +57,16 @@ def load_experts(
         if not allow_different_base:
             _check_base(expert, base)
         _check_image_size(expert, base)
-        check_kinds(expert.backbone, base.params, source=f"Expert {_file(expert)}")
+        check_kinds(expert.backbone, base.params, source=_source(expert))
         if not headers_only:
-            check_finite(dict(expert.backbone), source=f"Expert {_file(expert)}")
+            check_finite(dict(expert.backbone), source=_source(expert))
         check_finite(expert.head, source=f"The head of {_file(expert)}")
     return Experts(
         base=base.params,
-        tuned=[expert.backbone for expert in experts],
+        tuned=[
+            Finite(expert.backbone, _source(expert), looked_through=not headers_only)
+            for expert in experts
+        ],
         structure=base.structure,
         cards=[expert.card for expert in experts],
         heads=[expert.head for expert in experts],
@@ -152,20 +156,8 @@ def _check_image_size(expert: Expert, base: Base) -> None:
         )
 
 
-def check_kinds(params: Params, base: Params, *, source: str) -> None:
-    """Refuse parameters whose names, shapes or kinds of numbers are not the base's, by headers.
-
-    Raises:
-        ValueError: names `source` and the first that differs.
-    """
-    check_same_names_and_shapes(params, base, source=source)
-    for name in params:
-        own, wanted = spec_of(params, name).dtype, spec_of(base, name).dtype
-        if own.is_floating_point != wanted.is_floating_point:
-            raise ValueError(
-                f"{source} must hold the base's kinds of numbers, but {name!r} is of {own} and "
-                f"there of {wanted}. Save it in floating point."
-            )
+def _source(expert: Expert) -> str:
+    return f"Expert {_file(expert)}"
 
 
 def _file(expert: Expert) -> str:

@@ -1,18 +1,16 @@
 """This file merges plain weight files: no architecture known, no card, a base file given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.checkpoints import match_names, open_tensors
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.params import Params, is_finite
+from mergekit_lit.core.params import Params
 from mergekit_lit.core.shards import write_shards
-from mergekit_lit.core.specs import Computed, joined, renamed
+from mergekit_lit.core.specs import joined, renamed
 from mergekit_lit.core.tensorfiles import write_tensors
-from mergekit_lit.merging.gather import check_kinds
+from mergekit_lit.merging.checking import Finite, check_kinds
 from mergekit_lit.merging.guessing import guessed_structure
 from mergekit_lit.merging.patterns import is_match
 
@@ -42,12 +40,12 @@ def load_raw(paths: Sequence[Path], *, base: Path, heads: str = HEADS) -> Expert
         raise ValueError("Merging needs at least one expert file, but got none.")
     opened = open_tensors(Path(base))
     backbone = {name: name for name in opened if not _is_head(heads, name)}
-    params = _checked(opened, backbone, f"The base {str(base)!r}")
+    params = Finite(renamed(opened, backbone), f"The base {str(base)!r}")
     experts = [_expert(Path(path), params, heads) for path in paths]
     return Experts(
         base=params,
         tuned=[backbone for backbone, _ in experts],
-        structure=guessed_structure(params.specs),
+        structure=guessed_structure({name: params.spec(name) for name in params}),
         cards=[Card(task=name) for name in _names(paths)],
         heads=[head for _, head in experts],
         names=_names(paths),
@@ -91,7 +89,7 @@ def save_raw(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) 
     return [*write_shards(path, merged.shared, facts, max_shard_bytes=max_shard_bytes), *written]
 
 
-def _expert(path: Path, base: Computed, heads: str) -> tuple[Computed, Computed]:
+def _expert(path: Path, base: Params, heads: str) -> tuple[Params, Params]:
     """Return the tensors that the base has too, and the head."""
     opened, source = open_tensors(path), f"Expert {str(path)!r}"
     names, left = match_names(opened, base, source=source)
@@ -103,31 +101,15 @@ def _expert(path: Path, base: Computed, heads: str) -> tuple[Computed, Computed]
                 f"{source} must hold nothing beyond the base's tensors but a head "
                 f"({heads or 'none'}), but holds {name!r}. Say by `heads` what a head is called."
             )
-    backbone = _checked(opened, names, source)
+    backbone = Finite(renamed(opened, names), source)
     check_kinds(backbone, base, source=source)
-    return backbone, _checked(opened, {name.removeprefix(prefix): name for name in left}, source)
+    return backbone, Finite(
+        renamed(opened, {name.removeprefix(prefix): name for name in left}), source
+    )
 
 
 def _is_head(heads: str, name: str) -> bool:
     return bool(heads) and is_match(heads, name)
-
-
-def _checked(params: Params, names: Mapping[str, str], source: str) -> Computed:
-    """Return some tensors under short names; NaN and infinity are refused when first read."""
-    short_named = renamed(params, names)
-    unread = set(names)
-
-    def read(short: str) -> Tensor:
-        tensor = short_named[short]
-        if short in unread and not is_finite(tensor):
-            raise ValueError(
-                f"{source} must hold finite numbers, but {names[short]!r} holds NaN or infinite "
-                "ones. Leave this expert out, or train it again with a lower learning rate."
-            )
-        unread.discard(short)
-        return tensor
-
-    return Computed(short_named.specs, read)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

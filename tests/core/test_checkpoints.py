@@ -133,3 +133,12 @@ def test_names_are_found_behind_a_prefix():
     del given["model.encoder.count"]
     with pytest.raises(ValueError, match=r"lacks 1, first 'model.encoder.count'"):
         match_names(given, wanted, source="'a'")
+
+
+def test_an_adapter_alone_is_told_as_such():
+    adapter = {
+        "model.conv.lora_A.weight": torch.ones(1, 3),
+        "model.conv.lora_B.weight": torch.ones(2, 1),
+    }
+    with pytest.raises(ValueError, match="It must hold whole weights, but holds a LoRA adapter"):
+        match_names(adapter, STATE, source="It")

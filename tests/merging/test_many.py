@@ -69,10 +69,10 @@ def test_a_grid_of_scales_reads_what_one_merge_reads(make_experts, method):
     assert reads(make_experts, method, grid) == reads(make_experts, method, [{}])
 
 
-def test_a_grid_of_densities_shares_the_last_pass(make_experts):
-    one, grid = [{"density": 0.2}], [{"density": 0.2}, {"density": 0.4}]
-    passes = reads(make_experts, "ties", one) - 1
-    assert reads(make_experts, "ties", grid) == 2 * passes + 1
+def test_a_grid_of_densities_reads_less_than_as_many_merges(make_experts):
+    grid = [{"density": 0.2}, {"density": 0.4}]
+    alone = sum(reads(make_experts, "ties", [config]) for config in grid)
+    assert reads(make_experts, "ties", grid) < alone
 
 
 def test_preparing_passes_are_shared_where_their_parameters_agree(make_experts):
@@ -80,8 +80,8 @@ def test_preparing_passes_are_shared_where_their_parameters_agree(make_experts):
     assert reads(make_experts, "ties", configs) == reads(make_experts, "ties", [{}])
 
 
-def test_nothing_is_read_before_the_first_result_is_asked_for(tiny_experts):
-    unread = replace(tiny_experts, tuned=[{} for _ in tiny_experts.tuned])
+def test_nothing_is_read_before_the_first_result_is_asked_for(tiny_experts, headers_of):
+    unread = headers_of(tiny_experts)
     merge_many(unread, "ties", [{"density": 0.2}])
     with pytest.raises(KeyError, match="Did you mean 'density'"):
         merge_many(unread, "ties", [{"density": 0.2}, {"densty": 0.2}])

@@ -152,9 +152,9 @@ def test_filters_as_mergekit_writes_them(tiny_experts):
     ],
 )
 def test_bad_values_by_pattern_are_refused_before_anything_is_read(
-    tiny_experts, method, config, error, message
+    tiny_experts, headers_of, method, config, error, message
 ):
-    unread = replace(tiny_experts, tuned=[{} for _ in tiny_experts.tuned])
+    unread = headers_of(tiny_experts)
     with pytest.raises(error, match=message):
         merge(unread, method, config=config)
     with pytest.raises(error, match=message):

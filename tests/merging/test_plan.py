@@ -13,26 +13,11 @@ from mergekit_lit.merging import load_experts, load_raw, merge, plan, save_raw, 
 from mergekit_lit.merging.timing import expected_seconds
 
 
-def unread(experts):
-    """Return the same experts, of which any reading fails."""
-
-    def headers(params):
-        specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in params.items()}
-        return Computed(specs, lambda name: pytest.fail(f"{name} was read"))
-
-    return replace(
-        experts,
-        base=headers(experts.base),
-        tuned=[headers(tuned) for tuned in experts.tuned],
-        heads=[headers(head) for head in experts.heads],
-    )
-
-
 @pytest.mark.parametrize("method", MERGE_METHODS.names())
-def test_the_plan_is_what_the_merge_then_does(make_experts, method):
+def test_the_plan_is_what_the_merge_then_does(make_experts, headers_of, method):
     low, high = MERGE_METHODS.get(method).facts.get("experts", (1, None))
     experts = make_experts(high or max(low, 3), dtype=torch.bfloat16)
-    told = plan(unread(experts), method, out_dtype="float32")
+    told = plan(headers_of(experts), method, out_dtype="float32")
     fates = {row.name: row.fate for row in told.rows}
     assert [name for name, fate in fates.items() if fate == "merged"] == [
         name for name in experts.base if name in experts.merged_names()
@@ -55,8 +40,8 @@ def test_the_plan_is_what_the_merge_then_does(make_experts, method):
     assert json.loads(json.dumps(told.to_json())) is not None
 
 
-def test_values_and_what_is_left_out_are_told_by_tensor(tiny_experts):
-    some = unread(select(tiny_experts, exclude=["token"]))
+def test_values_and_what_is_left_out_are_told_by_tensor(tiny_experts, headers_of):
+    some = headers_of(select(tiny_experts, exclude=["token"]))
     told = plan(some, "ties", config={"scale": {"block": 0.5, "*": 0.2}, "density": 0.3})
     rows = {row.name: row for row in told.rows}
     assert rows["token"].fate == "kept"
@@ -98,10 +83,12 @@ def test_bytes_are_those_of_the_files(tmp_path):
         ("lines", {"config": {"beta": [0.1, 0.2]}}, ValueError, "treats the model as a whole"),
     ],
 )
-def test_bad_requests_are_refused_as_by_the_merge(tiny_experts, method, options, error, message):
+def test_bad_requests_are_refused_as_by_the_merge(
+    tiny_experts, headers_of, method, options, error, message
+):
     for function in (plan, merge):
         with pytest.raises(error, match=message):
-            function(unread(tiny_experts), method, **options)
+            function(headers_of(tiny_experts), method, **options)
 
 
 def test_more_experts_and_larger_matrices_are_expected_to_take_longer(make_experts):

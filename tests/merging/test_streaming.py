@@ -26,10 +26,14 @@ def test_a_streamed_merge_writes_the_same_bytes(tmp_path, make_experts, method):
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "streamed").read_bytes()
 
 
-def test_tensors_are_merged_only_when_asked_for(make_experts):
+def test_tensors_are_merged_only_when_asked_for(make_experts, headers_of):
     experts = make_experts(2)
-    unread = replace(experts, tuned=[{"token": t["token"]} for t in experts.tuned])
-    merged = merge(unread, "average", streamed=True)
+    unread = headers_of(experts)
+    tuned = [
+        Computed(lazy.specs, {"token": whole["token"]}.__getitem__)
+        for lazy, whole in zip(unread.tuned, experts.tuned, strict=True)
+    ]
+    merged = merge(replace(experts, tuned=tuned), "average", streamed=True)
     assert torch.equal(merged.shared["token"], merge(experts, "average").shared["token"])
     assert list(merged.shared) == list(experts.base)
     with pytest.raises(KeyError, match="block"):
@@ -38,9 +42,11 @@ def test_tensors_are_merged_only_when_asked_for(make_experts):
 
 def test_a_tensor_that_is_not_finite_leaves_no_file(tmp_path, make_experts):
     experts = make_experts(2)
-    tuned = [{**t, "token": t["token"] * torch.nan} for t in experts.tuned]
-    merged = merge(replace(experts, tuned=tuned), "average", streamed=True)
-    with pytest.raises(ValueError, match="result of 'average' must be finite, but 'token' is not"):
+    huge = {"scale": 1e300}
+    tuned = [{**t, "token": t["token"] * 1e300} for t in experts.tuned]
+    merged = merge(replace(experts, tuned=tuned), "task_arithmetic", config=huge, streamed=True)
+    message = "result of 'task_arithmetic' must be finite, but 'token' is not"
+    with pytest.raises(ValueError, match=message):
         save_merged(tmp_path / "m", merged)
     assert not list(tmp_path.iterdir())
 
