@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from mergekit_lit.cli import launch
+from mergekit_lit.cli import launch, main
 from mergekit_lit.cli.launch import lightning_main, run
 
 ENVIRONMENT = [
@@ -89,6 +89,31 @@ def test_bad_words_are_told_in_one_line(words, message, launched, capsys):
     assert message in told
     assert told.count("\n") == 1
     assert launched == []
+
+
+@pytest.mark.usefixtures("launched")
+def test_ctrl_c_is_one_line_of_lightning_run(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_torchrun", interrupt)
+    assert lightning_main(["run", "train"]) == 130
+    assert capsys.readouterr().err == "lightning run: interrupted\n"
+
+
+def test_the_first_of_several_processes_tells_why_it_ends(monkeypatch, tmp_path, capsys):
+    """Under torchrun whichever comes first, which the folder that it hands out shows."""
+    for rank in ("1", "0"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        assert main(["trian"]) == 2
+        assert capsys.readouterr().err.count("\n") == (rank == "1")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["trian"]) == 2
+        assert capsys.readouterr().err.count("\n") == (rank == "0")
 
 
 @pytest.mark.parametrize("words", [["login"], ["run", "job", "x"], ["--help"], []])

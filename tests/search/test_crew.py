@@ -1,4 +1,5 @@
 import os
+import time
 
 import pytest
 
@@ -41,6 +42,22 @@ def test_errors_come_as_they_were_raised():
 def test_a_crew_needs_someone():
     with pytest.raises(ValueError, match="`jobs` must be at least 1, but is 0"):
         Crew(0)
+
+
+def wait_or_refuse(seconds):
+    if seconds < 0:
+        raise ValueError("`seconds` must be at least 0.")
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_others_at_once_and_a_killed_worker_is_told():
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="`seconds`"), Crew(2) as crew:
+        crew.run(wait_or_refuse, [600, -1, 600])
+    assert time.monotonic() - begun < 300
+    with pytest.raises(ChildProcessError, match="Start again with fewer `jobs`"), Crew(2) as crew:
+        crew.run(os._exit, [3])
 
 
 @pytest.mark.slow
