@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,9 +20,13 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES
 from mergekit_lit.lit.wandb_runs import LoggerKind
-from mergekit_lit.merging.configuration import parameters
-from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, merge_files
+from mergekit_lit.merging.configuration import accepts, parameter_help, parameters
+from mergekit_lit.merging.plan import Plan
+from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
+from mergekit_lit.merging.raw import HEADS
+from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, merge_files, plan_files
 
+_SIZES = ("read_bytes", "written_bytes", "streamed_bytes", "peak_bytes")
 _USAGE = "EXPERT ... --out FILE [--method NAME [its flags]] [options]"
 
 
@@ -37,8 +41,15 @@ def merge(  # noqa: PLR0913
     seed: int = 0,
     base: str | None = None,
     allow_different_base: bool = False,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    heads: str = HEADS,
+    dtype: ComputeDtype | None = None,
+    out_dtype: OutputDtype = "base",
+    max_shard_bytes: int | None = None,
     callbacks: list[str | dict[str, Any]] | None = None,
     logger: LoggerKind = "csv",
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Merge experts.
@@ -54,14 +65,22 @@ def merge(  # noqa: PLR0913
             experts', or estimated again on training images of `data.suite`, for all tasks
             together (`recalibrate`) or for each (`recalibrate-per-task`).
         seed: seed of methods that draw at random, and of the images for statistics.
-        base: the base, if not the one that the first card names.
+        base: the base, if not the one that the first card names; with a file or folder of plain
+            weights the experts may be such too, of any architecture.
         allow_different_base: whether to take experts whose card names another base, or none.
+        include: patterns of the tensors to merge, such as `blocks.*.attn.*`; all by default.
+        exclude: patterns of the tensors that stay the base's.
+        heads: pattern of the tensors of plain weights that are not merged, but kept for each.
+        dtype: number type to compute in; null is float32 or the base's better.
+        out_dtype: number type of the result; `base` is each tensor's own.
+        max_shard_bytes: write several files of at most so many bytes, and an index of them.
         callbacks: observers of the merge by class path, such as
             `mergekit_lit.callbacks.DeltaGeometry`, or `{class_path: ..., init_args: {...}}`; they
             see the deltas and may change them.
         logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
             merged model as its artifact.
-        json: whether to print the record as JSON.
+        dry_run: whether to tell what would be done, by the files' headers, and do nothing.
+        json: whether to print the record, or what would be done, as JSON.
     """
 
 
@@ -125,9 +144,14 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser(chosen.function, flags)
     namespace = parse(parser, argv, positional="experts")
     texts = config_texts(parser, argv, namespace, positional="experts")
-    result = _merged(parser, namespace, flags)
+    made = parser.instantiate(namespace)
+    recipe = _recipe(made, flags)
+    if made.dry_run:
+        _print_plan(_planned(made, recipe), as_json=made.json)
+        return 0
+    result = _merged(made, recipe)
     write_config(texts, result.path.with_suffix(".config"))
-    if namespace.json:
+    if made.json:
         print_json(vars(result.record))
     else:
         _print(result)
@@ -152,30 +176,68 @@ def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParse
             f"Parameters of {function.__name__!r} must not be named like those of `merge`, but "
             f"{clash[0]!r} is. Rename it."
         )
-    positional = set(inspect.signature(function).parameters) - set(flags)
-    add_parameters(parser, function, skip=positional)
+    _add_method(parser, function)
     parser.add_function_arguments(calibration, "data")
     return parser
 
 
-def _merged(parser: ArgumentParser, namespace: Namespace, flags: Sequence[str]) -> MergeResult:
-    made = parser.instantiate(namespace)
-    recipe = Recipe(
+def _add_method(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+    """Make each parameter of a method a flag that takes values by pattern and depth too."""
+    words = parameter_help(function)
+    group = parser.add_argument_group((function.__doc__ or "").split("\n")[0].rstrip("."))
+    for name, parameter in parameters(function).items():
+        required = parameter.default is inspect.Parameter.empty
+        group.add_argument(
+            f"--{name}",
+            type=_by_tensor(parameter.annotation),
+            default=None if required else parameter.default,
+            required=required,
+            help=words.get(name),
+        )
+
+
+def _by_tensor(annotation: Any) -> Any:
+    """Return the type of a parameter whose value may differ from tensor to tensor."""
+    gradient = [list[float]] if accepts(annotation, 0.5) else []
+    return Union[(annotation, *gradient, dict[str, Any])]
+
+
+def _recipe(made: Namespace, flags: Sequence[str]) -> Recipe:
+    return Recipe(
         method=made.method,
         config={flag: made[flag] for flag in flags},
         veneers=[_veneer(given) for given in made.then or ()],
         batch_norm=made.batch_norm,
+        include=made.include or (),
+        exclude=made.exclude or (),
+        dtype=made.dtype,
+        out_dtype=made.out_dtype,
         seed=made.seed,
     )
+
+
+def _merged(made: Namespace, recipe: Recipe) -> MergeResult:
     return merge_files(
         made.experts,
         out=made.out,
         recipe=recipe,
         base=made.base,
         allow_different_base=made.allow_different_base,
+        heads=made.heads,
         calibration=calibration(**vars(made.data)),
         observers=[_observer(given) for given in made.callbacks or ()],
+        max_shard_bytes=made.max_shard_bytes,
         logger=made.logger,
+    )
+
+
+def _planned(made: Namespace, recipe: Recipe) -> Plan:
+    return plan_files(
+        made.experts,
+        recipe=recipe,
+        base=made.base,
+        allow_different_base=made.allow_different_base,
+        heads=made.heads,
     )
 
 
@@ -223,3 +285,21 @@ def _print(result: MergeResult) -> None:
     ]
     print_table(rows, {"task": "task", "coefficient": "coefficient"})
     print(f"{facts['method']}, BatchNorm {facts['batch_norm']}: {result.path}")
+
+
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.to_json())
+        return
+    rows = [
+        vars(row) | {"values": [f"{k} {v}" for k, v in row.values.items()]} for row in plan.rows
+    ]
+    columns = {name: name for name in ("name", "fate", "shape", "dtype", "out_dtype", "values")}
+    print_table(rows, columns)
+    size = {name: f"{getattr(plan, name) / 1e6:,.1f} MB" for name in _SIZES}
+    seconds = "unknown" if plan.seconds is None else f"{plan.seconds:.1f} s"
+    print(
+        f"{plan.method}, BatchNorm {plan.batch_norm}: reads {size['read_bytes']}, writes "
+        f"{size['written_bytes']}; about {size['streamed_bytes']} of memory ({size['peak_bytes']} "
+        f"with images or callbacks) and {seconds} of one processor's time (estimates)."
+    )

@@ -263,7 +263,9 @@ def _as_list(action: Action, text: str | None) -> str | None:
     lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
     items = [item for kind in lists for item in get_args(kind)]
     plain = _holds_things(action) or all(item in (int, float, str, Path, ...) for item in items)
-    if not lists or not plain or str in kinds or "${" in text:
+    numeric = not set(kinds).isdisjoint((int, float))
+    single = numeric and ("," not in text or text.lstrip().startswith("{"))
+    if not lists or not plain or str in kinds or single or "${" in text:
         return text
     return f"[{text}]"
 

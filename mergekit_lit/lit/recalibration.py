@@ -48,6 +48,9 @@ def merge_calibrated(  # noqa: PLR0913
     batch_norm: BatchNormPolicy = "base",
     observers: Sequence[MergeObserver] = (),
     seed: int = 0,
+    dtype: str | None = None,
+    out_dtype: str = "base",
+    streamed: bool = False,
 ) -> Merged:
     """Merge in memory, by any method under any policy; nothing is read from or written to disk.
 
@@ -64,6 +67,9 @@ def merge_calibrated(  # noqa: PLR0913
             the images of all tasks together (`recalibrate`) or of each (`recalibrate-per-task`).
         observers: see every tensor's deltas.
         seed: of methods that draw at random, and of the images' order.
+        dtype: number type of the computation, as the engine takes it.
+        out_dtype: number type of the result, as the engine takes it.
+        streamed: make each tensor when it is asked for, where no statistics are recalibrated.
 
     Raises:
         KeyError: unknown method, parameter or policy, or a task without images.
@@ -84,6 +90,9 @@ def merge_calibrated(  # noqa: PLR0913
         observers=observers,
         seed=seed,
         calibration=calibrations,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        streamed=streamed and not (later and has_statistics(experts.structure)),
     )
     if not later:
         return merged

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from mergekit_lit.core.experts import Base, Expert, Experts, Merged, load_expert, save_merged
-from mergekit_lit.core.files import file_hash
+from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
@@ -25,7 +24,12 @@ from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_log
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.images import check_shown
-from mergekit_lit.models.bases import stored_base
+from mergekit_lit.merging.patterns import select
+from mergekit_lit.merging.plan import Plan, plan
+from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
+from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
+from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
+from mergekit_lit.stages.opening import load_base_of as load_base_of
 
 if TYPE_CHECKING:
     from mergekit_lit.models.backbones import Backbone
@@ -43,6 +47,11 @@ class Recipe:
             or of each task for itself (`recalibrate-per-task`).
         veneers: names and configs of veneers: what acts on the experts before the method, or on its
             result after it.
+        include: patterns of the tensors to merge; none means all.
+        exclude: patterns of those that stay the base's, even if they are included.
+        dtype: number type of the computation, `float32` or `float64`; None is float32, or the
+            base's where that is better.
+        out_dtype: number type of the result; `base` is each tensor's own in the base.
         seed: of methods that draw at random, and of the images that statistics are estimated on.
     """
 
@@ -50,6 +59,10 @@ class Recipe:
     config: Mapping[str, Any] = field(default_factory=dict)
     veneers: Veneers = ()
     batch_norm: BatchNormPolicy = "base"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    dtype: ComputeDtype | None = None
+    out_dtype: OutputDtype = "base"
     seed: int = 0
 
 
@@ -89,28 +102,37 @@ class MergeResult:
     record: Record
 
 
-def merge_files(
+# Each argument is one choice of the merge, hence so many.
+def merge_files(  # noqa: PLR0913
     experts: Sequence[Path],
     *,
     out: Path,
     recipe: Recipe | None = None,
     base: str | None = None,
     allow_different_base: bool = False,
+    heads: str = HEADS,
     calibration: Calibration | None = None,
     observers: Sequence[MergeObserver] = (),
+    max_shard_bytes: int | None = None,
     logger: LoggerKind = "csv",
 ) -> MergeResult:
     """Merge expert files into one file, with a record beside it; write both or neither.
 
+    Where the base is a file of weights that others wrote, the experts are such files too, of which
+    nothing is known but names and shapes; so is the result (`merging.raw`).
+
     Args:
         experts: one file per expert, each of another task, all of one base.
         out: the merged model's file, ending in `.safetensors`.
-        recipe: method, its configuration, BatchNorm policy and seed; the plain average by default.
-        base: spec of the base, as `load_base` takes it; the one that the first card names by
-            default.
+        recipe: what is merged how; the plain average by default.
+        base: spec of the base, as `load_base` takes it, or a plain weight file; the one that the
+            first card names by default.
         allow_different_base: take experts whose card names another base, or none.
+        heads: pattern of the tensors of plain files that are not merged but kept for each expert.
         calibration: images for methods that look at some, and for the `recalibrate` policies.
         observers: see every tensor's deltas; what their `to_json` returns goes to the record.
+        max_shard_bytes: write several files of at most so many bytes, and an index; None writes
+            one.
         logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
             merged model as its artifact.
 
@@ -127,19 +149,76 @@ def merge_files(
     out = _checked_out(Path(out), paths)
     _check_recipe(recipe, calibration)
     check_logger(logger)
-    found = base_of(paths, base)
-    gathered = load_experts(paths, base=found, allow_different_base=allow_different_base)
-    images = _images(gathered, recipe, calibration)
-    backbone = _architecture(found) if images else None
-    merged = merge_recipe(gathered, recipe, backbone, images, observers=observers)
-    record = watch.finish(_record(recipe, calibration, paths, out, merged, observers))
+    plain = is_plain(base)
+    found = None if plain else base_of(paths, base)
+    gathered = _gathered(paths, recipe, found or str(base), heads, allow_different_base)
+    images = _images(gathered, recipe, calibration, plain=plain)
+    backbone = architecture_of(found) if found and images else None
+    merged = merge_recipe(
+        gathered, recipe, backbone, images, observers=observers, streamed=not observers
+    )
+    inputs = {str(path): fingerprint(path, plain=plain) for path in paths}
+    record = _record(recipe, calibration, inputs, out, merged, observers)
     record_path = out.with_suffix(".record.json")
+    save = save_raw if plain else save_merged
     # Each is written atomically; should the second fail, an earlier pair stays whole.
     with _restored_on_error(record_path):
         record.write(record_path)
-        save_merged(out, merged)
+        save(out, merged, max_shard_bytes=max_shard_bytes)
+        # Tensors are merged as they are written, so that the time is known only now.
+        watch.finish(record).write(record_path)
     _tell_wandb(record, out, merged, logger)
     return MergeResult(out, record_path, record)
+
+
+def plan_files(
+    experts: Sequence[Path],
+    *,
+    recipe: Recipe | None = None,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    heads: str = HEADS,
+) -> Plan:
+    """Tell what `merge_files` would do with the same arguments, by the files' headers alone.
+
+    Raises:
+        FileNotFoundError: an expert is missing.
+        KeyError: unknown method or parameter.
+        TypeError: a parameter of the wrong type.
+        ValueError: experts that cannot be merged, or a value out of range.
+    """
+    recipe = recipe or Recipe()
+    paths = [Path(path) for path in experts]
+    found = str(base) if is_plain(base) else base_of(paths, base)
+    gathered = _gathered(paths, recipe, found, heads, allow_different_base, headers_only=True)
+    return plan(
+        gathered,
+        recipe.method,
+        config=recipe.config,
+        batch_norm=recipe.batch_norm,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        out_dtype=recipe.out_dtype,
+    )
+
+
+def _gathered(
+    paths: Sequence[Path],
+    recipe: Recipe,
+    base: Base | str,
+    heads: str,
+    allow_different_base: bool,  # noqa: FBT001 - passed on
+    *,
+    headers_only: bool = False,
+) -> Experts:
+    """Open experts of a base, or plain files of a plain one, and choose the tensors to merge."""
+    if isinstance(base, str):
+        experts = load_raw(paths, base=Path(base), heads=heads)
+    else:
+        experts = load_experts(
+            paths, base=base, allow_different_base=allow_different_base, headers_only=headers_only
+        )
+    return select(experts, include=recipe.include, exclude=recipe.exclude)
 
 
 def merge_recipe(
@@ -149,6 +228,7 @@ def merge_recipe(
     images: ImagesBySplit,
     *,
     observers: Sequence[MergeObserver] = (),
+    streamed: bool = False,
 ) -> Merged:
     """Merge in memory by a recipe; nothing is read from or written to disk.
 
@@ -159,6 +239,7 @@ def merge_recipe(
             looked at.
         images: images of each task by split, as `merge_calibrated` takes them.
         observers: see every tensor's deltas.
+        streamed: make each tensor when it is asked for, as `merging.engine.merge` does.
 
     Raises:
         KeyError: unknown method, parameter or policy, or a task without images.
@@ -175,65 +256,10 @@ def merge_recipe(
         batch_norm=recipe.batch_norm,
         observers=observers,
         seed=recipe.seed,
+        dtype=recipe.dtype,
+        out_dtype=recipe.out_dtype,
+        streamed=streamed,
     )
-
-
-def base_of(experts: Sequence[Path], base: str | None = None) -> Base:
-    """Return the base that `base` names, or else the one that the first expert's card names.
-
-    A base that a file holds whole is read from it, without building its network.
-
-    Raises:
-        FileNotFoundError: the first expert is missing.
-        KeyError: `base` names no backbone.
-        ValueError: there is no expert, or its card names no base that can be loaded.
-    """
-    expert, spec = _named_base(experts, base)
-    stored = stored_base(spec, card=expert.card, structure=expert.structure)
-    return load_base_of(experts, base)[1] if stored is None else stored
-
-
-def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple["Backbone", Base]:
-    """Return the same base with its network.
-
-    Raises:
-        FileNotFoundError: the first expert is missing.
-        KeyError: `base` names no backbone.
-        ValueError: there is no expert, or its card names no base that can be loaded.
-    """
-    # Here, because it takes seconds that a merge without images need not wait.
-    from mergekit_lit.models.backbones import load_base
-
-    expert, spec = _named_base(experts, base)
-    try:
-        return load_base(spec, image_size=expert.card.image_size)
-    except (KeyError, FileNotFoundError) as error:
-        if base is not None:
-            raise
-        raise ValueError(
-            f"The base {spec!r} that the card of {str(experts[0])!r} names must be loadable here, "
-            f"but is not: {error.args[0]} Give `base`."
-        ) from error
-
-
-def _named_base(experts: Sequence[Path], base: str | None) -> tuple[Expert, str]:
-    """Return the first expert, and the spec of its base."""
-    if not experts:
-        raise ValueError("Merging needs at least one expert file, but got none.")
-    expert = load_expert(experts[0])
-    spec = base or expert.card.base
-    if spec is None:
-        raise ValueError(
-            f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
-        )
-    return expert, spec
-
-
-def _architecture(base: Base) -> "Backbone":
-    """Return a network of the base's architecture, with weights of no meaning."""
-    from mergekit_lit.models.backbones import build_backbone
-
-    return build_backbone(base.backbone, base.image_size)
 
 
 @contextmanager
@@ -283,11 +309,18 @@ def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
         )
 
 
-def _images(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> ImagesBySplit:
+def _images(
+    experts: Experts, recipe: Recipe, calibration: Calibration | None, *, plain: bool
+) -> ImagesBySplit:
     """Return the images that the recipe needs, by split and task; none where it needs none."""
     needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)
     if calibration is None or not needed:
         return {}
+    if plain:
+        raise ValueError(
+            f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
+            "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
+        )
     suite = load_suite(calibration.suite, root=calibration.root)
     tasks = (
         suite.task(task).load(
@@ -326,7 +359,7 @@ def _tell_wandb(record: Record, out: Path, merged: Merged, logger: LoggerKind) -
 def _record(
     recipe: Recipe,
     calibration: Calibration | None,
-    experts: Sequence[Path],
+    inputs: Mapping[str, str],
     out: Path,
     merged: Merged,
     observers: Sequence[MergeObserver],
@@ -336,13 +369,13 @@ def _record(
         stage="merge",
         name=out.stem,
         config={
-            "experts": [str(path) for path in experts],
+            "experts": list(inputs),
             "recipe": asdict(recipe) | {key: merged.facts[key] for key in ("config", "veneers")},
             "calibration": asdict(calibration) if calibration else None,
             "base": merged.facts["base"],
             "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
         },
-        inputs={str(path): file_hash(path) for path in experts},
+        inputs=inputs,
         seeds={"merge": recipe.seed},
         metrics={"merged": dict(merged.facts), "observers": seen},
         outputs=[str(out)],

@@ -362,7 +362,7 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_pair(
         merge_files(family.paths, out=out)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*_arguments):
+    def full(*_arguments, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("mergekit_lit.stages.merge.save_merged", full)
