@@ -14,8 +14,8 @@ from mergekit_lit.merging.checking import Finite, check_kinds
 from mergekit_lit.merging.guessing import guessed_structure
 from mergekit_lit.merging.patterns import is_match
 
-HEADS = "head.*|heads.*|fc.*|classifier.*"
-"""What heads are called in timm, torchvision and transformers."""
+HEADS = "re:(head|heads|fc|classifier)[.](?!norm[.]).*"
+"""What heads are called in timm, torchvision and transformers; norms in them are the backbone's."""
 
 
 def load_raw(paths: Sequence[Path], *, base: Path, heads: str = HEADS) -> Experts:

@@ -103,7 +103,7 @@ def test_more_experts_and_larger_matrices_are_expected_to_take_longer(make_exper
         return expected_seconds(entry, {"block.weight": config}, large, 0)
 
     assert seconds("task_arithmetic", 4096, 4) > 20 * seconds("task_arithmetic", 256, 4)
-    assert seconds("tsv_m", 4096, 4) > 100 * seconds("tsv_m", 256, 4)
+    assert seconds("tsv_m", 4096, 4) > 30 * seconds("tsv_m", 256, 4)
 
 
 def test_experts_may_be_opened_by_their_headers_alone(tmp_path, make_experts):

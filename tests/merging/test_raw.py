@@ -10,6 +10,8 @@ from mergekit_lit.core.shards import write_shards
 from mergekit_lit.core.specs import Spec
 from mergekit_lit.merging import load_raw, merge, save_raw
 from mergekit_lit.merging.guessing import guessed_structure
+from mergekit_lit.merging.patterns import is_match
+from mergekit_lit.merging.raw import HEADS
 from mergekit_lit.models.architectures import SmallResNet, small_vit
 from mergekit_lit.models.structure import structure_of
 
@@ -42,6 +44,12 @@ def test_the_guess_is_what_the_module_tells(build):
             info.group,
         ), name
         assert guess[name].axes == ()
+
+
+def test_what_is_called_a_head():
+    heads = ["head.weight", "head.fc.bias", "fc.weight", "heads.head.weight", "classifier.1.bias"]
+    others = ["head.norm.weight", "fc_norm.weight", "blocks.0.mlp.fc1.weight", "layer1.0.fc.bias"]
+    assert [name for name in [*heads, *others] if is_match(HEADS, name)] == heads
 
 
 def weights(seed, head=None):
