@@ -1,29 +1,26 @@
 """This file is the search for a merge: methods and their parameters, by validation images alone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mergekit_lit.core.experts import Base, Expert, Experts, load_merged
+from mergekit_lit.core.experts import Base, load_merged
 from mergekit_lit.core.files import file_hash, write_text
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData, split_hash
-from mergekit_lit.data.suites import load_suite
-from mergekit_lit.lit.recalibration import declared_splits, images_by_split
 from mergekit_lit.merging.gather import load_experts
-from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.tuning_bench import Bench
+from mergekit_lit.search.tuning_loading import load_tasks, make_bench
 from mergekit_lit.search.tuning_loop import score_again, search_method
-from mergekit_lit.search.tuning_objective import check_goal, objective_of
+from mergekit_lit.search.tuning_objective import check_goal
 from mergekit_lit.search.tuning_plan import TuningPlan, check_plan
-from mergekit_lit.search.tuning_race import Run, stages_of
+from mergekit_lit.search.tuning_race import Run
 from mergekit_lit.search.tuning_results import best_method, method_results, trial_rows
-from mergekit_lit.search.tuning_scores import Scorer, expert_rows
 from mergekit_lit.search.tuning_trials import Trial, TrialLog, best_of
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, load_base_of, merge_files
@@ -88,9 +85,9 @@ def tune_files(
     backbone, loaded = load_base_of(paths, base)
     gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
     check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
-    tasks = _tasks(gathered, calibration)
+    tasks = load_tasks(gathered, calibration)
     log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
-    bench = _bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
+    bench = make_bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
     with Display(Console(quiet=quiet)) as display:
         for method in plan.methods:
             _search(bench, log, method, plan, display)
@@ -118,61 +115,6 @@ def tune_files(
     write_text(out / "trials.csv", csv_text(trial_rows(log, plan.methods)))
     record.write(out / "tune.record.json")
     return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
-
-
-def _tasks(experts: Experts, calibration: Calibration) -> list[TaskData]:
-    suite = load_suite(calibration.suite, root=calibration.root)
-    return [
-        suite.task(task).load(
-            calibration.options,
-            root=calibration.root,
-            size=calibration.size,
-            download=calibration.download,
-        )
-        for task in experts.names
-    ]
-
-
-def _bench(
-    experts: Experts,
-    backbone: Backbone,
-    tasks: Sequence[TaskData],
-    plan: TuningPlan,
-    calibration: Calibration,
-) -> Bench:
-    """Load what candidates are made of and scored with."""
-    scorer = Scorer(backbone, tasks, compiled=plan.compile)
-    rows = expert_rows(backbone, _each(experts), tasks)
-    looked_at = [split for method in plan.methods for split in declared_splits(method)]
-    few = images_by_split(tasks, ["train"], count=plan.candidate_images, seed=plan.seed)
-    return Bench(
-        experts=experts,
-        backbone=backbone,
-        scorer=scorer,
-        objective=objective_of(rows, goal=plan.objective, metric=plan.metric, weights=plan.weights),
-        stages=stages_of(scorer.labels, seed=plan.seed, discard=plan.discard is not None),
-        shown=images_by_split(tasks, looked_at, count=calibration.images, seed=plan.seed),
-        statistics=few["train"],
-        batch_norm=plan.batch_norm,
-        seed=plan.seed,
-        confidence=plan.confidence,
-    )
-
-
-def _each(experts: Experts) -> list[Expert]:
-    """Return the experts one by one, under the names that they are merged by.
-
-    Raises:
-        ValueError: one has no head, so that it cannot be scored.
-    """
-    found = []
-    for name, tuned, head, card in zip(
-        experts.names, experts.tuned, experts.heads, experts.cards, strict=True
-    ):
-        if not head:
-            raise ValueError(f"The expert of {name!r} must have a head to be scored, but has none.")
-        found.append(Expert(tuned, head, experts.structure, replace(card, task=name)))
-    return found
 
 
 def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display: Display) -> None:

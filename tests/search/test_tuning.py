@@ -8,7 +8,7 @@ import pytest
 from mergekit_lit.core.experts import load_merged
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule
-from mergekit_lit.search import tuning, tuning_bench
+from mergekit_lit.search import tuning_bench, tuning_loading
 from mergekit_lit.search.tuning import tune_files
 from mergekit_lit.search.tuning_plan import TuningPlan
 from mergekit_lit.search.tuning_scores import Scorer
@@ -120,7 +120,9 @@ def test_a_killed_search_goes_on_to_the_same_end(vits, tmp_path, monkeypatch):
 
 def test_several_methods_are_compared_and_one_module_serves_all(vits, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(tuning, "Scorer", lambda *a, **k: made.append(Scorer(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        tuning_loading, "Scorer", lambda *a, **k: made.append(Scorer(*a, **k)) or made[-1]
+    )
     result = tuned(vits, tmp_path, method=["task_arithmetic", "average", "tall_masks"], points=3)
     assert len(made) == 1
     metrics = result.record.metrics
