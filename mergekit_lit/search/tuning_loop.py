@@ -78,8 +78,8 @@ def _tried(
     number = len(finished)
     for earlier in finished:
         if key_of(earlier.config) == key_of(config):
-            note = f"as trial {earlier.number}"
-            return replace(earlier, number=number, images=0, seconds=0.0, note=note, answers={})
+            again = replace(earlier, number=number, note=f"as trial {earlier.number}", answers={})
+            return replace(again, images=0, seconds=0.0, cpu_seconds=0.0)
     blank = Trial(method=method, number=number, config=config, state="failed")
     return _scored(bench, blank, merges, rival=_rival(bench, finished))
 
@@ -87,20 +87,28 @@ def _tried(
 def _scored(
     bench: Bench, blank: Trial, merges: Iterator[Merged | ValueError], *, rival: Run | None
 ) -> Trial:
-    """Return a trial with what the next of the merges did."""
-    start = time.perf_counter()
-    merged = next(merges)
+    """Return a trial with what the next of the merges did, and how long it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    trial = _judged(bench, blank, next(merges), rival)
+    return replace(
+        trial,
+        seconds=round(time.perf_counter() - wall, 3),
+        cpu_seconds=round(time.process_time() - cpu, 3),
+    )
+
+
+def _judged(bench: Bench, blank: Trial, merged: Merged | ValueError, rival: Run | None) -> Trial:
     if isinstance(merged, ValueError):
         # A method that cannot merge these experts at all is no method to tune.
         if blank.number == 0:
             raise merged
-        return replace(blank, seconds=_since(start), note=" ".join(str(merged).split()))
+        return replace(blank, note=" ".join(str(merged).split()))
     run = bench.run(merged, rival)
-    seen = replace(blank, images=run.images, seconds=_since(start))
     if not math.isfinite(run.total):
-        return replace(seen, state="failed", note="Its answers are no numbers.")
+        return replace(blank, images=run.images, note="Its answers are no numbers.")
     return replace(
-        seen,
+        blank,
+        images=run.images,
         state="scored" if run.upper is None else "discarded",
         value=run.total,
         upper=run.upper,
@@ -121,7 +129,3 @@ def _rival(bench: Bench, finished: Sequence[Trial]) -> Run | None:
 
 def _is_better(run: Run, rival: Run | None) -> bool:
     return run.upper is None and (rival is None or run.total > rival.total)
-
-
-def _since(start: float) -> float:
-    return round(time.perf_counter() - start, 3)

@@ -21,7 +21,8 @@ def method_results(log: TrialLog, method: str, space: Space, images: int) -> dic
         `chosen` configuration with `value` and `by_task`; the `defaults` likewise, whose value is
         estimated where they were discarded; the `space`; numbers of `trials`, of those `discarded`
         and `failed`; `images` that candidates were scored on, and their `saved_share` of what all
-        of them would have taken without discarding; `seconds`; and the `regret`, if known.
+        of them would have taken without discarding; `seconds` and `cpu_seconds`; and the `regret`,
+        if known.
     """
     trials = log.of(method)
     best = best_of(trials)
@@ -50,7 +51,7 @@ def method_results(log: TrialLog, method: str, space: Space, images: int) -> dic
         "failed": sum(trial.state == "failed" for trial in trials),
         "images": seen,
         "saved_share": 1 - seen / (images * len(made)),
-        "seconds": round(sum(trial.seconds for trial in trials), 3),
+        **_spent(trials),
         "regret": regret(trials, log.again(method)),
     }
 
@@ -64,8 +65,8 @@ def regret(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, Any] | 
 
     Returns:
         `regret` = best - chosen value, at least 0; the `best` configuration with its `value`; and
-        the `seconds` that scoring all candidates on all images takes. None while a discarded
-        candidate has not been scored on all images.
+        the `seconds` and `cpu_seconds` that scoring all candidates on all images takes. None while
+        a discarded candidate has not been scored on all images.
     """
     whole = {trial.number: trial for trial in again}
     everyone = [
@@ -80,7 +81,14 @@ def regret(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, Any] | 
         "regret": best.value - chosen.value,
         "best": dict(best.config),
         "value": best.value,
-        "seconds": round(sum(trial.seconds for trial in everyone), 3),
+        **_spent(everyone),
+    }
+
+
+def _spent(trials: Sequence[Trial]) -> dict[str, float]:
+    return {
+        "seconds": round(sum(trial.seconds for trial in trials), 3),
+        "cpu_seconds": round(sum(trial.cpu_seconds for trial in trials), 3),
     }
 
 
@@ -104,6 +112,7 @@ def trial_rows(log: TrialLog, methods: Sequence[str]) -> list[dict[str, Any]]:
             **{task: trial.by_task.get(task) for task in tasks},
             "images": trial.images,
             "seconds": trial.seconds,
+            "cpu_seconds": trial.cpu_seconds,
             "again": trial.again,
             "note": trial.note,
         }

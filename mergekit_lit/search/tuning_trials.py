@@ -34,6 +34,7 @@ class Trial:
         by_task: value of each task.
         images: validation images that it was scored on.
         seconds: wall time of merging, statistics and scores.
+        cpu_seconds: processor time of the same.
         note: why it failed, or which trial it repeats.
         again: whether it was discarded, and scored on all images for the regret's sake alone.
         answers: its answers to all images (float32, base64), if it was the best so far.
@@ -48,6 +49,7 @@ class Trial:
     by_task: Mapping[str, float] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     note: str = ""
     again: bool = False
     answers: Mapping[str, str] = field(default_factory=dict)

@@ -29,7 +29,7 @@ def tuned(family, out, **options):
 def lines_of(out):
     """The trials of a folder without what differs from run to run."""
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
-    return [{**line, "seconds": None} for line in lines]
+    return [{**line, "seconds": None, "cpu_seconds": None} for line in lines]
 
 
 def evaluated(family, config, tmp_path, policy):
