@@ -9,7 +9,7 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.structure import Structure
 from mergekit_lit.merging.configuration import check_scale
-from mergekit_lit.merging.reductions import total
+from mergekit_lit.merging.passes import reduced, squared_lengths
 from mergekit_lit.merging.steps import moved
 
 
@@ -72,8 +72,7 @@ def metagpt(experts: Experts, *, scale: float = 1.0) -> Tensor:
     check_scale(scale)
     squares = torch.zeros(len(experts), dtype=torch.float64)
     for name in experts.merged_names():
-        deltas = experts.deltas(name)
-        squares = squares + torch.stack([total(delta.double().square()) for delta in deltas])
+        squares = squares + squared_lengths(experts, name)
     if not bool(squares.any()):
         squares = torch.ones_like(squares)
     return scale * squares / squares.sum()
@@ -107,7 +106,8 @@ def lines(experts: Experts, *, alpha: float | None = None, beta: float = 0.3) ->
             raise ValueError(f"`{name}` must be at least 0, but is {value!r}.")
     scales = depth_scales(experts.structure, alpha, beta)
     steps = (
-        (name, scales[name] * experts.deltas(name).sum(dim=0)) for name in experts.merged_names()
+        (name, scales[name] * reduced(experts, name, lambda deltas: deltas.sum(dim=0)))
+        for name in experts.merged_names()
     )
     return Merged(shared=moved(experts.base, steps), structure=experts.structure)
 

@@ -13,6 +13,7 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.merging.moments import as_matrices, looks, matrix_names
+from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
 
 # Bytes that the blocks of all experts of one round of layers may take.
@@ -70,7 +71,7 @@ def mats(
         for name in blocks[0]:
             steps[name] = _matched(experts, name, [of[name] for of in blocks], iterations)
     every = (
-        (name, steps[name] if name in steps else experts.deltas(name).mean(dim=0))
+        (name, steps[name] if name in steps else mean_delta(experts, name))
         for name in experts.merged_names()
     )
     shared = moved(experts.base, every)
@@ -160,12 +161,12 @@ def _matched(
 ) -> Tensor:
     """Return the step of one layer, in its own shape."""
     groups = len(blocks[0][0])
-    every = experts.deltas(name)
-    deltas = [as_matrices(delta, groups).to(every.dtype) for delta in every]
-    mean = torch.stack(deltas).mean(dim=0)
+    average = mean_delta(experts, name)
+    dtype, mean = average.dtype, as_matrices(average, groups).to(average.dtype)
     # Only the ratios of the A_t matter; the gradients of a sure expert are tiny.
     largest = max(float(a.abs().max()) for a, _ in blocks) or 1.0
-    scaled = [((a / largest).to(every.dtype), b.to(every.dtype)) for a, b in blocks]
+    scaled = [((a / largest).to(dtype), b.to(dtype)) for a, b in blocks]
+    deltas = (as_matrices(experts.delta(name, t), groups).to(dtype) for t in range(len(experts)))
     targets = sum(
         (a @ (delta - mean) @ b for (a, b), delta in zip(scaled, deltas, strict=True)),
         start=torch.zeros_like(mean),

@@ -12,9 +12,10 @@ from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unkno
 from mergekit_lit.merging.checking import checked
 from mergekit_lit.merging.configuration import resolve, to_json
 from mergekit_lit.merging.finishing import POLICIES, finished
-from mergekit_lit.merging.forms import Config, Setting, is_whole, mean_step, setting
+from mergekit_lit.merging.forms import Config, Setting, is_whole, setting
 from mergekit_lit.merging.images import Given, shown
 from mergekit_lit.merging.observing import observed
+from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.patterns import ByPattern
 from mergekit_lit.merging.precision import compute_dtype, computing_in, output_dtype
 from mergekit_lit.merging.stepping import stepped, streamed_model
@@ -208,7 +209,7 @@ def _results(job: _Job, experts: Experts) -> Iterator[tuple[Experts, Merged]]:
     for config in job.configs:
         made = job.entry.function(experts, **config)
         if isinstance(made, Experts):
-            steps = ((name, mean_step(made, name)) for name in made.merged_names())
+            steps = ((name, mean_delta(made, name)) for name in made.merged_names())
             yield made, Merged(shared=moved(made.base, steps), structure=made.structure)
         else:
             yield experts, made

@@ -245,12 +245,6 @@ def _prepared(
     return found
 
 
-def mean_step(experts: Experts, name: str) -> Tensor:
-    """Return the mean of one tensor's deltas, (*s)."""
-    (step,) = blockwise(experts, name, [lambda deltas, _: deltas.mean(dim=0)])
-    return step
-
-
 def base_plus(scale: float | None) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function (base, step) -> base + scale * step, in the dtype of the step."""
     if scale is None:

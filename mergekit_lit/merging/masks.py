@@ -13,6 +13,7 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_scale
+from mergekit_lit.merging.passes import blockwise
 from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.steps import moved
 
@@ -133,14 +134,20 @@ def emr(experts: Experts) -> Merged:
 def _masked(
     experts: Experts, *, step: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]
 ) -> Merged:
-    """Return theta_0 + step(deltas), and of each task mask(deltas)[t], tensor by tensor."""
+    """Return theta_0 + step(deltas), and of each task mask(deltas)[t], block by block."""
     steps: dict[str, Tensor] = {}
     masks: dict[str, dict[str, Tensor]] = {task: {} for task in experts.names}
     for name in experts.merged_names():
-        deltas = experts.deltas(name)
-        steps[name] = step(deltas)
-        for task, own in zip(experts.names, mask(deltas), strict=True):
-            masks[task][name] = own
+        base = experts.base[name]
+        votes = torch.empty(len(experts), base.numel(), dtype=torch.bool)
+
+        def part(deltas: Tensor, start: int, votes: Tensor = votes) -> Tensor:
+            votes[:, start : start + deltas.shape[1]] = mask(deltas)
+            return step(deltas)
+
+        (steps[name],) = blockwise(experts, name, [part])
+        for task, own in zip(experts.names, votes, strict=True):
+            masks[task][name] = own.reshape(base.shape)
     return Merged(
         shared=moved(experts.base, steps.items()),
         structure=experts.structure,

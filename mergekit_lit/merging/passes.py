@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import wide
+from mergekit_lit.merging.reductions import total
 
 
 class Deltas(Sequence[Tensor]):
@@ -95,3 +96,20 @@ def blockwise(experts: Experts, name: str, functions: Sequence[Blocks]) -> list[
                 )
             whole.view(-1)[start : start + len(part)] = part
     return made
+
+
+def reduced(experts: Experts, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return f(deltas (T, n)) -> (n,) of one tensor, block by block, joined to (*s)."""
+    (found,) = blockwise(experts, name, [lambda deltas, _: function(deltas)])
+    return found
+
+
+def mean_delta(experts: Experts, name: str) -> Tensor:
+    """Return the mean of one tensor's deltas, (*s)."""
+    return reduced(experts, name, lambda deltas: deltas.mean(dim=0))
+
+
+def squared_lengths(experts: Experts, name: str) -> Tensor:
+    """Return ||tau_t||^2 of one tensor, (T,), in float64; it holds one expert's at a time."""
+    each = (experts.delta(name, t).double() for t in range(len(experts)))
+    return torch.stack([total(delta.square()) for delta in each])

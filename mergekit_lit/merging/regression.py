@@ -10,6 +10,7 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
 from mergekit_lit.merging.moments import as_matrices, input_moments, looks, matrix_names
+from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
 
 
@@ -127,7 +128,7 @@ def _merged_tensors(
 ) -> dict[str, Tensor]:
     """Return some tensors of the merge: solved, or averaged, or the base's."""
     steps = (
-        (name, solved[name] if name in solved else experts.deltas(name).mean(dim=0))
+        (name, solved[name] if name in solved else mean_delta(experts, name))
         for name in sorted(set(names) & set(experts.merged_names()))
     )
     return moved({name: experts.base[name] for name in names}, steps)
@@ -160,7 +161,7 @@ class NormalEquations:
         for name, gram in moments.items():
             shrunk = _shrunk(gram, self._off_diagonal)
             if name not in self._means:
-                mean = as_matrices(self._experts.deltas(name).double().mean(dim=0), len(gram))
+                mean = as_matrices(mean_delta(self._experts, name), len(gram))
                 self._means[name] = mean
                 self._products[name] = torch.zeros_like(shrunk)
                 self._targets[name] = torch.zeros_like(mean)

@@ -13,6 +13,7 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS
 from mergekit_lit.merging.averaging import average
 from mergekit_lit.merging.moments import looks, matrix_names
+from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 _SOURCE = "Jordan et al. 2022, arXiv:2211.08403, sec. 3 (REPAIR)"
@@ -131,7 +132,10 @@ def _bias(name: str) -> str:
 
 def _average(experts: Experts) -> Merged:
     shares = average(experts)
-    steps = ((n, weighted_sum(shares, experts.deltas(n))) for n in experts.merged_names())
+    steps = (
+        (name, reduced(experts, name, lambda deltas: weighted_sum(shares, deltas)))
+        for name in experts.merged_names()
+    )
     return Merged(shared=moved(experts.base, steps), structure=experts.structure)
 
 

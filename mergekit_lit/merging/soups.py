@@ -10,6 +10,7 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.moments import looks, looks_together
+from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved
 
 
@@ -95,7 +96,7 @@ class _Judge:
 
     def _average(self, members: Sequence[int]) -> Params:
         steps = (
-            (name, self._experts.deltas(name)[list(members)].mean(dim=0))
+            (name, reduced(self._experts, name, lambda deltas: deltas[list(members)].mean(dim=0)))
             for name in self._experts.merged_names()
         )
         return moved(self._experts.base, steps)

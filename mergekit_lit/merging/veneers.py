@@ -16,6 +16,7 @@ from mergekit_lit.core.params import Params, add, subtract
 from mergekit_lit.core.registry import VENEERS
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.merging.arithmetic import depth_scales
+from mergekit_lit.merging.passes import reduced, squared_lengths
 from mergekit_lit.merging.reductions import total
 
 
@@ -48,7 +49,7 @@ def equal_norms(
     Differs: only the rescaling of its first step; DisTaC then distils what the shrunk ones lost.
     """
     names = experts.merged_names()
-    squares = {name: _squares(experts.deltas(name)) for name in names}
+    squares = {name: squared_lengths(experts, name) for name in names}
     if scope == "model":
         whole = sum(squares.values(), torch.zeros(len(experts), dtype=torch.float64))
         squares = dict.fromkeys(names, whole)
@@ -116,11 +117,6 @@ class _Rescaled(Mapping[str, Tensor]):
         return len(self._tuned)
 
 
-def _squares(deltas: Tensor) -> Tensor:
-    """Return the squared length of each delta, (T,), in float64."""
-    return torch.stack([total(delta.double().square()) for delta in deltas])
-
-
 def _factors(lengths: Tensor, to: Literal["min", "median", "mean"]) -> Tensor:
     """Return what each delta is multiplied by, (T,); 1 for one that did not move."""
     goals = {"min": lengths.min(), "median": lengths.quantile(0.5), "mean": lengths.mean()}
@@ -130,7 +126,8 @@ def _factors(lengths: Tensor, to: Literal["min", "median", "mean"]) -> Tensor:
 def _average_share(experts: Experts, step: Params) -> float:
     """Return ||sum_t tau_t||_1 / (T ||step||_1); 1 where the step is 0."""
     summed = sum(
-        float(total(experts.deltas(name).sum(dim=0).abs())) for name in experts.merged_names()
+        float(total(reduced(experts, name, lambda deltas: deltas.sum(dim=0).abs())))
+        for name in experts.merged_names()
     )
     length = sum(float(total(tensor.abs())) for tensor in step.values())
     return summed / (len(experts) * length) if length > 0 else 1.0
