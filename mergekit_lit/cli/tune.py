@@ -82,7 +82,7 @@ def _parser() -> ArgumentParser:
 def _listed(values: Any) -> list[Any]:
     """Return the values of one parameter: from a list, from `a,b` on a line, or from one value."""
     if isinstance(values, str):
-        return list(yaml.safe_load(f"[{values}]"))
+        return list(yaml.safe_load(values if values.startswith("[") else f"[{values}]"))
     return list(values) if isinstance(values, (list, tuple)) else [values]
 
 

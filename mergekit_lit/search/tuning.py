@@ -160,6 +160,10 @@ def _facts(
 
 
 def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base: Base) -> Record:
+    """Return the record without its metrics; its config has the names of the command's flags."""
+    data = asdict(calibration)
+    options = data.pop("options")
+    split_seed = options.pop("seed")
     return Record(
         stage="tune",
         name=" or ".join(plan.methods),
@@ -167,10 +171,11 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
             **asdict(plan),
             "experts": list(made.record.inputs),
             "base": base.name,
-            "calibration": asdict(calibration),
+            "out": str(made.path.parent),
+            "data": {**data, **options, "split_seed": split_seed},
         },
         inputs=made.record.inputs,
-        seeds={"search": plan.seed, "split": calibration.options.seed},
+        seeds={"search": plan.seed, "split": split_seed},
     )
 
 

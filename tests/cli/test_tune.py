@@ -1,6 +1,7 @@
 """The command tune: what it writes, prints and refuses."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from mergekit_lit.cli import main
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.core.records import Record
 from mergekit_lit.models.backbones import load_base
+from mergekit_lit.reports.commands import command_line
 from mergekit_lit.search.tuning_trials import TrialLog
 
 BASE = "timm/test_vit@random:0"
@@ -66,6 +69,10 @@ def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):
     assert record == json.loads((tmp_path / "tune.record.json").read_text())
     assert record["metrics"]["methods"]["task_arithmetic"]["trials"] == 2
     assert record["config"]["space"] == {"scale": [0.3, 1]}
+    again = shlex.split(command_line(Record(**record)))[1:]
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    assert main(again) == 0
+    assert (tmp_path / "trials.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
