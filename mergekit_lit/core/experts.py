@@ -13,6 +13,7 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.params import (
     Params,
     add,
+    is_finite,
     names_under,
     subtract,
     wide,
@@ -133,13 +134,24 @@ class Experts:
             The place of the block's first entry, and tau_t of its entries, (T, n), n <= `BLOCK`.
         """
         base = wide(self.base[name]).reshape(-1)
-        tuned = [params[name].reshape(-1) for params in self.tuned]
+        tuned = [unchecked(params, name).reshape(-1) for params in self.tuned]
         for start in range(0, len(base), BLOCK):
             part = base[start : start + BLOCK]
             deltas = torch.empty(len(tuned), len(part), dtype=part.dtype)
             for row, params in zip(deltas, tuned, strict=True):
                 torch.sub(params[start : start + BLOCK].to(part.dtype), part, out=row)
+            # Seen while the differences are in the cache; reading in full says what is wrong.
+            if not is_finite(deltas):
+                for params in self.tuned:
+                    params.get(name)
             yield start, deltas
+
+
+def unchecked(params: Params, name: str) -> Tensor:
+    """Return a tensor without what its mapping does to look through it when it is first read."""
+    read = getattr(params, "unchecked", params.__getitem__)
+    tensor: Tensor = read(name)
+    return tensor
 
 
 @dataclass(frozen=True)

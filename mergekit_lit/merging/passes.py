@@ -6,7 +6,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.experts import Experts, unchecked
 from mergekit_lit.core.params import wide
 from mergekit_lit.merging.reductions import total
 
@@ -67,7 +67,7 @@ class Pairs(Iterable[tuple[str, Tensor]]):
         parts, before = [torch.zeros(len(self._experts), 0)], 0
         for name, tensor in tensors.items():
             base = wide(tensor[-before % stride :: stride])
-            tuned = [params[name].reshape(-1) for params in self._experts.tuned]
+            tuned = [unchecked(params, name).reshape(-1) for params in self._experts.tuned]
             taken = [t[-before % stride :: stride].to(base.dtype) - base for t in tuned]
             parts.append(torch.stack(taken))
             before += len(tensor)
