@@ -142,8 +142,8 @@ class Experts:
                 torch.sub(params[start : start + BLOCK].to(part.dtype), part, out=row)
             # Seen while the differences are in the cache; reading in full says what is wrong.
             if not is_finite(deltas):
-                for params in self.tuned:
-                    params.get(name)
+                for checked in self.tuned:
+                    checked.get(name)
             yield start, deltas
 
 
