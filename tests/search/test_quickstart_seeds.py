@@ -50,4 +50,4 @@ def test_table_holds_means_student_intervals_and_the_count_of_ordered_seeds(scri
 
 def test_finished_runs_are_read_and_not_made_again(script, tmp_path):
     record(7, base=0.1, merged=0.2, experts=0.3).write(tmp_path / "record.json")
-    assert script.run("resnet", 7, tmp_path, 1).seeds == {"seed": 7}
+    assert script.run(tmp_path, backbone="resnet", seed=7, jobs=1).seeds == {"seed": 7}
