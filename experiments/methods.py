@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 POLICY = "recalibrate-per-task"
 # Images of a task on which a candidate's BatchNorm statistics are estimated during the search.
 SEARCH_IMAGES = 128
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Row:
     method: str
     config: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+
+
+REFERENCE_ROW = Row("reference", "")
+"""Base and experts, which the others are compared with."""
 
 
 def main() -> None:
@@ -71,7 +74,7 @@ def main() -> None:
     given = parser.parse_args()
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
     settings |= {k: v for k in ("suite", "backbones", "seeds") if (v := getattr(given, k))}
-    rows = [_row(entry) for entry in settings["rows"]]
+    rows = [row_of(entry) for entry in settings["rows"]]
     rows = [row for row in rows if given.rows is None or row.name in given.rows]
     for backbone in settings["backbones"]:
         plans = [_plan(settings, backbone, seed, given.out) for seed in settings["seeds"]]
@@ -85,18 +88,17 @@ def make(plans: Sequence[Plan], rows: Sequence[Row], jobs: int) -> None:
         tasks = [(plan, task) for plan in plans for task in plan.tasks]
         missing = [(p, t) for p, t in tasks if not (p.out / f"{t}.safetensors").is_file()]
         crew.run(train_one, missing)
-        first = Row(REFERENCE, REFERENCE)
-        for wanted in ([first], rows):
+        for wanted in ([REFERENCE_ROW], rows):
             todo = [(p, r) for p in plans for r in wanted if r.seeds is None or p.seed in r.seeds]
-            crew.run(score_row, [(p, r) for p, r in todo if not _path(p, r).is_file()])
+            crew.run(score_row, [(p, r) for p, r in todo if not path_of(p, r).is_file()])
 
 
 def score_row(job: tuple[Plan, Row]) -> Path:
     """Score one row and write what came out; `reference` is base and experts."""
     plan, row = job
     cell = _cell(plan)
-    path = _path(plan, row)
-    write_json(path, cell.reference() if row.name == REFERENCE else cell.scored(row))
+    path = path_of(plan, row)
+    write_json(path, cell.reference() if row == REFERENCE_ROW else cell.scored(row))
     print(path, flush=True)
     return path
 
@@ -153,7 +155,7 @@ class _Cell:
         grid = () if SCALE in row.config else scale_grid(MERGE_METHODS.get(row.method))
         if not grid:
             return None
-        experts = read_json(_path(self._plan, Row(REFERENCE, REFERENCE)))["val"]["experts"]
+        experts = read_json(path_of(self._plan, REFERENCE_ROW))["val"]["experts"]
 
         def scores(scales: Sequence[float]) -> list[float]:
             configs = [{**row.config, SCALE: scale} for scale in scales]
@@ -185,14 +187,14 @@ def _cell(plan: Plan) -> _Cell:
 
 def markdown(plans: Sequence[Plan], rows: Sequence[Row]) -> str:
     """Return a table of means over seeds with Student's 95 % intervals over the seeds."""
-    references = {plan: read_json(_path(plan, Row(REFERENCE, REFERENCE)))["test"] for plan in plans}
+    references = {plan: read_json(path_of(plan, REFERENCE_ROW))["test"] for plan in plans}
     lines = [
         "| method | data | scale by seed | accuracy | normalised accuracy | CPU s |",
         "|---|---|---|---|---|---|",
     ]
     told = [_told_model(name, references) for name in ("base", "experts")]
     for row in rows:
-        found = {p: read_json(_path(p, row)) for p in plans if _path(p, row).is_file()}
+        found = {p: read_json(path_of(p, row)) for p in plans if path_of(p, row).is_file()}
         if found:
             told.append(_told_row(row, found, references))
     return "\n".join(lines + [line for _, line in sorted(told)])
@@ -243,7 +245,8 @@ def _interval(values: Sequence[float]) -> str:
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
-def _row(entry: str | Mapping[str, Any]) -> Row:
+def row_of(entry: str | Mapping[str, Any]) -> Row:
+    """Return a row of the YAML: a method's name, or `row`, `method`, `config` and `seeds`."""
     if isinstance(entry, str):
         return Row(entry, entry)
     seeds = tuple(entry["seeds"]) if "seeds" in entry else None
@@ -258,7 +261,8 @@ def _plan(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) -> P
     return Plan(backbone=backbone, suite=suite, tasks=tuple(tasks), out=folder, seed=seed, **recipe)
 
 
-def _path(plan: Plan, row: Row) -> Path:
+def path_of(plan: Plan, row: Row) -> Path:
+    """Return where a row's scores lie."""
     name = "".join(c if c.isalnum() else "-" for c in row.name)
     return plan.out / f"rows{len(plan.tasks)}" / f"{name}.json"
 
