@@ -205,7 +205,9 @@ class MergeModule(LightningModule):
 
     def _log_table(self, name: str, table: Mapping[str, Any]) -> None:
         # Every process holds the same numbers; `sync_dist` keeps Lightning from warning of it.
-        values = {f"{measure}/{name}": table["mean"][measure] for measure in _LOGGED}
+        mean = {measure: table["mean"][measure] for measure in _LOGGED}
+        # A measure that is None, such as the loss among logits that are not finite, has no row.
+        values = {f"{key}/{name}": value for key, value in mean.items() if value is not None}
         values |= {
             f"accuracy/{name}/{task}": row["accuracy"] for task, row in table["tasks"].items()
         }

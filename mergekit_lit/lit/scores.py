@@ -26,6 +26,8 @@ from mergekit_lit.reports.intervals import (
 )
 
 CALIBRATION_BINS = 15
+NAN = float("nan")
+_FINITE_ONLY = ("loss", "calibration_error", "confidence")
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Outcomes:
     """What one model did on each of N images of one task, in the order of the images.
 
     Attributes:
-        correct: whether the largest logit is the label's, (N,).
-        loss: cross-entropy in nats, (N,).
-        confidence: largest probability, in [0, 1], (N,).
+        correct: whether the largest logit is the label's and all logits are finite, (N,).
+        loss: cross-entropy in nats; NaN where a logit is not finite, (N,).
+        confidence: largest probability, in [0, 1]; NaN where a logit is not finite, (N,).
     """
 
     correct: Tensor
@@ -57,12 +59,14 @@ OutcomeTable = Mapping[str, Mapping[str, Outcomes]]
 
 def outcomes_of(logits: Tensor, labels: Tensor) -> Outcomes:
     """Return the outcomes of a batch from its logits (B, C) and labels (B,)."""
+    # Among NaN the first class is the largest: an image would be right by accident.
+    finite = logits.isfinite().all(dim=1)
     log_probabilities = functional.log_softmax(logits.float(), dim=1)
     best, predicted = log_probabilities.max(dim=1)
     return Outcomes(
-        correct=predicted == labels,
-        loss=functional.nll_loss(log_probabilities, labels, reduction="none"),
-        confidence=best.exp().clamp(max=1.0),
+        correct=(predicted == labels) & finite,
+        loss=functional.nll_loss(log_probabilities, labels, reduction="none").where(finite, NAN),
+        confidence=best.exp().clamp(max=1.0).where(finite, NAN),
     )
 
 
@@ -119,17 +123,22 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     expected gap between confidence and accuracy over 15 equal bins: of a confidence and whether it
     came true, torchmetrics' binary error is the top-label error of the classes.
 
+    An image of which a logit is not finite counts as wrong and in `not_finite`; a single one leaves
+    loss, calibration error and confidence None, for a mean of the others would flatter the model.
+
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
     n = len(outcomes)
+    lost = n - int(outcomes.confidence.isfinite().sum())
+    counts = {"accuracy": outcomes.accuracy, "not_finite": lost, "n": n}
+    if lost:
+        return counts | dict.fromkeys(_FINITE_ONLY)
     confidence = outcomes.confidence.double()
     error = binary_calibration_error(confidence, outcomes.correct.long(), n_bins=CALIBRATION_BINS)
-    return {
-        "accuracy": outcomes.accuracy,
+    return counts | {
         "loss": math.fsum(outcomes.loss.tolist()) / n,
         "calibration_error": float(error),
         "confidence": math.fsum(confidence.tolist()) / n,
-        "n": n,
     }
 
 
@@ -149,8 +158,8 @@ def score_table(
 
     Returns:
         `{model: {"tasks": {task: row}, "mean": row}}`. A row holds accuracy, normalised_accuracy,
-        their `_interval`s, loss, calibration_error, confidence, n and, for tasks, `correct`: one
-        bit an image (`reports.intervals.unpack_flags`).
+        their `_interval`s, loss, calibration_error, confidence, n, not_finite and, for tasks,
+        `correct`: one bit an image (`reports.intervals.unpack_flags`).
     """
     return {
         name: _model_table(by_task, experts or {}, seed=seed) for name, by_task in outcomes.items()
@@ -179,15 +188,16 @@ def _model_table(
 def _mean_row(
     rows: Mapping[str, Mapping[str, Any]], plain: list[Draws], normalised: list[Draws]
 ) -> dict[str, Any]:
-    """Return the unweighted mean over tasks; means of ratios only where every task has one."""
-    names = ("accuracy", "loss", "calibration_error", "confidence")
-    mean: dict[str, Any] = {
-        name: math.fsum(row[name] for row in rows.values()) / len(rows) for name in names
-    }
+    """Return the unweighted mean over tasks, of each measure that every task has."""
+    mean: dict[str, Any] = dict.fromkeys(_FINITE_ONLY)
+    for name in ("accuracy", *_FINITE_ONLY):
+        values = [row[name] for row in rows.values()]
+        if None not in values:
+            mean[name] = math.fsum(values) / len(rows)
     mean |= {"accuracy_interval": percentile_interval(mean_draws(plain))}
     mean |= {"normalised_accuracy": None, "normalised_accuracy_interval": None}
     if len(normalised) == len(rows):
         ratios = [row["normalised_accuracy"] for row in rows.values()]
         mean["normalised_accuracy"] = math.fsum(ratios) / len(rows)
         mean["normalised_accuracy_interval"] = percentile_interval(mean_draws(normalised))
-    return mean | {"n": sum(row["n"] for row in rows.values())}
+    return mean | {key: sum(row[key] for row in rows.values()) for key in ("n", "not_finite")}

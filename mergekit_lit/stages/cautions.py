@@ -31,6 +31,7 @@ def cautions(
     bases = {name: model for name, model in models.items() if isinstance(model, Base)}
     base = next(iter(bases.values()), None)
     return [
+        *_not_finite(table),
         *_below_base(table, models, bases),
         *_unequal("delta norms", _delta_norms(experts, base)),
         *_unequal("confidences", _confidences(table, models)),
@@ -39,6 +40,22 @@ def cautions(
         *_repeated_tasks(experts),
         *(_other_split(experts, data) if split != "test" else []),
     ]
+
+
+def _not_finite(table: Mapping[str, Any]) -> list[str]:
+    """Models that overflow: their accuracy is of the images that are left."""
+    lines = []
+    for name, told in table.items():
+        lost = {task: row["not_finite"] for task, row in told["tasks"].items() if row["not_finite"]}
+        if lost:
+            total = sum(told["tasks"][task]["n"] for task in lost)
+            tasks = ", ".join(repr(task) for task in lost)
+            lines.append(
+                f"{name!r} has logits that are not finite on {sum(lost.values())} of {total} "
+                f"images of {tasks}: they count as wrong, and its loss there is unknown. Merge "
+                "with a smaller scale, or look for damaged inputs."
+            )
+    return lines
 
 
 def _below_base(
@@ -80,12 +97,13 @@ def _delta_norms(experts: Sequence[Expert], base: Base | None) -> dict[str, floa
 
 
 def _confidences(table: Mapping[str, Any], models: Mapping[str, Model]) -> dict[str, float]:
-    """Return each expert's mean confidence on its own task."""
+    """Return each expert's mean confidence on its own task, where it is known."""
     return {
         task: row["confidence"]
         for name in table
         if experts_of({name: models[name]})
         for task, row in table[name]["tasks"].items()
+        if row["confidence"] is not None
     }
 
 

@@ -32,6 +32,19 @@ def test_the_summary_is_torchmetrics_own():
     assert found["n"] == 97
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_without_finite_logits_is_wrong_and_leaves_no_loss(bad):
+    logits, labels = torch.eye(3), torch.arange(3)
+    logits[0] = bad
+    found = summarise(outcomes_of(logits, labels))
+    assert (found["accuracy"], found["not_finite"], found["n"]) == (2 / 3, 1, 3)
+    assert found["loss"] is found["calibration_error"] is found["confidence"] is None
+    tasks = {"a": outcomes_of(logits, labels), "b": outcomes_of(torch.eye(3), labels)}
+    mean = score_table({"m": tasks})["m"]["mean"]
+    assert (mean["loss"], mean["not_finite"]) == (None, 1)
+    assert mean["accuracy"] == pytest.approx(5 / 6)
+
+
 def test_half_precision_logits_are_scored_in_float32():
     logits, labels = _batch()
     half = outcomes_of(logits.bfloat16(), labels)

@@ -27,9 +27,9 @@ def _case():
     """Two like experts that beat their base, as the stage would hand them over."""
     params = {"weight": torch.zeros(4), "bn.running_mean": torch.zeros(4)}
     base = Base("tiny", "tiny", 8, params, STRUCTURE, content="abc")
-    row = {"accuracy": 0.8, "confidence": 0.7}
+    row = {"accuracy": 0.8, "confidence": 0.7, "not_finite": 0, "n": 10}
     table = {
-        "base": {"tasks": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.5}}},
+        "base": {"tasks": {"a": row | {"accuracy": 0.5}, "b": row | {"accuracy": 0.5}}},
         "experts": {"tasks": {"a": dict(row), "b": dict(row)}},
     }
     experts = [_expert("a"), _expert("b")]
@@ -61,6 +61,10 @@ def _unsure(case):
     case.table["experts"]["tasks"]["b"]["confidence"] = 0.3
 
 
+def _overflown(case):
+    case.table["experts"]["tasks"]["b"] |= {"not_finite": 3, "confidence": None}
+
+
 def _twice(case):
     case.experts.append(_expert("a"))
 
@@ -69,6 +73,7 @@ CASES = {
     "weak": (_weak, "expert of 'a' is below the base on its own task: 0.400 < 0.500"),
     "long": (_long, "delta norms are unequal: 'a' 6, 'b' 2"),
     "unsure": (_unsure, "confidences are unequal: 'a' 0.7, 'b' 0.3"),
+    "overflown": (_overflown, "'experts' has logits that are not finite on 3 of 10 images of 'b'"),
     "other base": (lambda c: _card(c, base_hash="x"), "1 experts, first 'a', started from another"),
     "trained": (
         lambda c: _card(c, head="trained"),

@@ -119,6 +119,19 @@ def test_files_become_a_record(files, tiny_suite, tmp_path):
     assert written.metrics["splits"]["dots"]["n"] == 30
 
 
+def test_a_model_that_overflows_is_warned_of(family, files, tiny_suite, tmp_path):
+    base, experts = family
+    facts = {"method": "x", "backbone": base.backbone, "image_size": 8, "config": {}}
+    huge = {n: 1e30 * t if t.is_floating_point() else t for n, t in base.params.items()}
+    heads = {expert.name: expert.head for expert in experts}
+    save_merged(tmp_path / "huge.safetensors", Merged(huge, base.structure, heads, facts=facts))
+    record = evaluate_files([tmp_path / "huge.safetensors"], data=_data(tiny_suite), out=tmp_path)
+    row = record.metrics["models"]["huge"]["mean"]
+    assert (row["accuracy"], row["loss"], row["not_finite"]) == (0, None, row["n"])
+    (line,) = record.metrics["warnings"]
+    assert "'huge' has logits that are not finite on 60 of 60 images of 'dots', 'stripes'" in line
+
+
 def test_stored_statistics_are_the_files_own(files, tiny_suite):
     data, models = _data(tiny_suite, tasks=["dots"]), [BASE, files[0], files[2]]
     stored = evaluate_files(models, data=data, batch_norm="stored").metrics["models"]
