@@ -5,6 +5,9 @@ of the size of the larger side beyond what is asked for. Squaring costs half of 
 below about 1e-7 of the largest are noise, which the callers' threshold of 1e-6 leaves out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,21 @@ RELATIVE_RANK_TOLERANCE = 1e-6
 
 # Columns of a Gram matrix that are made at once.
 _COLUMNS = 192
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread inside, and with as many as before after it; also a decorator.
+
+    A matrix product or a decomposition that several threads share differs in its last bits by their
+    number, and dividing by small singular values carries that up to the digits of float32.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +60,8 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def polar(matrix: Tensor) -> Tensor:
     """Return U V^T of A = U S V^T, without the directions that A does not have; (m, n).
 
-    It is exact to 1e-16 / s^2 in a direction of s times the largest singular value.
+    It is exact to 1e-16 / s^2 in a direction of s times the largest singular value, which is less
+    than rounding A to float32 changes there, 1e-7 / s.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return polar(matrix.mT).mT

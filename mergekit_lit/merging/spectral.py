@@ -14,7 +14,7 @@ from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
-from mergekit_lit.merging.decompositions import has_direction, leading, polar
+from mergekit_lit.merging.decompositions import has_direction, leading, one_thread, polar
 from mergekit_lit.merging.quantiles import threshold
 from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.sparsify import Combine, by_sign
@@ -29,6 +29,7 @@ from mergekit_lit.merging.steps import sum_of
     search={"scale": (0.0, 3.0)},
     homogeneous=True,
 )
+@one_thread()
 def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     """Keep each task's leading singular vectors, make them orthogonal across tasks, and sum.
 
@@ -66,6 +67,7 @@ def tsv_m(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     search={"scale": (0.0, 3.0)},
     homogeneous=True,
 )
+@one_thread()
 def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     """Sum the task matrices and make the spectrum of the sum flat.
 
@@ -99,6 +101,7 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     search={"scale": (0.0, 3.0), "common_share": (0.0, 1.0)},
     homogeneous=True,
 )
+@one_thread()
 def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> Tensor:
     """Make one flat spectrum of a common subspace and of what each task adds to it.
 
@@ -142,6 +145,7 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
     homogeneous=True,
 )
+@one_thread()
 def knots(
     tensor: Slice,
     *,

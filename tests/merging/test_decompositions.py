@@ -1,0 +1,52 @@
+"""Polar factors agree with NumPy's SVD however small a singular value is; threads are put back."""
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_lit.merging.decompositions import leading, one_thread, polar
+
+
+def conditioned(rows: int, columns: int, condition: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return a matrix whose singular values fall from 1 to 1 / condition, and its polar factor."""
+    draw = np.random.default_rng(0)
+    rank = min(rows, columns)
+    left, right = (np.linalg.qr(draw.standard_normal((n, rank)))[0] for n in (rows, columns))
+    return left * np.geomspace(1, 1 / condition, rank) @ right.T, left @ right.T
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 40), (40, 60)])
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5])
+def test_a_polar_factor_is_as_exact_as_float32_can_tell(shape, condition):
+    matrix, expected = conditioned(*shape, condition)
+    found = polar(torch.from_numpy(matrix)).numpy()
+    rounded = np.linalg.svd(matrix.astype(np.float32).astype(np.float64), full_matrices=False)
+    by_rounding = np.linalg.norm(rounded[0] @ rounded[2] - expected)
+    error = np.linalg.norm(found - expected)
+    assert error <= 1e-15 * condition**2 * np.linalg.norm(expected)
+    assert error < 0.01 * by_rounding
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_leading_triplets_are_those_of_an_svd(shape):
+    matrix, _ = conditioned(*shape, 1e3)
+    left, values, right = (part.numpy() for part in leading(torch.from_numpy(matrix), 7))
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    np.testing.assert_allclose(values, s[:7], rtol=1e-10)
+    np.testing.assert_allclose(left * values @ right.T, u[:, :7] * s[:7] @ vt[:7], atol=1e-10)
+
+
+def test_one_thread_puts_the_number_of_threads_back():
+    @one_thread()
+    def fails() -> None:
+        assert torch.get_num_threads() == 1
+        raise ValueError("inside")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="inside"):
+            fails()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
