@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mergekit_lit.core.files import atomic_path
-from mergekit_lit.data.keeping import content_key, in_place, kept, new_array
+from mergekit_lit.data.keeping import content_key, in_place, kept, list_fingerprint, new_array
 from mergekit_lit.data.splits import Array, Images
 
 _CHUNK = 512
@@ -34,6 +34,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def content(self, folder: Path) -> str:
+        """Return a fingerprint of these very files, named from `folder`, and of their labels."""
+        return content_key(list_fingerprint(self.paths, folder), *self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Decode one file.
@@ -85,6 +89,17 @@ class Joined:
         return self.first[index] if shifted < 0 else self.second[shifted]
 
 
+def shown(folder: Path) -> list[Path]:
+    """Return what a folder holds, sorted, without hidden names; nothing where there is no folder.
+
+    Names that start with a dot are what systems and notebooks leave behind: `.DS_Store`, `._a.png`,
+    `.ipynb_checkpoints`.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def decoded(items: Items, *, folder: Path, name: str, content: str, size: int) -> Images:
     """Return images as uint8 (N, size, size, 3), decoded at the first call and then read back.
 
@@ -96,7 +111,7 @@ def decoded(items: Items, *, folder: Path, name: str, content: str, size: int) -
         items: N images.
         folder: where the arrays are kept.
         name: start of the file names.
-        content: fingerprint of the images.
+        content: fingerprint of the images and of their labels: both are kept.
         size: height and width, in pixels.
 
     Raises:

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mergekit_lit.data.decoding import Files, decoded
-from mergekit_lit.data.keeping import fingerprint
+from mergekit_lit.data.decoding import Files, decoded, shown
 from mergekit_lit.data.npz_tasks import check_labels, npz_task, wrong
 from mergekit_lit.data.splits import Pool
 from mergekit_lit.data.tasks import Reader, Task, exists
@@ -27,8 +26,8 @@ def folder_tasks(folder: Path) -> tuple[Task, ...]:
     """
     suite = folder.resolve().name
     found: dict[Path, Callable[[Path, str], Task]] = {}
-    found |= dict.fromkeys(folder.glob("*.npz"), npz_task)
-    found |= {path.parent: image_task for path in folder.glob("*/train") if path.is_dir()}
+    found |= {path: npz_task for path in shown(folder) if path.suffix == ".npz"}
+    found |= {path: image_task for path in shown(folder) if (path / "train").is_dir()}
     if not found:
         raise ValueError(
             f"{str(folder)!r} must hold <task>.npz files or folders <task>/train/<class>/ of "
@@ -64,7 +63,7 @@ def _damaged(name: str, suite: str, why: str) -> Task:
         kind="your own",
         source="damaged",
         licence="your own",
-        where="Make it again, or remove it.",
+        where="Mend it as told, or remove it.",
         read=refuse,
         found=lambda _: True,
         damage=why,
@@ -75,7 +74,7 @@ def image_task(folder: Path, suite: str) -> Task:
     """Return the task in a folder {train,test}/<class>/ of images; none is decoded.
 
     Raises:
-        ValueError: a part is missing or empty, or test has a class that train lacks.
+        ValueError: a part is missing or empty, or train lacks a class or its images.
     """
     train, test, classes = _listed(folder)
     return Task(
@@ -96,18 +95,26 @@ def image_task(folder: Path, suite: str) -> Task:
 
 def _listed(folder: Path) -> tuple[Files, Files, tuple[str, ...]]:
     """Return the files of both parts with their labels, and the class names, sorted."""
-    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    classes = tuple(path.name for path in shown(folder / "train") if path.is_dir())
     parts = []
     for part in ("train", "test"):
-        paths = sorted(
+        paths = [
             path
-            for path in (folder / part).glob("*/*")
-            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-        )
+            for below in shown(folder / part)
+            for path in shown(below)
+            if path.suffix.lower() in _SUFFIXES
+        ]
         unknown = {path.parent.name for path in paths} - set(classes)
         if unknown:
             raise wrong(folder, f"the classes of test in train too, but lacks {min(unknown)!r}")
         parts.append(Files(paths, [classes.index(path.parent.name) for path in paths]))
+    empty = sorted(set(range(len(classes))) - set(parts[0].labels))
+    if empty:
+        name = classes[empty[0]]
+        raise ValueError(
+            f"Task {folder.name!r} must have training images of each class, but has none of "
+            f"{name!r}. Put images into {str(folder / 'train' / name)!r}, or remove that folder."
+        )
     y = np.array([*parts[0].labels, *parts[1].labels], dtype=np.int64)
     check_labels(folder, y, np.repeat([0, 1], [len(part) for part in parts]), len(classes))
     return parts[0], parts[1], classes
@@ -117,13 +124,12 @@ def _image_reader(folder: Path, suite: str) -> Reader:
     def read(root: Path, *, size: int | None, download: bool) -> Pool:  # noqa: ARG001 (own files)
         train, test, classes = _listed(folder)
         usual = _usual_side(train.paths)
-        content = fingerprint(folder)
         parts = [
             decoded(
                 files,
                 folder=root / "decoded",
                 name=f"{suite}-{folder.name}-{part}",
-                content=content,
+                content=files.content(folder),
                 size=min(size or usual, usual),
             )
             for part, files in (("train", train), ("test", test))

@@ -70,16 +70,30 @@ def stacked(stack: Stack, *, folder: Path, name: str, content: str) -> Images:
 def fingerprint(*places: Path) -> str:
     """Return a hash over the names, sizes and times of change of files, and of those below folders.
 
-    Links to folders are not followed, and links to nothing are passed over.
+    Links are followed.
+    """
+    return content_key(
+        *(
+            list_fingerprint(_paths_below(place), place)
+            if place.is_dir()
+            else list_fingerprint([place], place.parent)
+            for place in places
+        )
+    )
+
+
+def list_fingerprint(paths: Iterable[Path], folder: Path) -> str:
+    """Return a hash over a list of files: names from `folder`, sizes and times of change, in order.
+
+    A link counts as the file that it leads to, and a link to nothing by its name alone.
     """
     digest = hashlib.sha256()
-    for place in places:
-        for path in sorted(_files_below(place)) if place.is_dir() else [place]:
-            if path.exists():
-                status = path.stat()
-                name = path.relative_to(place if path != place else place.parent)
-                entry = f"{name}\x1f{status.st_size}\x1f{status.st_mtime_ns}\x00"
-                digest.update(entry.encode(errors="surrogateescape"))
+    for path in paths:
+        facts = [str(path.relative_to(folder))]
+        if path.exists():
+            status = path.stat()
+            facts += [str(status.st_size), str(status.st_mtime_ns)]
+        digest.update(("\x1f".join(facts) + "\x00").encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -119,7 +133,19 @@ def _filled(out: Any, stack: Stack) -> Any:
     return out
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
+def _paths_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in one order, and the folders that came before by a link.
+
+    No folder is entered twice, so that loops of links end.
+    """
+    entered = set()
+    for parent, below, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in entered:
+            below.clear()
+            yield Path(parent)
+            continue
+        entered.add(place)
+        below.sort()
+        for name in sorted(names):
             yield Path(parent) / name

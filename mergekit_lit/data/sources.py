@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from mergekit_lit.data import class_names
-from mergekit_lit.data.decoding import Files, Items, Joined, Part
-from mergekit_lit.data.keeping import Stack, fingerprint
+from mergekit_lit.data.decoding import Files, Items, Joined, Part, shown
+from mergekit_lit.data.keeping import Stack, content_key, fingerprint
 from mergekit_lit.data.splits import Array, proportional_order
 
 # EuroSAT has no official split: a tenth of each class to test, a tenth to val, by this seed.
@@ -26,7 +26,7 @@ class Opened:
         test: the test set.
         classes: C class names.
         val: a validation set that is fixed; None where it is carved from train.
-        content: fingerprint of the files.
+        content: fingerprint of the files, and of labels that stand outside them.
     """
 
     train: Stack | Items
@@ -133,7 +133,7 @@ def open_sun397(root: Path, download: bool) -> Opened:  # noqa: FBT001 (the open
     # /a/abbey -> abbey, /b/bar/outdoor -> bar/outdoor
     names = tuple(path.split("/", 2)[2] for path in paths)
     train, test = listed("Training_01.txt"), listed("Testing_01.txt")
-    return Opened(train, test, names, content=fingerprint(folder))
+    return _opened(train, test, names, folder)
 
 
 def open_cars(root: Path, download: bool) -> Opened:  # noqa: FBT001 (the openers' one signature)
@@ -156,7 +156,7 @@ def open_resisc45(root: Path, download: bool) -> Opened:  # noqa: FBT001 (the op
             return Files([images / name.rpartition("_")[0] / name for name in names], labels)
 
         train, test = listed("train"), listed("test")
-        return Opened(train, test, class_names.RESISC45, content=fingerprint(folder))
+        return _opened(train, test, class_names.RESISC45, folder)
     path = root / "huggingface" / "resisc45"
     return _hugging_face("tanganke/resisc45", path, download=download, names=class_names.RESISC45)
 
@@ -189,11 +189,16 @@ def open_fer2013(root: Path, download: bool) -> Opened:  # noqa: FBT001 (the ope
 
 def _fer2013_folders(folder: Path) -> Opened:
     def listed(part: str) -> Files:
-        paths = sorted(p for p in (folder / part).glob("*/*") if p.is_file())
+        paths = [p for below in shown(folder / part) for p in shown(below) if p.is_file()]
         return Files(paths, [_index(p.parent.name, class_names.FER2013) for p in paths])
 
-    train, test = listed("train"), listed("test")
-    return Opened(train, test, class_names.FER2013, content=fingerprint(folder))
+    return _opened(listed("train"), listed("test"), class_names.FER2013, folder)
+
+
+def _opened(train: Files, test: Files, classes: tuple[str, ...], folder: Path) -> Opened:
+    """Return a task whose files we list ourselves, known by these very files."""
+    content = content_key(train.content(folder), test.content(folder))
+    return Opened(train, test, classes, content=content)
 
 
 @dataclass(frozen=True)

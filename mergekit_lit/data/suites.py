@@ -57,8 +57,9 @@ class Suite:
 def load_suite(name_or_folder: str, *, root: Path | None = None) -> Suite:
     """Return a suite by its name, or one of the user's own tasks by its folder.
 
-    A folder holds <task>.npz files or folders <task>/{train,test}/<class>/ of images. A registered
-    name comes first: write ./embedded8 for a folder of that name.
+    A folder holds <task>.npz files or folders <task>/{train,test}/<class>/ of images; links are
+    followed, and names that start with a dot passed over. A registered name comes first: write
+    ./embedded8 for a folder of that name.
 
     Args:
         name_or_folder: `embedded8`, `vision20`, ... or the path of a folder.

@@ -125,7 +125,7 @@ def test_damaged_tasks_are_rows_with_a_mend_and_the_others_are_checked(tmp_path)
     rows = list(check_suite(str(tmp_path), tasks=None, root=None, download=False))
     assert [row["status"] for row in rows] == ["broken", "ok"]
     assert "bad.npz" in rows[0]["what"]
-    assert rows[0]["mend"] == "Make it again, or remove it."
+    assert rows[0]["mend"] == "Mend it as told, or remove it."
 
 
 def test_a_folder_without_tasks_is_a_row(tmp_path):

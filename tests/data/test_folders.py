@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mergekit_lit.data.listing import tasks_table
+from mergekit_lit.data.decoding import Files
+from mergekit_lit.data.keeping import fingerprint
+from mergekit_lit.data.listing import check_data, tasks_table
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 
@@ -155,6 +157,73 @@ def test_links_in_circles_and_to_nothing_are_passed_or_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone.png' must") as caught:
         load_suite(str(tmp_path / "suite"), root=tmp_path / "root").task("pets").pool()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("linked", ["", "train", "train/cat", "train/cat/0.png"])
+def test_what_changes_behind_a_link_is_decoded_again(tmp_path, linked):
+    write_images(tmp_path / "elsewhere")
+    (tmp_path / "suite").mkdir()
+    link, target = tmp_path / "suite" / "pets" / linked, tmp_path / "elsewhere" / linked
+    if linked:
+        write_images(tmp_path / "suite" / "pets")
+        link.rename(tmp_path / "unlinked")
+    link.symlink_to(target)
+    task = load_suite(str(tmp_path / "suite"), root=tmp_path / "root").task("pets")
+    assert task.pool().train.x[0, 0, 0].tolist() == [0, 0, 7]
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "elsewhere/train/cat/0.png")
+    assert task.pool().train.x[0, 0, 0].tolist() == [9, 9, 9]
+
+
+def test_a_fingerprint_follows_links_and_ends_where_they_run_in_circles(tmp_path):
+    folders = [tmp_path / "set" / str(i) for i in range(12)]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(b"a")
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for other in folders:
+            (folder / f"to{other.name}").symlink_to(other, target_is_directory=True)
+    (folders[0] / "images").symlink_to(tmp_path / "images", target_is_directory=True)
+    before = fingerprint(tmp_path / "set")
+    assert fingerprint(tmp_path / "set") == before
+    (tmp_path / "images" / "0.png").write_bytes(b"ab")
+    assert fingerprint(tmp_path / "set") != before
+
+
+def test_labels_and_order_are_part_of_what_is_kept(tmp_path):
+    paths = [tmp_path / name for name in ("0.png", "1.png")]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+    listed = [Files(paths, [0, 1]), Files(paths, [1, 0]), Files(paths[::-1], [0, 1])]
+    assert len({files.content(tmp_path) for files in listed}) == 3
+
+
+def test_hidden_names_are_no_data(tmp_path):
+    folder = tmp_path / "suite" / "pets"
+    write_images(folder)
+    write_images(tmp_path / "suite" / ".trash")
+    for part in ("train", "test"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+        Image.new("RGB", (8, 8)).save(folder / part / ".ipynb_checkpoints" / "0.png")
+        (folder / part / "cat" / "._0.png").write_bytes(b"Mac OS X")
+    (tmp_path / "suite" / "._pets.npz").write_bytes(b"Mac OS X")
+    suite = load_suite(str(tmp_path / "suite"), root=tmp_path / "root")
+    assert suite.names == ("pets",)
+    assert not suite.task("pets").damage
+    pool = suite.task("pets").pool()
+    assert (pool.classes, len(pool.train), len(pool.test)) == (("cat", "dog"), 12, 4)
+
+
+def test_a_class_without_training_images_is_named_with_its_remedy(tmp_path):
+    write_images(tmp_path / "pets")
+    (tmp_path / "pets/train/cow").mkdir()
+    (tmp_path / "pets/train/cow/notes.txt").write_text("moo")
+    told = r"Task 'pets' .* has none of 'cow'. Put images into '.*pets/train/cow', or remove"
+    with pytest.raises(ValueError, match=told):
+        load_suite(str(tmp_path)).task("pets").pool()
+    (row,) = check_data(str(tmp_path))
+    assert row["status"] == "broken"
+    assert "has none of 'cow'. Put images into" in row["what"]
+    assert row["mend"] == "Mend it as told, or remove it."
 
 
 def test_images_of_floats_are_named(tmp_path):
