@@ -29,11 +29,15 @@ def describe(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or a pickle.
+        ValueError: it is damaged, a folder, or a pickle.
     """
     from mergekit_lit.core.files import file_hash
     from mergekit_lit.core.tensorfiles import TensorFile
 
+    if file.is_dir():
+        raise ValueError(
+            f"`file` must be a file, but {str(file)!r} is a folder. Name a file of it."
+        )
     tensors = TensorFile(file)
     # Reading a tensor compares it with its checksum: a damaged file has no card to trust.
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}

@@ -37,7 +37,7 @@ def tasks(*, suite: list[str] | None = None, root: Path | None = None, json: boo
     print_table(rows, _HEADINGS)
     for row in rows:
         if row["damage"]:
-            print(f"{row['name']} is damaged: {row['damage']} {row['where']}")
+            print(f"{row['name']} is damaged: {row['damage']}")
 
 
 def run(argv: Sequence[str]) -> int:

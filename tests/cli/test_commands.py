@@ -249,7 +249,9 @@ def test_a_damaged_neighbour_and_commas_in_names_do_not_hinder(tiny_suite, tmp_p
     assert main([*words, "--data.task=a,b, b", f"--out={out}"]) == 0
     assert {path.stem for path in out.glob("*.safetensors")} == {"a,b", "b"}
     assert main(["tasks", str(folder)]) == 0
-    assert "bad is damaged: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "bad is damaged: " in told
+    assert told.count("Make it again") == 1
 
 
 def test_jobs_under_a_launcher_are_refused(tiny_suite, tmp_path, capsys, monkeypatch):
@@ -323,6 +325,11 @@ def test_a_pickle_is_refused(tmp_path, capsys):
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
     assert main(["card", str(tmp_path / "model.pt")]) == 2
     assert "pickle" in capsys.readouterr().err
+
+
+def test_a_folder_has_no_card(tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 2
+    assert "is a folder. Name a file of it." in capsys.readouterr().err
 
 
 @pytest.mark.slow
