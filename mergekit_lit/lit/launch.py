@@ -11,6 +11,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+# Names of SLURM jobs that Lightning takes for a shell, in which it launches processes itself.
+_SHELLS = ("bash", "interactive")
+
 
 def trainer_arguments(
     explicit: Mapping[str, Any], environment: Mapping[str, str] = os.environ
@@ -18,15 +21,15 @@ def trainer_arguments(
     """Return `explicit` with what the launcher decided: devices, nodes, strategy, precision ...
 
     `fabric run`, `lightning run` and `mergekit-lit run` speak through LT_* variables, torchrun
-    through WORLD_SIZE and LOCAL_WORLD_SIZE, srun through SLURM_STEP_NUM_TASKS. Without a launcher
-    the arguments come back as they are.
+    through WORLD_SIZE and LOCAL_WORLD_SIZE, srun through SLURM_STEP_NUM_TASKS. Without a launcher,
+    or in the shell of `srun --pty bash`, the arguments come back as they are.
 
     Args:
         explicit: Trainer arguments that the user gave; None and `auto` count as not given.
         environment: environment variables.
 
     Raises:
-        ValueError: an explicit argument contradicts the launcher.
+        ValueError: an explicit argument contradicts the launcher, or Lightning would overlook it.
     """
     arguments = dict(explicit)
     for name, launched in _launched(environment).items():
@@ -79,6 +82,14 @@ def _world(environment: Mapping[str, str]) -> tuple[int, int] | None:
         return int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
         tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+        job = environment.get("SLURM_JOB_NAME")
+        if job in _SHELLS and tasks == 1:
+            return None
+        if job in _SHELLS:
+            raise ValueError(
+                f"A SLURM job of {tasks} tasks must not be named {job!r}, which Lightning takes "
+                "for a shell. Rename it: srun --job-name=train ..."
+            )
         return tasks, max(1, tasks // int(environment.get("SLURM_STEP_NUM_NODES", "1")))
     return None
 

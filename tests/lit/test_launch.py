@@ -70,6 +70,16 @@ def test_a_variant_of_the_launcher_s_strategy_is_no_contradiction():
     assert trainer_arguments({"strategy": variant}, environment)["strategy"] == variant
 
 
+@pytest.mark.parametrize("shell", ["bash", "interactive"])
+def test_the_shell_of_an_interactive_job_is_no_launcher(shell):
+    environment = {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    environment["SLURM_JOB_NAME"] = shell
+    assert trainer_arguments({"devices": 2}, environment) == {"devices": 2}
+    # Lightning would not see the others: each would start a training of its own.
+    with pytest.raises(ValueError, match=f"8 tasks must not be named '{shell}'"):
+        trainer_arguments({}, {**SLURM, "SLURM_JOB_NAME": shell})
+
+
 def test_two_silent_trainings_are_refused():
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     check_world_size(trainer, {})
