@@ -43,7 +43,7 @@ def expert_card(
         "betas": None if is_sgd else optimization.betas,
         "weight_decay": optimization.weight_decay,
         "schedule": optimization.schedule,
-        "warmup_steps": optimization.warmup_steps,
+        "warmup_steps": optimization.warmup(trainer.max_steps),
         "schedule_steps": horizon,
         "steps": trainer.global_step,
         "batch": data.batch * trainer.accumulate_grad_batches,

@@ -66,7 +66,7 @@ class ExpertModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         schedule: ScheduleName = "cosine",
-        warmup_steps: int = 20,
+        warmup_steps: int | None = None,
         label_smoothing: float = 0.0,
         norm_statistics: NormStatistics = "train",
         finetuning: FinetuningName = "full",
@@ -91,7 +91,8 @@ class ExpertModule(LightningModule):
                 `adamw`.
             schedule: `constant`, `cosine` or `linear`, after the warm-up. Only `constant` serves
                 several step counts from one run.
-            warmup_steps: steps of linear warm-up, less than the number of steps.
+            warmup_steps: steps of linear warm-up, less than the number of steps; None is 20, or
+                half of the steps if that is fewer.
             label_smoothing: share of the label's mass spread over all classes, in [0, 1).
             norm_statistics: `train` uses batch statistics in BatchNorm; `frozen` those of the
                 training images at the base, throughout.
@@ -159,10 +160,13 @@ class ExpertModule(LightningModule):
         if self.finetuning.compiles:
             self.backbone.compile()
 
-    def on_train_start(self) -> None:
-        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before."""
+    def on_fit_start(self) -> None:
+        """Refuse a Trainer that cannot take sharpness-aware steps, before anything is written."""
         if self.finetuning.sam_radius:
             check_trainer(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Freeze the BatchNorm statistics, if asked: Lightning warns if that is done before."""
         self._ascent = Ascent([p for p in self.parameters() if p.requires_grad])
         self.train()
 

@@ -14,6 +14,7 @@ from mergekit_lit.core.registry import unknown_name
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "linear"]
+_WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Optimization:
         betas: decay rates of `adam` and `adamw`, each in [0, 1).
         weight_decay: coefficient, at least 0; coupled for `sgd` and `adam`, decoupled for `adamw`.
         schedule: `constant`, `cosine` or `linear`, after the warm-up.
-        warmup_steps: steps of linear warm-up, at least 0.
+        warmup_steps: steps of linear warm-up, at least 0; None is 20, or half of the steps if that
+            is fewer.
     """
 
     optimizer: OptimizerName
@@ -36,7 +38,7 @@ class Optimization:
     betas: tuple[float, float]
     weight_decay: float
     schedule: ScheduleName
-    warmup_steps: int
+    warmup_steps: int | None
 
     def __post_init__(self) -> None:
         """Refuse values out of range, one line each."""
@@ -54,7 +56,7 @@ class Optimization:
             raise ValueError(f"`betas` must be two numbers in [0, 1), but are {self.betas!r}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"`weight_decay` must be at least 0, but is {self.weight_decay!r}.")
-        if self.warmup_steps < 0:
+        if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"`warmup_steps` must be at least 0, but is {self.warmup_steps!r}.")
 
     @property
@@ -71,13 +73,17 @@ class Optimization:
         adaptive = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return adaptive(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
+    def warmup(self, steps: int) -> int:
+        """Return the steps of warm-up w of a run of `steps` steps."""
+        return min(_WARMUP_STEPS, steps // 2) if self.warmup_steps is None else self.warmup_steps
+
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
         """Return the schedule over `steps` steps, to be advanced after each.
 
         Raises:
             ValueError: the warm-up does not leave a step.
         """
-        if self.warmup_steps >= steps > 0:
+        if self.warmup(steps) >= steps > 0:
             raise ValueError(
                 f"`warmup_steps` must be less than the number of steps {steps}, but is "
                 f"{self.warmup_steps}. Train longer or warm up for less."
@@ -93,8 +99,8 @@ class Optimization:
         if not math.isfinite(loss):
             raise ValueError(
                 f"The loss must be finite, but is {loss} at step {step} of task {task!r}. Train "
-                f"with a lower `lr` (now {self.lr:g}), more `warmup_steps` (now "
-                f"{self.warmup_steps}) or `trainer.gradient_clip_val`."
+                f"with a lower `lr` (now {self.lr:g}), more `warmup_steps` or "
+                "`trainer.gradient_clip_val`."
             )
 
     def configured(
@@ -118,9 +124,10 @@ class Optimization:
             step: k.
             steps: K.
         """
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+        warmup = self.warmup(steps)
+        if step < warmup:
+            return (step + 1) / warmup
         if not self.horizon_matters:
             return 1.0
-        share = min(1.0, (step - self.warmup_steps) / (steps - self.warmup_steps))
+        share = min(1.0, (step - warmup) / (steps - warmup))
         return (1 + math.cos(math.pi * share)) / 2 if self.schedule == "cosine" else 1 - share

@@ -90,3 +90,10 @@ def test_refuses_a_warm_up_that_leaves_no_step():
     optimizer = make().build([nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="`warmup_steps` must be less than the number of steps 4"):
         make().scheduler(optimizer, 4)
+
+
+def test_the_default_warm_up_yields_to_few_steps():
+    rates = make(warmup_steps=None)
+    assert [rates.warmup(steps) for steps in (1, 3, 39, 40, 500)] == [0, 1, 19, 20, 20]
+    assert rates.factor(0, 1) == 1
+    assert rates.factor(0, 4) == 0.5
