@@ -34,7 +34,7 @@ from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_log
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.reports.results import csv_text, result_rows, summary
 from mergekit_lit.stages.cautions import cautions
-from mergekit_lit.stages.folders import check_folder
+from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.model_files import load_models
 
 
@@ -86,6 +86,7 @@ def evaluate_files(  # noqa: PLR0913
         raise ValueError(f"`name` must be the stem of a file, but is {name!r}.")
     if out is not None:
         check_folder(Path(out))
+        check_record(Path(out) / f"{name}.record.json", "evaluate")
     loaded = load_models(models)
     _choose_tasks(data, loaded.by_name)
     data.setup()

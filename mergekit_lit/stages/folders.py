@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mergekit_lit.core.records import Record
+
 
 def check_folder(out: Path) -> None:
     """Refuse a folder of results that cannot be one; nothing is made.
@@ -20,4 +22,24 @@ def check_folder(out: Path) -> None:
         raise PermissionError(
             f"`out` must be a folder that can be written, but {str(nearest)!r} cannot. "
             "Choose another folder."
+        )
+
+
+def check_record(path: Path, stage: str) -> None:
+    """Refuse to overwrite the record of another stage, such as that of an expert's training.
+
+    Args:
+        path: where a record is wanted.
+        stage: that it is of.
+
+    Raises:
+        ValueError: another stage's record is there, or a file that is no record.
+    """
+    if not path.is_file():
+        return
+    found = Record.read(path).stage
+    if found != stage:
+        raise ValueError(
+            f"The record {str(path)!r} must not be overwritten: it is of the stage {found!r}, not "
+            f"{stage!r}. Choose another name or `out`."
         )

@@ -28,6 +28,7 @@ from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
+from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
 from mergekit_lit.stages.opening import load_base_of as load_base_of
 
@@ -146,11 +147,14 @@ def merge_files(  # noqa: PLR0913
     watch = Stopwatch()
     recipe = recipe or Recipe()
     paths = [Path(path) for path in experts]
-    out = _checked_out(Path(out), paths)
+    out = _checked_out(Path(out))
+    record_path = out.with_suffix(".record.json")
+    check_record(record_path, "merge")
     _check_recipe(recipe, calibration)
     check_logger(logger)
     plain = is_plain(base)
     found = None if plain else base_of(paths, base)
+    _check_no_input(out, [*paths, *_files_of(found.name if found else str(base))])
     gathered = _gathered(paths, recipe, found or str(base), heads, allow_different_base)
     images = _images(gathered, recipe, calibration, plain=plain)
     backbone = architecture_of(found) if found and images else None
@@ -159,7 +163,6 @@ def merge_files(  # noqa: PLR0913
     )
     inputs = {str(path): fingerprint(path, plain=plain) for path in paths}
     record = _record(recipe, calibration, inputs, out, merged, observers)
-    record_path = out.with_suffix(".record.json")
     save = save_raw if plain else save_merged
     # Each is written atomically; should the second fail, an earlier pair stays whole.
     with _restored_on_error(record_path):
@@ -274,15 +277,28 @@ def _restored_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-def _checked_out(out: Path, experts: Sequence[Path]) -> Path:
-    """Return `out` if it can be the result's name and is none of the inputs."""
+def _checked_out(out: Path) -> Path:
+    """Return `out` if it can be the result's name."""
     if out.suffix != ".safetensors":
         raise ValueError(f"`out` must end in .safetensors, but is {str(out)!r}.")
     if out.is_dir():
         raise ValueError(f"`out` must name a file, but {str(out)!r} is a folder.")
-    if out.resolve() in {path.resolve() for path in experts}:
-        raise ValueError(f"`out` must be a new file, but {str(out)!r} is one of the experts.")
     return out
+
+
+def _files_of(base: str) -> list[Path]:
+    """Return the file or folder of a base that is one: `FILE`, `backbone@FILE` or plain weights."""
+    place = Path(base.rpartition("@")[2])
+    return [place] if place.is_file() or is_plain(base) else []
+
+
+def _check_no_input(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to overwrite an expert or the base, or to write into a folder that is one of them."""
+    place = out.resolve()
+    if not {place, place.parent}.isdisjoint(path.resolve() for path in inputs):
+        raise ValueError(
+            f"`out` must be a new file, but {str(out)!r} is one of the experts or the base."
+        )
 
 
 def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:

@@ -1,12 +1,13 @@
 """This file is the first stage: one task in, its expert files and record out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from mergekit_lit.callbacks.expert_export import ExpertExport
@@ -22,8 +23,8 @@ from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.loggers import log_outcome, make_loggers
 from mergekit_lit.lit.quiet import interruptible, quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts
-from mergekit_lit.stages.folders import check_folder
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger
+from mergekit_lit.stages.folders import check_folder, check_record
 
 _DEFAULTS: Mapping[str, Any] = {
     "enable_progress_bar": False,
@@ -51,6 +52,20 @@ _TRAJECTORY = (
 )
 # Trainer arguments that say how many processes there are.
 _PLACEMENT = ("accelerator", "devices", "num_nodes")
+
+
+class _LoggersAtStart(Callback):
+    """Makes the loggers when training really starts, so that a refused run leaves no W&B run.
+
+    Lightning opens the loggers that a Trainer is made with before data and head are looked at.
+    """
+
+    def __init__(self, make: Callable[[], list[Logger]]) -> None:
+        self._make = make
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Hand the loggers to the Trainer."""
+        trainer.loggers = self._make()
 
 
 @dataclass(frozen=True)
@@ -111,9 +126,12 @@ def train_expert(  # noqa: PLR0913
     name = name or data.task
     chosen = _checked_steps(steps, model)
     check_folder(Path(out))
+    record_path = Path(out) / f"{name}.record.json"
+    check_record(record_path, "train")
+    if isinstance(loggers, str):
+        check_logger(loggers)
     data.setup("fit")
     config = _config(data, model, chosen, trainer or {})
-    record_path = Path(out) / f"{name}.record.json"
     finished = _finished(record_path, config) if resume else None
     if finished:
         return finished
@@ -126,6 +144,7 @@ def train_expert(  # noqa: PLR0913
         at=chosen,
         config=config,
     )
+    starting: list[Callback] = []
     if isinstance(loggers, str):
         facts = RunFacts(
             name=name,
@@ -134,9 +153,10 @@ def train_expert(  # noqa: PLR0913
             tags=[Path(data.suite).name, model.base.name],
             config=config,
         )
-        loggers = make_loggers(loggers, logs, facts)
+        starting = [_LoggersAtStart(partial(make_loggers, loggers, logs, facts))]
+        loggers = make_loggers("csv", logs, facts)
     with quiet(), interruptible():
-        observers = [*_standard(callbacks), *callbacks, export, last]
+        observers = [*starting, *_standard(callbacks), *callbacks, export, last]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
         resumable = resume and check_resumable(last.path, config)
         with _logs_told(fitter, logs):
@@ -158,7 +178,7 @@ def train_expert(  # noqa: PLR0913
             rows=[{"expert": stem, **card} for stem, card in cards.items()],
             files={path: cards[path.stem] for path in experts},
         )
-        log_outcome(loggers, outcome)
+        log_outcome(fitter.loggers, outcome)
     return TrainResult(experts, record_path, record)
 
 

@@ -119,7 +119,7 @@ def test_files_become_a_record(files, tiny_suite, tmp_path):
     assert written.metrics["splits"]["dots"]["n"] == 30
 
 
-def test_a_model_that_overflows_is_warned_of(family, files, tiny_suite, tmp_path):
+def test_a_model_that_overflows_is_warned_of(family, tiny_suite, tmp_path):
     base, experts = family
     facts = {"method": "x", "backbone": base.backbone, "image_size": 8, "config": {}}
     huge = {n: 1e30 * t if t.is_floating_point() else t for n, t in base.params.items()}
@@ -144,6 +144,14 @@ def test_stored_statistics_are_the_files_own(files, tiny_suite):
         "base": False,
         "experts": False,
     }
+
+
+def test_the_record_of_another_stage_is_never_overwritten(tiny_suite, tmp_path):
+    path = tmp_path / "mnist.record.json"
+    Record(stage="train", name="mnist", config={}).write(path)
+    with pytest.raises(ValueError, match="must not be overwritten: it is of the stage 'train'"):
+        evaluate_files([BASE], data=_data(tiny_suite), out=tmp_path, name="mnist")
+    assert Record.read(path).stage == "train"
 
 
 def test_some_tasks_alone(files, tiny_suite):

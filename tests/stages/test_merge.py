@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergekit_lit.callbacks import DeltaGeometry, MergeCallback
 from mergekit_lit.cli import main
@@ -326,6 +327,23 @@ def test_bad_output_names(family, tmp_path, name, message):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ValueError, match=message):
         merge_files(family.paths, out=tmp_path / name)
+
+
+def test_a_base_is_never_overwritten(family, tmp_path):
+    plain = tmp_path / "base.safetensors"
+    save_file(dict(family.base.params), plain)
+    before = plain.read_bytes()
+    for base in (str(plain), f"{RESNET.partition('@')[0]}@{plain}", str(tmp_path)):
+        with pytest.raises(ValueError, match="is one of the experts or the base"):
+            merge_files(family.paths, out=plain, base=base)
+    assert plain.read_bytes() == before
+
+
+def test_the_record_of_another_stage_is_never_overwritten(family, tmp_path):
+    Record(stage="evaluate", name="m", config={}).write(tmp_path / "m.record.json")
+    with pytest.raises(ValueError, match="must not be overwritten: it is of the stage 'evaluate'"):
+        merge_files(family.paths, out=tmp_path / "m.safetensors")
+    assert names_in(tmp_path) == ["m.record.json"]
 
 
 def test_an_expert_is_never_overwritten(family):

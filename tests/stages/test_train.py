@@ -228,6 +228,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_suite, tmp_path, options,
     assert not list(tmp_path.rglob("*.json"))
 
 
+class Refusal(Callback):
+    """Refuses a run as late as an optimizer does, when Lightning has opened its loggers."""
+
+    def on_fit_start(self, *_):
+        raise ValueError("Refused.")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [Refusal()]},
+        {"model": {"warmup_steps": 9}},
+        {"model": {"sam_radius": 0.1}, "trainer": {"accumulate_grad_batches": 2}},
+    ],
+)
+def test_a_refused_run_leaves_no_wandb_run(tiny_suite, tmp_path, options):
+    with pytest.raises(ValueError, match=r"Refused|must be"):
+        train(tiny_suite, tmp_path, loggers="wandb", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_batch_is_told_before_a_default_warm_up(tiny_suite, tmp_path):
+    options = {"data": {"batch": 0}, "steps": [3], "model": {"warmup_steps": None}}
+    with pytest.raises(ValueError, match="`batch` must be at least 1, but is 0"):
+        train(tiny_suite, tmp_path, **options)
+
+
+def test_a_card_tells_the_warm_up_that_few_steps_left(tiny_suite, tmp_path):
+    result = train(tiny_suite, tmp_path, steps=[2], model={"warmup_steps": None})
+    assert load_expert(result.experts[0]).card.warmup_steps == 1
+
+
 def test_a_standard_callback_can_be_set_up_differently(tiny_suite, tmp_path):
     train(tiny_suite, tmp_path, callbacks=[GradientNorm(per_parameter=True)], steps=[10])
     rows = [json.loads(line) for line in read(tmp_path / "logs/dots/metrics.jsonl")]
