@@ -1,6 +1,5 @@
 """This file is the group `--trainer.*`: the arguments of Lightning's Trainer by its own names."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,16 +28,22 @@ _NOT_OURS = {
 
 
 def add_trainer(parser: ArgumentParser) -> None:
-    """Make the Trainer's arguments flags of a command; the stage makes the Trainer."""
-    parser.add_class_arguments(
+    """Make the Trainer's arguments flags of a command; the stage makes the Trainer.
+
+    Null stands for what is not given, so that a value counts even if it is Lightning's default.
+    """
+    added = parser.add_class_arguments(
         Trainer, "trainer", instantiate=False, skip=_NOT_OURS, fail_untyped=False
     )
+    for action in parser._actions:
+        if action.dest in added and action.default is not None:
+            action.help = f"{action.help or ''} Lightning's default: {action.default!r}."
+    parser.set_defaults(dict.fromkeys(added))
 
 
 def explicit(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Callback]]:
-    """Return the arguments that differ from Lightning's defaults, and the callbacks apart."""
-    parameters = inspect.signature(Trainer.__init__).parameters
-    given = {name: value for name, value in arguments.items() if value != parameters[name].default}
+    """Return the arguments that are given, and the callbacks apart."""
+    given = {name: value for name, value in arguments.items() if value is not None}
     callbacks = given.pop("callbacks", [])
     return given, callbacks if isinstance(callbacks, list) else [callbacks]
 
