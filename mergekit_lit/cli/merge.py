@@ -199,7 +199,8 @@ def _add_method(parser: ArgumentParser, function: Callable[..., Any]) -> None:
 def _by_tensor(annotation: Any) -> Any:
     """Return the type of a parameter whose value may differ from tensor to tensor."""
     gradient = [list[float]] if accepts(annotation, 0.5) else []
-    return Union[(annotation, *gradient, dict[str, Any])]
+    # Of the forms by pattern, the list is the one that records hold.
+    return Union[(annotation, *gradient, dict[str, Any], list[dict[str, Any]])]
 
 
 def _recipe(made: Namespace, flags: Sequence[str]) -> Recipe:
@@ -261,6 +262,11 @@ def _observer(given: str | dict[str, Any]) -> MergeObserver:
     path = given if isinstance(given, str) else str(given.get("class_path", ""))
     arguments = {} if isinstance(given, str) else given.get("init_args", {})
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            "`callbacks` must name classes by their path, such as "
+            f"mergekit_lit.callbacks.DeltaGeometry, but one is {path!r}."
+        )
     try:
         made = getattr(importlib.import_module(module), name)(**arguments)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

@@ -260,12 +260,11 @@ def _as_list(action: Action, text: str | None) -> str | None:
     if text is None or text.lstrip().startswith("[") or text in ("null", ""):
         return text
     kinds = _kinds(getattr(action, "_typehint", None))
-    lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
-    items = [item for kind in lists for item in get_args(kind)]
-    plain = _holds_things(action) or all(item in (int, float, str, Path, ...) for item in items)
+    items = [get_args(kind) for kind in kinds if get_origin(kind) in _LISTS]
+    plain = _holds_things(action) or any(set(of) <= {int, float, str, Path, ...} for of in items)
     numeric = not set(kinds).isdisjoint((int, float))
     single = numeric and ("," not in text or text.lstrip().startswith("{"))
-    if not lists or not plain or str in kinds or single or "${" in text:
+    if not items or not plain or str in kinds or single or "${" in text:
         return text
     return f"[{text}]"
 

@@ -8,13 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mergekit_lit.cli import main
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Expert, Experts, load_merged, save_expert
+from mergekit_lit.core.experts import (
+    Base,
+    Expert,
+    Experts,
+    load_expert,
+    load_merged,
+    save_expert,
+)
 from mergekit_lit.core.params import add
 from mergekit_lit.core.records import Record
 from mergekit_lit.merging import load_experts, merge
+from mergekit_lit.merging.patterns import select
+from mergekit_lit.merging.plan import plan
 from mergekit_lit.models.backbones import load_base
 
 TASKS = ("dots", "stripes")
@@ -134,6 +144,87 @@ def test_bad_veneers_get_one_line_and_nothing_is_written(files, tmp_path, capsys
     assert message in told
     assert told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(files, experts, tmp_path, capsys):
+    words = ["merge", *files, "--out", str(tmp_path / "m.safetensors"), "--dry_run"]
+    assert main([*words, "--exclude=norm1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    kept = {row["name"] for row in told["rows"] if row["fate"] != "merged"}
+    expected = plan(select(experts, exclude=["norm1"]), "average")
+    assert kept == {row.name for row in expected.rows if row.fate != "merged"}
+    assert "blocks.0.norm1.weight" in kept
+    assert main(words) == 0
+    assert "average, BatchNorm base: reads" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_patterns_choose_the_tensors(files, experts, base, tmp_path):
+    out = tmp_path / "m.safetensors"
+    words = ["merge", *files, "--out", str(out), "--include=blocks.*", "--exclude=norm1,norm2"]
+    assert main(words) == 0
+    chosen = select(experts, include=["blocks.*"], exclude=["norm1", "norm2"])
+    assert equal(out, merge(chosen, "average").shared)
+    shared = load_merged(out).shared
+    kept = {name for name, tensor in shared.items() if torch.equal(tensor, base.params[name])}
+    assert {"blocks.0.norm1.weight", "pos_embed"} <= kept
+    assert "blocks.0.attn.qkv.weight" not in kept
+
+
+SCALES = {
+    "over the depth": ("0.1,0.5", [0.1, 0.5]),
+    "by pattern": ('{"blocks.*": 0.5, "*": 0.3}', {"blocks.*": 0.5, "*": 0.3}),
+    "mergekit's list": (
+        '[{"filter": "attn", "value": 0.2}, {"value": [0.3, 0.4]}]',
+        [{"filter": "attn", "value": 0.2}, {"value": [0.3, 0.4]}],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_values_that_differ_from_tensor_to_tensor(files, experts, tmp_path, case):
+    text, value = SCALES[case]
+    out = tmp_path / "a.safetensors"
+    words = ["merge", *files, "--method=task_arithmetic"]
+    assert main([*words, "--scale", text, "--out", str(out)]) == 0
+    assert equal(out, merge(experts, "task_arithmetic", config={"scale": value}).shared)
+    # What the record says runs again, as a flag and from a file.
+    scale = Record.read(tmp_path / "a.record.json").config["recipe"]["config"]["scale"]
+    config = tmp_path / "again.yaml"
+    config.write_text(yaml.safe_dump({"scale": scale}))
+    for again in (f"--scale={json.dumps(scale)}", f"--config={config}"):
+        assert main([*words, again, "--out", str(tmp_path / "b.safetensors")]) == 0
+        assert (tmp_path / "b.safetensors").read_bytes() == out.read_bytes()
+
+
+def test_parts_of_half_precision(files, experts, tmp_path):
+    words = ["merge", *files, "--out_dtype=float16", "--max_shard_bytes=400000"]
+    assert main([*words, "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert len(list(tmp_path.glob("m*.safetensors"))) > 1
+    assert equal(tmp_path / "m.safetensors", merge(experts, "average", out_dtype="float16").shared)
+
+
+def test_plain_weights_of_others(base, files, tmp_path):
+    inputs = {path: load_expert(Path(path)).backbone for path in files}
+    plain = [tmp_path / f"{index}.safetensors" for index in range(3)]
+    for path, weights in zip(plain, (base.params, *inputs.values()), strict=True):
+        save_file(dict(weights), path)
+    out = tmp_path / "m.safetensors"
+    words = ["merge", *map(str, plain[1:]), "--base", str(plain[0]), "--method=task_arithmetic"]
+    assert main([*words, "--scale=0.5", "--out", str(out)]) == 0
+    found = load_file(out)
+    mean = {name: sum(w[name] for w in inputs.values()) / 2 for name in base.params}
+    assert found.keys() == mean.keys()
+    assert all(torch.allclose(found[name], mean[name], atol=1e-6) for name in mean)
+    assert main([*words, "--out", str(plain[0])]) == 2
+    assert torch.equal(load_file(plain[0])["pos_embed"], base.params["pos_embed"])
+
+
+def test_a_callback_without_a_path_is_told_what_one_is(files, tmp_path, capsys):
+    words = ["merge", *files, "--out", str(tmp_path / "m.safetensors")]
+    assert main([*words, "--callbacks+=DeltaGeometry"]) == 2
+    told = capsys.readouterr().err
+    assert "such as mergekit_lit.callbacks.DeltaGeometry, but one is 'DeltaGeometry'" in told
 
 
 def test_methods_lists_the_veneers(capsys):
