@@ -67,8 +67,12 @@ def checked(experts: Experts) -> Experts:
     for name, params in zip(experts.names, experts.tuned, strict=True):
         source = f"Expert {name!r}"
         check_kinds(params, experts.base, source=source)
-        tuned.append(params if isinstance(params, Finite) else Finite(params, source))
-    return replace(experts, tuned=tuned)
+        tuned.append(_looked_through(params, source))
+    return replace(experts, base=_looked_through(experts.base, "The base"), tuned=tuned)
+
+
+def _looked_through(params: Params, source: str) -> Finite:
+    return params if isinstance(params, Finite) else Finite(params, source)
 
 
 def check_kinds(params: Params, base: Params, *, source: str) -> None:

@@ -310,6 +310,9 @@ def check_numbers_that_are_none_are_refused(method: str, make: Make) -> None:
         tuned = [{**experts.tuned[0], name: spoilt}, *experts.tuned[1:]]
         with pytest.raises(ValueError, match=f"Expert 'task0' must hold finite .* {name!r} has 1"):
             merge(replace(experts, tuned=tuned), method)
+        spoilt = {**experts.base, name: torch.full_like(experts.base[name], bad)}
+        with pytest.raises(ValueError, match=f"The base must hold finite .* {name!r} has"):
+            merge(replace(experts, base=spoilt), method)
 
 
 def check_experts_that_do_not_fit_the_base_are_refused(method: str, make: Make) -> None:
