@@ -36,8 +36,10 @@ def add_trainer(parser: ArgumentParser) -> None:
         Trainer, "trainer", instantiate=False, skip=_NOT_OURS, fail_untyped=False
     )
     for action in parser._actions:
-        if action.dest in added and action.default is not None:
-            action.help = f"{action.help or ''} Lightning's default: {action.default!r}."
+        words = action.help or ""
+        told = action.default is None or "Default: " in words
+        if action.dest in added and not told:
+            action.help = f"{words} Lightning's default: {action.default!r}."
     parser.set_defaults(dict.fromkeys(added))
 
 
