@@ -15,11 +15,11 @@ from torch import Tensor
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.scores import Outcomes
 from mergekit_lit.merging.gather import load_experts
-from mergekit_lit.search.tuning_bench import Bench
-from mergekit_lit.search.tuning_loading import load_tasks, make_bench
-from mergekit_lit.search.tuning_objective import Answers, Metric
-from mergekit_lit.search.tuning_plan import TuningPlan
-from mergekit_lit.search.tuning_race import Run, Stage, race, stages_of
+from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.tuning.loading import load_tasks, make_bench
+from mergekit_lit.search.tuning.objective import Answers, Metric
+from mergekit_lit.search.tuning.plan import TuningPlan
+from mergekit_lit.search.tuning.race import Run, Stage, race, stages_of
 from mergekit_lit.stages.merge import Calibration, load_base_of
 
 METRICS: tuple[Metric, ...] = ("normalised_accuracy", "cross_entropy")

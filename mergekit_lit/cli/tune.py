@@ -13,8 +13,8 @@ from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.records import Record
-from mergekit_lit.search.tuning import tune_files
-from mergekit_lit.search.tuning_plan import TuningPlan, told
+from mergekit_lit.search.tuning.plan import TuningPlan, told
+from mergekit_lit.search.tuning.tune import tune_files
 
 _USAGE = "EXPERT ... --method NAME[,NAME ...] --data.suite SUITE --out FOLDER [options]"
 

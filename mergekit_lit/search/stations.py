@@ -19,8 +19,8 @@ from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
 from mergekit_lit.search.crew import tell
-from mergekit_lit.search.tuning_objective import objective_of
-from mergekit_lit.search.tuning_scores import Scorer, expert_rows
+from mergekit_lit.search.tuning.objective import objective_of
+from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.merge import (
     Calibration,
     Recipe,

@@ -13,7 +13,7 @@ from mergekit_lit.core.experts import Expert, save_expert
 from mergekit_lit.core.records import Record
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.reports.commands import command_line
-from mergekit_lit.search.tuning_trials import TrialLog
+from mergekit_lit.search.tuning.trials import TrialLog
 
 BASE = "timm/test_vit@random:0"
 

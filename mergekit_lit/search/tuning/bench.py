@@ -14,10 +14,10 @@ from mergekit_lit.lit.recalibration import ImagesBySplit, declared_splits, recal
 from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.search.coefficients import SCALE
-from mergekit_lit.search.tuning_objective import Answers, Objective
-from mergekit_lit.search.tuning_race import Run, Stage, race
-from mergekit_lit.search.tuning_scores import Scorer
-from mergekit_lit.search.tuning_space import Config, key_of
+from mergekit_lit.search.tuning.objective import Answers, Objective
+from mergekit_lit.search.tuning.race import Run, Stage, race
+from mergekit_lit.search.tuning.scores import Scorer
+from mergekit_lit.search.tuning.space import Config, key_of
 
 # What the directions of one pass over the experts may take: a third of a small machine's memory.
 _HELD_BYTES = 1 << 31

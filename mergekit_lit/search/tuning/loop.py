@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from mergekit_lit.core.experts import Merged
-from mergekit_lit.search.tuning_bench import Bench
-from mergekit_lit.search.tuning_proposals import Propose
-from mergekit_lit.search.tuning_race import Run
-from mergekit_lit.search.tuning_space import Config, key_of
-from mergekit_lit.search.tuning_trials import (
+from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.tuning.proposals import Propose
+from mergekit_lit.search.tuning.race import Run
+from mergekit_lit.search.tuning.space import Config, key_of
+from mergekit_lit.search.tuning.trials import (
     Trial,
     TrialLog,
     best_of,

@@ -10,9 +10,9 @@ import torch
 from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
 from mergekit_lit.merging.configuration import check_interval, parameters
-from mergekit_lit.search.tuning_objective import Goal, Metric
-from mergekit_lit.search.tuning_proposals import Propose, grid_proposals, optuna_proposals
-from mergekit_lit.search.tuning_space import Space, grid_of, space_of
+from mergekit_lit.search.tuning.objective import Goal, Metric
+from mergekit_lit.search.tuning.proposals import Propose, grid_proposals, optuna_proposals
+from mergekit_lit.search.tuning.space import Space, grid_of, space_of
 
 Search = Literal["grid", "optuna"]
 

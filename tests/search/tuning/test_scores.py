@@ -10,7 +10,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import recalibrate
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import load_experts
-from mergekit_lit.search.tuning_scores import Scorer, expert_rows
+from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.stages.merge import load_base_of
 

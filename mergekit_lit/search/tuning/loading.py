@@ -8,11 +8,11 @@ from mergekit_lit.data.splits import TaskData
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import declared_splits, images_by_split
 from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.search.tuning_bench import Bench
-from mergekit_lit.search.tuning_objective import objective_of
-from mergekit_lit.search.tuning_plan import TuningPlan
-from mergekit_lit.search.tuning_race import stages_of
-from mergekit_lit.search.tuning_scores import Scorer, expert_rows
+from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.tuning.objective import objective_of
+from mergekit_lit.search.tuning.plan import TuningPlan
+from mergekit_lit.search.tuning.race import stages_of
+from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.merge import Calibration
 
 

@@ -14,14 +14,14 @@ from mergekit_lit.data.splits import TaskData, split_hash
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.display import Display
-from mergekit_lit.search.tuning_bench import Bench
-from mergekit_lit.search.tuning_loading import load_tasks, make_bench
-from mergekit_lit.search.tuning_loop import score_again, search_method
-from mergekit_lit.search.tuning_objective import check_goal
-from mergekit_lit.search.tuning_plan import TuningPlan, check_plan
-from mergekit_lit.search.tuning_race import Run
-from mergekit_lit.search.tuning_results import best_method, method_results, trial_rows
-from mergekit_lit.search.tuning_trials import Trial, TrialLog, best_of
+from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.tuning.loading import load_tasks, make_bench
+from mergekit_lit.search.tuning.loop import score_again, search_method
+from mergekit_lit.search.tuning.objective import check_goal
+from mergekit_lit.search.tuning.plan import TuningPlan, check_plan
+from mergekit_lit.search.tuning.race import Run
+from mergekit_lit.search.tuning.results import best_method, method_results, trial_rows
+from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, load_base_of, merge_files
 

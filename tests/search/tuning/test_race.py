@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lit.search.tuning_objective import Objective, objective_of
-from mergekit_lit.search.tuning_race import Run, estimate, race, stages_of
+from mergekit_lit.search.tuning.objective import Objective, objective_of
+from mergekit_lit.search.tuning.race import Run, estimate, race, stages_of
 
 LABELS = {"a": np.arange(400) % 4, "b": np.arange(160) % 2}
 MEAN = Objective("mean", "accuracy", {"a": 1.0, "b": 1.0})

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lit.data.splits import Array, proportional_order
-from mergekit_lit.search.tuning_objective import Answers, Objective
+from mergekit_lit.search.tuning.objective import Answers, Objective
 
 # Shares of the validation images after which a candidate may be out.
 _SHARES = (1 / 8, 1 / 4, 1 / 2)

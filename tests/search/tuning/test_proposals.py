@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from mergekit_lit.core.registry import MERGE_METHODS, Registered
-from mergekit_lit.search.tuning_proposals import grid_proposals, optuna_proposals
-from mergekit_lit.search.tuning_space import space_of
-from mergekit_lit.search.tuning_trials import Trial
+from mergekit_lit.search.tuning.proposals import grid_proposals, optuna_proposals
+from mergekit_lit.search.tuning.space import space_of
+from mergekit_lit.search.tuning.trials import Trial
 
 SPACE = space_of(MERGE_METHODS.get("ties"), given={"trim": ["model", "tensor"]})
 

@@ -5,7 +5,7 @@ import pytest
 from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.search.coefficients import scale_grid
-from mergekit_lit.search.tuning_space import grid_of, space_of, start_of
+from mergekit_lit.search.tuning.space import grid_of, space_of, start_of
 
 TIES = MERGE_METHODS.get("ties")
 

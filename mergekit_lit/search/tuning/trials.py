@@ -14,7 +14,7 @@ import torch
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import plain
 from mergekit_lit.search.coefficients import SCALE
-from mergekit_lit.search.tuning_objective import Answers
+from mergekit_lit.search.tuning.objective import Answers
 
 State = Literal["scored", "discarded", "failed"]
 """Scored on all images; out before that; or no model at all, as where numbers overflow."""

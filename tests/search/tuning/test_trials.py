@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_lit.search.tuning_trials import (
+from mergekit_lit.search.tuning.trials import (
     Trial,
     TrialLog,
     best_of,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mergekit_lit.search.tuning_loop import score_again, search_method
-from mergekit_lit.search.tuning_objective import Objective
-from mergekit_lit.search.tuning_race import race, stages_of
-from mergekit_lit.search.tuning_trials import TrialLog
+from mergekit_lit.search.tuning.loop import score_again, search_method
+from mergekit_lit.search.tuning.objective import Objective
+from mergekit_lit.search.tuning.race import race, stages_of
+from mergekit_lit.search.tuning.trials import TrialLog
 
 
 @dataclass

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from mergekit_lit.core.seeds import derive_seed
-from mergekit_lit.search.tuning_space import Axis, Config, Space, grid_of, key_of, start_of
-from mergekit_lit.search.tuning_trials import Trial
+from mergekit_lit.search.tuning.space import Axis, Config, Space, grid_of, key_of, start_of
+from mergekit_lit.search.tuning.trials import Trial
 
 Propose: TypeAlias = Callable[[Sequence[Trial]], list[Config]]
 """Takes every finished trial of a method, in order, and returns what to try next; none at the end.

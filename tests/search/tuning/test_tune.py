@@ -8,11 +8,12 @@ import pytest
 from mergekit_lit.core.experts import load_merged
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule
-from mergekit_lit.search import tuning_bench, tuning_loading
-from mergekit_lit.search.tuning import tune_files
-from mergekit_lit.search.tuning_plan import TuningPlan
-from mergekit_lit.search.tuning_scores import Scorer
-from mergekit_lit.search.tuning_trials import TrialLog
+from mergekit_lit.search.tuning import bench as benches
+from mergekit_lit.search.tuning import loading
+from mergekit_lit.search.tuning.plan import TuningPlan
+from mergekit_lit.search.tuning.scores import Scorer
+from mergekit_lit.search.tuning.trials import TrialLog
+from mergekit_lit.search.tuning.tune import tune_files
 from mergekit_lit.stages.evaluate import evaluate_files
 from mergekit_lit.stages.merge import Recipe, merge_files
 
@@ -107,8 +108,8 @@ def test_a_killed_search_goes_on_to_the_same_end(vits, tmp_path, monkeypatch):
     begun = log.read_bytes()
     log.write_bytes(begun + b'{"method": "task_arithmetic", "numb')
     races = []
-    race = tuning_bench.race
-    monkeypatch.setattr(tuning_bench, "race", lambda *a, **k: races.append(1) or race(*a, **k))
+    race = benches.race
+    monkeypatch.setattr(benches, "race", lambda *a, **k: races.append(1) or race(*a, **k))
     tuned(vits, tmp_path / "killed", discard=0.6, regret=True)
     assert log.read_bytes().startswith(begun)
     assert lines_of(tmp_path / "killed") == whole
@@ -120,9 +121,7 @@ def test_a_killed_search_goes_on_to_the_same_end(vits, tmp_path, monkeypatch):
 
 def test_several_methods_are_compared_and_one_module_serves_all(vits, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(
-        tuning_loading, "Scorer", lambda *a, **k: made.append(Scorer(*a, **k)) or made[-1]
-    )
+    monkeypatch.setattr(loading, "Scorer", lambda *a, **k: made.append(Scorer(*a, **k)) or made[-1])
     result = tuned(vits, tmp_path, method=["task_arithmetic", "average", "tall_masks"], points=3)
     assert len(made) == 1
     metrics = result.record.metrics

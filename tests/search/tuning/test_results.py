@@ -2,8 +2,8 @@
 
 import pytest
 
-from mergekit_lit.search.tuning_results import best_method, method_results, regret, trial_rows
-from mergekit_lit.search.tuning_trials import Trial, TrialLog
+from mergekit_lit.search.tuning.results import best_method, method_results, regret, trial_rows
+from mergekit_lit.search.tuning.trials import Trial, TrialLog
 
 
 def trial(number, value, state="scored", **more) -> Trial:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_lit.search.tuning_space import Space
-from mergekit_lit.search.tuning_trials import Trial, TrialLog, best_of
+from mergekit_lit.search.tuning.space import Space
+from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
 
 
 def method_results(log: TrialLog, method: str, space: Space, images: int) -> dict[str, Any]:
