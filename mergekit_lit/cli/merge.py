@@ -265,7 +265,8 @@ def _observer(given: str | dict[str, Any]) -> MergeObserver:
     if not module:
         raise ValueError(
             "`callbacks` must name classes by their path, such as "
-            f"mergekit_lit.callbacks.DeltaGeometry, but one is {path!r}."
+            "mergekit_lit.callbacks.DeltaGeometry, or hold `class_path` and `init_args` of each, "
+            f"but one is {given!r}."
         )
     try:
         made = getattr(importlib.import_module(module), name)(**arguments)
