@@ -224,7 +224,8 @@ def test_a_callback_without_a_path_is_told_what_one_is(files, tmp_path, capsys):
     words = ["merge", *files, "--out", str(tmp_path / "m.safetensors")]
     assert main([*words, "--callbacks+=DeltaGeometry"]) == 2
     told = capsys.readouterr().err
-    assert "such as mergekit_lit.callbacks.DeltaGeometry, but one is 'DeltaGeometry'" in told
+    assert "such as mergekit_lit.callbacks.DeltaGeometry, or hold" in told
+    assert "but one is 'DeltaGeometry'" in told
 
 
 def test_methods_lists_the_veneers(capsys):
