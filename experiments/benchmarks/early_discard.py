@@ -16,11 +16,12 @@ from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.scores import Outcomes
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.search.tuning.bench import Bench
-from mergekit_lit.search.tuning.loading import load_tasks, make_bench
+from mergekit_lit.search.tuning.loading import make_bench
 from mergekit_lit.search.tuning.objective import Answers, Metric
 from mergekit_lit.search.tuning.plan import TuningPlan
 from mergekit_lit.search.tuning.race import Run, Stage, race, stages_of
-from mergekit_lit.stages.merge import Calibration, load_base_of
+from mergekit_lit.stages.images import Calibration
+from mergekit_lit.stages.opening import load_base_of
 
 METRICS: tuple[Metric, ...] = ("normalised_accuracy", "cross_entropy")
 CONFIDENCES = (0.9, 0.95, 0.99)
@@ -63,7 +64,7 @@ def load_bench(given: argparse.Namespace, metric: Metric) -> Bench:
     backbone, base = load_base_of(given.experts)
     experts = load_experts(given.experts, base=base)
     calibration = Calibration(suite=given.suite, options=SplitOptions(seed=given.split_seed))
-    return make_bench(experts, backbone, load_tasks(experts, calibration), plan, calibration)
+    return make_bench(experts, backbone, list(calibration.tasks(experts.names)), plan, calibration)
 
 
 def all_outcomes(bench: Bench, method: str) -> list[dict[str, Outcomes]]:

@@ -70,8 +70,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_text(path: Path, text: str) -> None:
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write `text` as UTF-8 at the end of a file that is there; all of it, or nothing.
+
+    Args:
+        path: the file.
+        text: what is added.
+        durable: whether to wait until it is on the disk, so that a loss of power leaves it there.
 
     Raises:
         OSError: the file cannot be written.
@@ -84,6 +89,8 @@ def append_text(path: Path, text: str) -> None:
             if file.write(content) < len(content):
                 file.truncate(before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(file.fileno())
     except OSError as error:
         raise _told(error, Path(path)) from error
 

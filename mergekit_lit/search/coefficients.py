@@ -1,13 +1,11 @@
 """This file chooses lambda: the length of a method's step, by its score on validation images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import Registered
-from mergekit_lit.merging.configuration import SCALE as SCALE
-from mergekit_lit.merging.engine import merge_many
+from mergekit_lit.merging.configuration import SCALE
 
 # Shares of the upper end of a method's range. Good steps are short: the grid is dense near 0, far
 # below where single-task vectors are scaled, and it holds 0, the base itself.
@@ -68,14 +66,3 @@ def choose(scales: Sequence[float], score: Callable[[Sequence[float]], Sequence[
     if best is None:
         raise ValueError("A scale needs a score that is a number, but all are NaN.")
     return Choice(ordered, values, ordered[values.index(best)])
-
-
-def merged_at(experts: Experts, method: str, scales: Sequence[float]) -> Iterator[Merged]:
-    """Yield the merge at each scale, in one pass over the experts where the method allows it.
-
-    Args:
-        experts: T experts of one base.
-        method: a registered method with a parameter `scale`.
-        scales: candidates.
-    """
-    return merge_many(experts, method, [{SCALE: scale} for scale in scales])

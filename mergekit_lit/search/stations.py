@@ -1,13 +1,14 @@
 """This file is the quickstart's work: what its crew does for one expert, and for one merge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
 from mergekit_lit.callbacks.progress import Progress
-from mergekit_lit.core.experts import Merged, load_expert
+from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
@@ -15,18 +16,19 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, recalibrate
 from mergekit_lit.lit.wandb_runs import LoggerKind
-from mergekit_lit.merging.engine import merge
+from mergekit_lit.merging.configuration import SCALE
+from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.merging.gather import in_memory, load_experts
-from mergekit_lit.search.coefficients import SCALE, Choice, choose, merged_at, scale_grid
+from mergekit_lit.search.coefficients import Choice, choose, scale_grid
 from mergekit_lit.search.crew import tell
 from mergekit_lit.search.tuning.objective import objective_of
 from mergekit_lit.search.tuning.scores import Scorer, expert_rows
+from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import (
-    Calibration,
     Recipe,
-    load_base_of,
     merge_files,
 )
+from mergekit_lit.stages.opening import load_base_of
 from mergekit_lit.stages.train import train_expert
 
 # Images of a task on which a candidate's BatchNorm statistics are estimated; the final merge takes
@@ -116,8 +118,8 @@ def merge_one(job: tuple[Plan, str]) -> Made:
     """Choose a method's scale on val and merge; tells (`merge`, method, done, all, note)."""
     plan, method = job
     grid = scale_grid(MERGE_METHODS.get(method))
-    judge = _Judge(plan, method)
-    choice = choose(grid, judge.of_scales) if grid else None
+    judge = judge_of(plan)
+    choice = _choice(judge, method, grid) if grid else None
     geometry = DeltaGeometry()
     config = {SCALE: choice.chosen} if choice else {}
     result = merge_files(
@@ -128,18 +130,22 @@ def merge_one(job: tuple[Plan, str]) -> Made:
         calibration=Calibration(suite=plan.suite, options=plan.split),
         observers=[geometry],
     )
-    val = choice.best if choice else judge.of_defaults()
+    val = choice.best if choice else next(judge.scores(method, [{}]))
     note = f"scale {choice.chosen:g}" if choice else ""
     tell("merge", method, len(grid) + 1, len(grid) + 1, note)
     facts = result.record.metrics["merged"]
     return Made(method, result.path, facts, val, choice, geometry.to_json())
 
 
-class _Judge:
-    """Scores one method's merges on the validation images of all tasks; never on test images."""
+class Judge:
+    """Scores merges of a plan's experts on the validation images of all tasks; never on test."""
 
-    def __init__(self, plan: Plan, method: str) -> None:
-        self._method = method
+    def __init__(self, plan: Plan) -> None:
+        """Load the experts and the images.
+
+        Args:
+            plan: whose experts are there.
+        """
         paths = plan.expert_paths()
         self._backbone, base = load_base_of(paths, plan.backbone)
         self._experts = in_memory(load_experts(paths, base=base))
@@ -157,23 +163,30 @@ class _Judge:
         known = all(row["accuracy"] > 0 for row in rows.values())
         self._objective = objective_of(rows, metric="normalised_accuracy" if known else "accuracy")
 
-    def of_scales(self, scales: Sequence[float]) -> list[float]:
-        """Return the score at each scale."""
+    def scores(self, method: str, configs: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+        """Yield the score of each configuration: normalised accuracy, averaged over the tasks."""
+        for merged in merge_many(self._experts, method, configs):
+            whole = recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
+            yield self._objective.of(self._scorer.outcomes(whole))
+
+
+@lru_cache(maxsize=1)
+def judge_of(plan: Plan) -> Judge:
+    """Return the judge of a plan, loaded once in each process."""
+    return Judge(plan)
+
+
+def _choice(judge: Judge, method: str, grid: Sequence[float]) -> Choice:
+    """Choose the scale, and tell of each that is tried."""
+
+    def scores(scales: Sequence[float]) -> list[float]:
         total = len(scales) + 1
-        tell("merge", self._method, 0, total, "merging")
-        scores = []
-        for done, merged in enumerate(merged_at(self._experts, self._method, scales)):
-            tell("merge", self._method, done, total, f"trying scale {scales[done]:g}")
-            scores.append(self._score(merged))
-        return scores
+        tell("merge", method, 0, total, "merging")
+        found = []
+        tried = judge.scores(method, [{SCALE: scale} for scale in scales])
+        for done, scale in enumerate(scales):
+            tell("merge", method, done, total, f"trying scale {scale:g}")
+            found.append(next(tried))
+        return found
 
-    def of_defaults(self) -> float:
-        """Return the score of the method as it comes."""
-        return self._score(merge(self._experts, self._method))
-
-    def _score(self, merged: Merged) -> float:
-        """Return what the quickstart chooses by: normalised accuracy, averaged over the tasks."""
-        whole = recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
-        found = self._scorer.outcomes(whole)
-        answers = {task: self._objective.answers(outcomes) for task, outcomes in found.items()}
-        return self._objective.total(self._objective.by_task(answers))
+    return choose(grid, scores)

@@ -10,10 +10,7 @@ from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
-from mergekit_lit.data.splits import SplitOptions
-from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import (
-    CALIBRATION_IMAGES,
     ImagesBySplit,
     Veneers,
     images_by_split,
@@ -29,8 +26,8 @@ from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
 from mergekit_lit.stages.folders import check_record
+from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
-from mergekit_lit.stages.opening import load_base_of as load_base_of
 
 if TYPE_CHECKING:
     from mergekit_lit.models.backbones import Backbone
@@ -65,27 +62,6 @@ class Recipe:
     dtype: ComputeDtype | None = None
     out_dtype: OutputDtype = "base"
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Where the images come from that a method looks at, or BatchNorm statistics are made of.
-
-    Attributes:
-        suite: name of a suite, or a folder of tasks.
-        root: where the data sets lie; `$MERGEKIT_LIT_DATA` by default.
-        options: how val and reserve were carved out of train when the experts were trained.
-        images: largest number of images of one task, at least 2.
-        size: largest side to which images are decoded, in pixels; None keeps the source's.
-        download: whether missing images may be fetched.
-    """
-
-    suite: str
-    root: Path | None = None
-    options: SplitOptions = field(default_factory=SplitOptions)
-    images: int = CALIBRATION_IMAGES
-    size: int | None = None
-    download: bool = False
 
 
 @dataclass(frozen=True)
@@ -337,16 +313,7 @@ def _images(
             f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
             "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
         )
-    suite = load_suite(calibration.suite, root=calibration.root)
-    tasks = (
-        suite.task(task).load(
-            calibration.options,
-            root=calibration.root,
-            size=calibration.size,
-            download=calibration.download,
-        )
-        for task in experts.names
-    )
+    tasks = calibration.tasks(experts.names)
     return images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
 
 

@@ -14,7 +14,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.passes import features_of
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import fit_ncm
-from mergekit_lit.stages.merge import Calibration
+from mergekit_lit.stages.images import Calibration
 
 VIT, RESNET = "timm/test_vit@random:0", "timm/test_resnet@random:0"
 TASKS = ("dots", "stripes")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mergekit_lit.core.registry import MERGE_METHODS, Registered
-from mergekit_lit.merging.engine import merge
-from mergekit_lit.search.coefficients import choose, merged_at, scale_grid
+from mergekit_lit.merging.engine import merge, merge_many
+from mergekit_lit.search.coefficients import choose, scale_grid
 
 
 def method(**search):
@@ -61,7 +61,8 @@ def test_bad_searches_are_refused():
 def test_merges_along_a_direction_are_the_methods_own(make_experts, name):
     experts = make_experts(3, torch.float32)
     scales = [0.0, 0.1, 0.5, 1.0]
-    for scale, merged in zip(scales, merged_at(experts, name, scales), strict=True):
+    models = merge_many(experts, name, [{"scale": scale} for scale in scales])
+    for scale, merged in zip(scales, models, strict=True):
         own = merge(experts, name, config={"scale": scale})
         assert merged.facts == own.facts
         assert all(torch.equal(merged.shared[key], tensor) for key, tensor in own.shared.items())

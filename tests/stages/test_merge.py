@@ -26,7 +26,9 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import calibration_images
 from mergekit_lit.merging import in_memory, load_experts, merge
 from mergekit_lit.models.backbones import Backbone, load_base
-from mergekit_lit.stages.merge import Calibration, Recipe, load_base_of, merge_files, merge_recipe
+from mergekit_lit.stages.images import Calibration
+from mergekit_lit.stages.merge import Recipe, merge_files, merge_recipe
+from mergekit_lit.stages.opening import load_base_of
 
 RESNET, VIT = "timm/test_resnet@random:0", "timm/test_vit@random:0"
 TASKS = ("dots", "stripes")

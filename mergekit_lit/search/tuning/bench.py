@@ -11,9 +11,9 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.recalibration import ImagesBySplit, declared_splits, recalibrate
+from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.search.coefficients import SCALE
 from mergekit_lit.search.tuning.objective import Answers, Objective
 from mergekit_lit.search.tuning.race import Run, Stage, race
 from mergekit_lit.search.tuning.scores import Scorer

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from mergekit_lit.core.experts import Expert, Experts
 from mergekit_lit.data.splits import TaskData
-from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import declared_splits, images_by_split
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.search.tuning.bench import Bench
@@ -13,26 +12,7 @@ from mergekit_lit.search.tuning.objective import objective_of
 from mergekit_lit.search.tuning.plan import TuningPlan
 from mergekit_lit.search.tuning.race import stages_of
 from mergekit_lit.search.tuning.scores import Scorer, expert_rows
-from mergekit_lit.stages.merge import Calibration
-
-
-def load_tasks(experts: Experts, calibration: Calibration) -> list[TaskData]:
-    """Return the images of each expert's task.
-
-    Raises:
-        KeyError: unknown suite or task.
-        ValueError: a damaged task.
-    """
-    suite = load_suite(calibration.suite, root=calibration.root)
-    return [
-        suite.task(task).load(
-            calibration.options,
-            root=calibration.root,
-            size=calibration.size,
-            download=calibration.download,
-        )
-        for task in experts.names
-    ]
+from mergekit_lit.stages.images import Calibration
 
 
 def make_bench(

@@ -59,6 +59,10 @@ class Objective:
         weighed = math.fsum(weights[task] * value for task, value in values.items())
         return weighed / math.fsum(weights.values())
 
+    def of(self, outcomes: Mapping[str, Outcomes]) -> float:
+        """Return the number to maximise from what a model does on each task."""
+        return self.total(self.by_task({task: self.answers(of) for task, of in outcomes.items()}))
+
     def upper(
         self, values: Mapping[str, float], errors: Mapping[str, float], confidence: float
     ) -> float:

@@ -79,7 +79,8 @@ class Scorer:
             features = self._forward(pixels(self._module, x.to(device)))
             outcomes = outcomes_of(apply_head(head, adapted(adapter, features)), y.to(device))
             found.append(Outcomes(*(each.cpu() for each in vars(outcomes).values())))
-        return Outcomes(*(torch.cat(each) for each in zip(*map(_fields, found), strict=True)))
+        fields = zip(*(vars(outcomes).values() for outcomes in found), strict=True)
+        return Outcomes(*(torch.cat(each) for each in fields))
 
     def _take(self, params: Params) -> None:
         """Copy a model's tensors into the module, but for those that it holds already."""
@@ -96,10 +97,6 @@ def expert_rows(
     models = {"experts": experts}
     table = evaluate_models(backbone, models, tasks, split="val", batch_norm="stored")
     return dict(table["experts"]["tasks"])
-
-
-def _fields(outcomes: Outcomes) -> tuple[Tensor, Tensor, Tensor]:
-    return outcomes.correct, outcomes.loss, outcomes.confidence
 
 
 def _on(params: Params, device: torch.device) -> dict[str, Tensor]:

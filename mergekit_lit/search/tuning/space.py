@@ -10,8 +10,8 @@ import torch
 
 from mergekit_lit.core.registry import Registered
 from mergekit_lit.core.seeds import generator
-from mergekit_lit.merging.configuration import parameters, resolve
-from mergekit_lit.search.coefficients import SCALE, scale_grid
+from mergekit_lit.merging.configuration import SCALE, parameters, resolve
+from mergekit_lit.search.coefficients import scale_grid
 
 Config: TypeAlias = Mapping[str, Any]
 """Values of some of a method's parameters; the others keep their defaults."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mergekit_lit.core.files import write_text
+from mergekit_lit.core.files import append_text, write_text
 from mergekit_lit.core.records import plain
-from mergekit_lit.search.coefficients import SCALE
+from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.search.tuning.objective import Answers
 
 State = Literal["scored", "discarded", "failed"]
@@ -83,10 +83,7 @@ class TrialLog:
         line = json.dumps(plain(asdict(trial))) + "\n"
         if not self._path.is_file():
             write_text(self._path, json.dumps({"search": self._facts}) + "\n")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self._path, line, durable=True)
         self.trials.append(trial)
 
     def of(self, method: str) -> list[Trial]:

@@ -15,7 +15,7 @@ from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.tuning.bench import Bench
-from mergekit_lit.search.tuning.loading import load_tasks, make_bench
+from mergekit_lit.search.tuning.loading import make_bench
 from mergekit_lit.search.tuning.loop import score_again, search_method
 from mergekit_lit.search.tuning.objective import check_goal
 from mergekit_lit.search.tuning.plan import TuningPlan, check_plan
@@ -23,7 +23,9 @@ from mergekit_lit.search.tuning.race import Run
 from mergekit_lit.search.tuning.results import best_method, method_results, trial_rows
 from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
 from mergekit_lit.stages.folders import check_folder
-from mergekit_lit.stages.merge import Calibration, MergeResult, Recipe, load_base_of, merge_files
+from mergekit_lit.stages.images import Calibration
+from mergekit_lit.stages.merge import MergeResult, Recipe, merge_files
+from mergekit_lit.stages.opening import load_base_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def tune_files(
     backbone, loaded = load_base_of(paths, base)
     gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
     check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
-    tasks = load_tasks(gathered, calibration)
+    tasks = list(calibration.tasks(gathered.names))
     log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
     bench = make_bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
     with Display(Console(quiet=quiet)) as display:

@@ -12,7 +12,7 @@ from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.evaluate import evaluate_models
-from mergekit_lit.stages.merge import load_base_of
+from mergekit_lit.stages.opening import load_base_of
 
 
 @pytest.fixture(scope="module")
