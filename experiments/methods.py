@@ -7,7 +7,6 @@ validation images, and the merge is scored once on test images. What is there is
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from scipy.stats import t as student
 
 from mergekit_lit.core.experts import Merged, load_expert
 from mergekit_lit.core.files import read_json, write_json
@@ -25,26 +23,24 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import (
     CALIBRATION_IMAGES,
-    calibration_images,
     images_by_split,
-    recalibrate,
     splits_needed,
 )
-from mergekit_lit.merging.engine import merge_many
+from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.reports.intervals import student_half_width
 from mergekit_lit.reports.tables import DATA_WORDS
-from mergekit_lit.search.coefficients import SCALE, Choice, choose, scale_grid
+from mergekit_lit.search.coefficients import Choice, choose, scale_grid
 from mergekit_lit.search.crew import Crew
-from mergekit_lit.search.stations import Plan, train_one
+from mergekit_lit.search.stations import Plan, judge_of, train_one
 from mergekit_lit.stages.evaluate import evaluate_models
-from mergekit_lit.stages.merge import Recipe, load_base_of, merge_recipe
+from mergekit_lit.stages.merge import Recipe, merge_recipe
+from mergekit_lit.stages.opening import load_base_of
 
 if TYPE_CHECKING:
     from mergekit_lit.lit.evaluation import Model
 
 POLICY = "recalibrate-per-task"
-# Images of a task on which a candidate's BatchNorm statistics are estimated during the search.
-SEARCH_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -114,10 +110,6 @@ class _Cell:
         self._files = [load_expert(path) for path in paths]
         suite = load_suite(plan.suite)
         self._data = [suite.task(task).load(plan.split) for task in plan.tasks]
-        self._few = {
-            task.name: calibration_images(task.train, task.name, count=SEARCH_IMAGES)
-            for task in self._data
-        }
 
     def reference(self) -> dict[str, Any]:
         """Return the accuracies of base and experts by split and task."""
@@ -155,23 +147,13 @@ class _Cell:
         grid = () if SCALE in row.config else scale_grid(MERGE_METHODS.get(row.method))
         if not grid:
             return None
-        experts = read_json(path_of(self._plan, REFERENCE_ROW))["val"]["experts"]
-
-        def scores(scales: Sequence[float]) -> list[float]:
-            configs = [{**row.config, SCALE: scale} for scale in scales]
-            candidates: dict[str, Model] = {
-                str(scale): recalibrate(merged, self._few, backbone=self._backbone, per_task=True)
-                for scale, merged in zip(
-                    scales, merge_many(self._experts, row.method, configs), strict=True
-                )
-            }
-            heads = dict(zip(self._experts.names, self._experts.heads, strict=True))
-            table = _accuracies(
-                evaluate_models(self._backbone, candidates, self._data, split="val", heads=heads)
-            )
-            return [statistics.fmean(_ratios(table[str(s)], experts)) for s in scales]
-
-        return choose(grid, scores)
+        judge = judge_of(self._plan)
+        return choose(
+            grid,
+            lambda scales: list(
+                judge.scores(row.method, [{**row.config, SCALE: scale} for scale in scales])
+            ),
+        )
 
     def _merged(self, method: str, config: Mapping[str, Any]) -> Merged:
         needed = splits_needed(method, POLICY, self._experts.structure)
@@ -240,8 +222,7 @@ def _interval(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = student_half_width(values)
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 

@@ -8,7 +8,6 @@ Each run takes minutes on two cores; a run whose record is there is not made aga
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Any
 
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports import tables
-
-# 97.5 % quantiles of Student's t by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+from mergekit_lit.reports.intervals import student_half_width
 
 
 def main() -> None:
@@ -99,7 +96,7 @@ def _told(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
-    half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    half = student_half_width(values)
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 

@@ -5,6 +5,8 @@ Images are resampled within each task; a mean over tasks averages the draws of i
 """
 
 import base64
+import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,6 +92,20 @@ def percentile_interval(draws: Draws, *, level: float = 0.95) -> tuple[float, fl
         return None
     low, high = np.quantile(draws, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)
+
+
+def student_half_width(values: Sequence[float], *, level: float = 0.95) -> float:
+    """Return half the width of Student's interval of the mean of N >= 2 independent values.
+
+    t_{N-1} s / sqrt(N), such as over seeds, each with its own split, order and choices.
+
+    Source: Student 1908, doi:10.1093/biomet/6.1.1.
+    """
+    # Here, because only tables over seeds need it.
+    from scipy.stats import t
+
+    quantile = float(t.ppf((1.0 + level) / 2.0, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def pack_flags(correct: ArrayLike) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,28 +40,34 @@ LOOKING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def family():
-    """Return a backbone with BatchNorm, its base, and two experts of it."""
-    backbone, base = load_base(BASE, image_size=32)
+def drawn(backbone, base, *, length, card):
+    """Return an expert of each task, with random steps and heads, and the card."""
     experts = []
     for seed, task in enumerate(TASKS):
         draw = torch.Generator().manual_seed(seed)
         step = {
-            name: 0.02 * torch.randn(tensor.shape, generator=draw).abs()
+            name: length * torch.randn(tensor.shape, generator=draw).abs()
             for name, tensor in base.params.items()
             if tensor.is_floating_point()
         }
         head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.ones(3)}
-        card = Card(
-            task=task,
-            base=BASE,
-            base_hash=base.content,
-            backbone=base.backbone,
-            image_size=32,
-            travel=1.0,
-        )
-        experts.append(Expert(add(base.params, step), head, base.structure, card))
+        own = replace(card, task=task)
+        experts.append(Expert(add(base.params, step), head, base.structure, own))
+    return experts
+
+
+@pytest.fixture(scope="module")
+def family():
+    """Return a backbone with BatchNorm, its base, and two experts of it."""
+    backbone, base = load_base(BASE, image_size=32)
+    card = Card(
+        base=BASE,
+        base_hash=base.content,
+        backbone=base.backbone,
+        image_size=32,
+        travel=1.0,
+    )
+    experts = drawn(backbone, base, length=0.02, card=card)
     return backbone, base, experts
 
 
@@ -202,16 +209,7 @@ def planted(base: Base, experts: list[Expert], *, scrambled: bool) -> Experts:
 @pytest.mark.parametrize("method", ["greedy_soup", "fisher", "surgery"])
 def test_what_looks_after_a_veneer_has_the_veneer_s_heads_and_statistics(data, method):
     backbone, base = load_base("resnet")
-    experts = []
-    for seed, task in enumerate(TASKS):
-        draw = torch.Generator().manual_seed(seed)
-        step = {
-            name: 0.01 * torch.randn(tensor.shape, generator=draw).abs()
-            for name, tensor in base.params.items()
-            if tensor.is_floating_point()
-        }
-        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.ones(3)}
-        experts.append(Expert(add(base.params, step), head, base.structure, Card(task=task)))
+    experts = drawn(backbone, base, length=0.01, card=Card())
     images = images_by_split(data, splits_needed(method, "average", base.structure), count=20)
     found, plain = (
         merge_calibrated(
