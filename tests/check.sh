@@ -9,4 +9,5 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-pytest "$@"
+# Two processes of one thread each; the slow tests start processes of their own.
+pytest --numprocesses=2 "$@"

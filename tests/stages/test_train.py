@@ -86,7 +86,7 @@ def test_writes_expert_record_and_logs(tiny_suite, tmp_path, capfd):
 
 
 def test_fine_tuning_learns(tiny_suite, tmp_path):
-    result = train(tiny_suite, tmp_path, steps=[60], model={"optimizer": "adamw", "lr": 3e-3})
+    result = train(tiny_suite, tmp_path, steps=[30], model={"optimizer": "adamw", "lr": 3e-3})
     assert load_expert(result.experts[0]).card.train_accuracy > 0.9
 
 
