@@ -14,11 +14,11 @@ from mergekit_lit.merging.configuration import resolve, to_json
 from mergekit_lit.merging.finishing import POLICIES, finished
 from mergekit_lit.merging.forms import Config, Setting, is_whole, setting
 from mergekit_lit.merging.images import Given, shown
+from mergekit_lit.merging.moving import stepped, streamed_model
 from mergekit_lit.merging.observing import observed
 from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.patterns import ByPattern
 from mergekit_lit.merging.precision import compute_dtype, computing_in, output_dtype
-from mergekit_lit.merging.stepping import stepped, streamed_model
 from mergekit_lit.merging.steps import moved
 
 _POSITIONS = ("after", "before")

@@ -20,7 +20,7 @@ from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.evaluation import entries_for, predict
 from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import images_by_split, merge_calibrated, splits_needed
-from mergekit_lit.merging.alignment import permuted
+from mergekit_lit.merging.methods.alignment import permuted
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 

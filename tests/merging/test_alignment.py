@@ -13,7 +13,7 @@ from mergekit_lit.core.params import add
 from mergekit_lit.core.permutations import permutation_sizes, permute
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.alignment import git_rebasin, match_weights, permuted
+from mergekit_lit.merging.methods.alignment import git_rebasin, match_weights, permuted
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.structure import structure_of
 

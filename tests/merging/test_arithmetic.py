@@ -8,7 +8,7 @@ import torch
 
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge, metagpt
-from mergekit_lit.merging.arithmetic import depth_scales
+from mergekit_lit.merging.methods.arithmetic import depth_scales
 
 
 def orthogonal_experts(make_experts, lengths):

@@ -7,7 +7,7 @@ import torch
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.merging import average, merge, task_arithmetic, travel_normalised
-from mergekit_lit.merging.averaging import weighted_average
+from mergekit_lit.merging.methods.averaging import weighted_average
 
 
 def with_travels(experts, travels):

@@ -12,8 +12,8 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts, load_merged, save_merged
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.surgery import fitted
-from mergekit_lit.merging.test_time import (
+from mergekit_lit.merging.methods.surgery import fitted
+from mergekit_lit.merging.methods.test_time import (
     Combination,
     Draws,
     descend,

@@ -12,8 +12,8 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.alignment import permuted
-from mergekit_lit.merging.repair import output_moments, repair
+from mergekit_lit.merging.methods.alignment import permuted
+from mergekit_lit.merging.methods.repair import output_moments, repair
 from mergekit_lit.models.capture import network
 from mergekit_lit.models.structure import structure_of
 

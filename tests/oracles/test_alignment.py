@@ -7,7 +7,7 @@ import torch
 
 from mergekit_lit.core.permutations import permute
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.alignment import match_weights
+from mergekit_lit.merging.methods.alignment import match_weights
 
 MLP = {
     "0.weight": TensorInfo("linear", 0, "0", ("first", None)),

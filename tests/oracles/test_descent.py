@@ -6,7 +6,7 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.descent import wudi
+from mergekit_lit.merging.methods.descent import wudi
 
 
 def a_slice(shape=(6, 9), count=3, kind="linear", size=0.01, deltas=None):

@@ -9,7 +9,7 @@ import torch
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.dropping import dare, della, drawn
+from mergekit_lit.merging.methods.dropping import dare, della, drawn
 
 
 def a_slice(shape=(7, 5), count=3, name="w", seed=0, deltas=None):

@@ -6,7 +6,7 @@ import torch
 
 from mergekit_lit.core.experts import load_merged, save_merged
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.masks import emr, tall_masks
+from mergekit_lit.merging.methods.masks import emr, tall_masks
 
 
 def flat(params, names):

@@ -12,8 +12,8 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.curvature import conjugate_gradients
-from mergekit_lit.merging.regression import solve
+from mergekit_lit.merging.methods.curvature import conjugate_gradients
+from mergekit_lit.merging.methods.regression import solve
 from mergekit_lit.models.capture import network
 
 CLASSES = 3

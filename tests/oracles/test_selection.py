@@ -6,8 +6,8 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.selection import competition, nearswap, pcb, ram, sce
-from mergekit_lit.merging.sparsify import breadcrumbs
+from mergekit_lit.merging.methods.selection import competition, nearswap, pcb, ram, sce
+from mergekit_lit.merging.methods.sparsify import breadcrumbs
 
 SHAPES = {"a": (30, 50), "b": (3,), "c": (), "d": (2, 3, 3, 3), "e": (1,)}
 

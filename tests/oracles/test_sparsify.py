@@ -6,8 +6,8 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.dropping import dare
-from mergekit_lit.merging.sparsify import magmax, magnitude_thresholds, ties, trim_and_elect
+from mergekit_lit.merging.methods.dropping import dare
+from mergekit_lit.merging.methods.sparsify import magmax, magnitude_thresholds, ties, trim_and_elect
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (2, 3, 3, 3), "e": (1,)}
 

@@ -6,7 +6,7 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.spectral import iso_c, iso_cts, knots, tsv_m
+from mergekit_lit.merging.methods.spectral import iso_c, iso_cts, knots, tsv_m
 
 
 def a_slice(shape, tasks=3, seed=0, kind="linear", deltas=None) -> Slice:

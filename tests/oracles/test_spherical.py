@@ -6,7 +6,7 @@ import torch
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.spherical import karcher, model_stock, multislerp, nuslerp, slerp
+from mergekit_lit.merging.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
 
 
 def a_slice(shape=(6, 4), count=2, seed=0, spread=1.0, dtype=torch.float64):

@@ -7,8 +7,8 @@ import torch
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging import merge
-from mergekit_lit.merging.matching import correlations, group_units
-from mergekit_lit.merging.zipping import zipped
+from mergekit_lit.merging.methods.matching import correlations, group_units
+from mergekit_lit.merging.methods.zipping import zipped
 
 MLP = {
     "0.weight": TensorInfo("linear", 0, "0", ("hidden", None)),

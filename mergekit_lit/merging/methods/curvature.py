@@ -12,7 +12,7 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
-from mergekit_lit.merging.moments import as_matrices, looks, matrix_names
+from mergekit_lit.merging.methods.moments import as_matrices, looks, matrix_names
 from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
 

@@ -11,8 +11,8 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.merging.engine import merge
-from mergekit_lit.merging.moments import looks_together
-from mergekit_lit.merging.test_time import check_learning
+from mergekit_lit.merging.methods.moments import looks_together
+from mergekit_lit.merging.methods.test_time import check_learning
 
 # Most images of one task whose features are kept.
 _IMAGES = 4096

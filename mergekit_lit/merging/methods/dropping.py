@@ -16,8 +16,8 @@ from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.methods.sparsify import Combine, by_sign
 from mergekit_lit.merging.reductions import total
-from mergekit_lit.merging.sparsify import Combine, by_sign
 from mergekit_lit.merging.steps import sum_of
 
 Rescale = Literal["expected", "l1", "none"]

@@ -15,7 +15,7 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params, add, subtract
 from mergekit_lit.core.registry import VENEERS
 from mergekit_lit.core.tensorfiles import floats
-from mergekit_lit.merging.arithmetic import depth_scales
+from mergekit_lit.merging.methods.arithmetic import depth_scales
 from mergekit_lit.merging.passes import reduced, squared_lengths
 from mergekit_lit.merging.reductions import total
 

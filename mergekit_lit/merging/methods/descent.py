@@ -10,7 +10,7 @@ from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_scale
 from mergekit_lit.merging.decompositions import one_thread
-from mergekit_lit.merging.spectral import is_matrix, like, matrices, mean_of
+from mergekit_lit.merging.methods.spectral import is_matrix, like, matrices, mean_of
 from mergekit_lit.merging.steps import sum_of
 
 

@@ -9,7 +9,7 @@ from mergekit_lit.core.calibration import Batch, Calibration
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.merging.moments import looks, looks_together
+from mergekit_lit.merging.methods.moments import looks, looks_together
 from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
+from mergekit_lit.merging.methods.sparsify import agreeing
 from mergekit_lit.merging.quantiles import Pairs, smallest
 from mergekit_lit.merging.reductions import total
-from mergekit_lit.merging.sparsify import agreeing
 from mergekit_lit.merging.steps import weighted_sum
 
 # PCB cuts off this share of the magnitudes at either end before it compares them.

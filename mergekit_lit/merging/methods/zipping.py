@@ -12,10 +12,10 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.permutations import axis_layout, split_axis
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.structure import Structure, TensorInfo
-from mergekit_lit.merging.alignment import FEATURES, check_axes
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.matching import correlations, group_units
-from mergekit_lit.merging.moments import looks
+from mergekit_lit.merging.methods.alignment import FEATURES, check_axes
+from mergekit_lit.merging.methods.matching import correlations, group_units
+from mergekit_lit.merging.methods.moments import looks
 
 
 @MERGE_METHODS.add(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.directions import lengths_and_cosines, mean_direction
+from mergekit_lit.merging.methods.directions import lengths_and_cosines, mean_direction
 from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.steps import shares_of, weighted_sum
 

@@ -15,9 +15,9 @@ from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
 from mergekit_lit.merging.decompositions import has_direction, leading, one_thread, polar
+from mergekit_lit.merging.methods.sparsify import Combine, by_sign
 from mergekit_lit.merging.quantiles import threshold
 from mergekit_lit.merging.reductions import total
-from mergekit_lit.merging.sparsify import Combine, by_sign
 from mergekit_lit.merging.steps import sum_of
 
 

@@ -9,7 +9,7 @@ from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.moments import as_matrices, input_moments, looks, matrix_names
+from mergekit_lit.merging.methods.moments import as_matrices, input_moments, looks, matrix_names
 from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
 

@@ -11,8 +11,8 @@ from mergekit_lit.core.calibration import Calibration, Network
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS
-from mergekit_lit.merging.averaging import average
-from mergekit_lit.merging.moments import looks, matrix_names
+from mergekit_lit.merging.methods.averaging import average
+from mergekit_lit.merging.methods.moments import looks, matrix_names
 from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved, weighted_sum
 

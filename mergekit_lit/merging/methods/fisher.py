@@ -14,7 +14,7 @@ from mergekit_lit.core.params import Params, norm
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
-from mergekit_lit.merging.moments import looks
+from mergekit_lit.merging.methods.moments import looks
 from mergekit_lit.merging.steps import moved
 
 Labels = Literal["sampled", "enumerated", "true"]

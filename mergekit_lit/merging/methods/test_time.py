@@ -14,7 +14,7 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.sparsify import agreeing, trim_and_elect
+from mergekit_lit.merging.methods.sparsify import agreeing, trim_and_elect
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 
