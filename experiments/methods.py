@@ -34,8 +34,8 @@ from mergekit_lit.search.coefficients import Choice, choose, scale_grid
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.search.stations import Plan, judge_of, train_one
 from mergekit_lit.stages.evaluate import evaluate_models
-from mergekit_lit.stages.merge import Recipe, merge_recipe
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
 
 if TYPE_CHECKING:
     from mergekit_lit.lit.evaluation import Model

@@ -25,7 +25,8 @@ from mergekit_lit.merging.plan import Plan
 from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
 from mergekit_lit.merging.raw import HEADS
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.merge import MergeResult, Recipe, merge_files, plan_files
+from mergekit_lit.stages.merge import MergeResult, merge_files, plan_files
+from mergekit_lit.stages.recipes import Recipe
 
 _SIZES = ("read_bytes", "written_bytes", "streamed_bytes", "peak_bytes")
 _USAGE = "EXPERT ... --out FILE [--method NAME [its flags]] [options]"

@@ -24,11 +24,9 @@ from mergekit_lit.search.crew import tell
 from mergekit_lit.search.tuning.objective import objective_of
 from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.merge import (
-    Recipe,
-    merge_files,
-)
+from mergekit_lit.stages.merge import merge_files
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.stages.train import train_expert
 
 # Images of a task on which a candidate's BatchNorm statistics are estimated; the final merge takes

@@ -2,66 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
 
 from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
-from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
+from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
-from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
-from mergekit_lit.lit.recalibration import (
-    ImagesBySplit,
-    Veneers,
-    images_by_split,
-    merge_calibrated,
-    splits_needed,
-)
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
-from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.merging.gather import load_experts
-from mergekit_lit.merging.images import check_shown
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
-from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
-
-if TYPE_CHECKING:
-    from mergekit_lit.models.backbones import Backbone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is merged how.
-
-    Attributes:
-        method: name of a registered merge method.
-        config: values for the method's parameters; the others keep their defaults.
-        batch_norm: the merged model's BatchNorm statistics: the `base`'s, the `average` of the
-            experts', or estimated again on training images of all tasks together (`recalibrate`)
-            or of each task for itself (`recalibrate-per-task`).
-        veneers: names and configs of veneers: what acts on the experts before the method, or on its
-            result after it.
-        include: patterns of the tensors to merge; none means all.
-        exclude: patterns of those that stay the base's, even if they are included.
-        dtype: number type of the computation, `float32` or `float64`; None is float32, or the
-            base's where that is better.
-        out_dtype: number type of the result; `base` is each tensor's own in the base.
-        seed: of methods that draw at random, and of the images that statistics are estimated on.
-    """
-
-    method: str = "average"
-    config: Mapping[str, Any] = field(default_factory=dict)
-    veneers: Veneers = ()
-    batch_norm: BatchNormPolicy = "base"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    dtype: ComputeDtype | None = None
-    out_dtype: OutputDtype = "base"
-    seed: int = 0
+from mergekit_lit.stages.recipes import Recipe, check_recipe, images_for, merge_recipe
 
 
 @dataclass(frozen=True)
@@ -126,13 +81,13 @@ def merge_files(  # noqa: PLR0913
     out = _checked_out(Path(out))
     record_path = out.with_suffix(".record.json")
     check_record(record_path, "merge")
-    _check_recipe(recipe, calibration)
+    check_recipe(recipe, calibration)
     check_logger(logger)
     plain = is_plain(base)
     found = None if plain else base_of(paths, base)
     _check_no_input(out, [*paths, *_files_of(found.name if found else str(base))])
     gathered = _gathered(paths, recipe, found or str(base), heads, allow_different_base)
-    images = _images(gathered, recipe, calibration, plain=plain)
+    images = images_for(gathered, recipe, calibration, plain=plain)
     backbone = architecture_of(found) if found and images else None
     merged = merge_recipe(
         gathered, recipe, backbone, images, observers=observers, streamed=not observers
@@ -200,47 +155,6 @@ def _gathered(
     return select(experts, include=recipe.include, exclude=recipe.exclude)
 
 
-def merge_recipe(
-    experts: Experts,
-    recipe: Recipe,
-    backbone: "Backbone | None",
-    images: ImagesBySplit,
-    *,
-    observers: Sequence[MergeObserver] = (),
-    streamed: bool = False,
-) -> Merged:
-    """Merge in memory by a recipe; nothing is read from or written to disk.
-
-    Args:
-        experts: T experts of one base.
-        recipe: method, its configuration, BatchNorm policy and seed.
-        backbone: a module of the experts' architecture; never changed. None where no images are
-            looked at.
-        images: images of each task by split, as `merge_calibrated` takes them.
-        observers: see every tensor's deltas.
-        streamed: make each tensor when it is asked for, as `merging.engine.merge` does.
-
-    Raises:
-        KeyError: unknown method, parameter or policy, or a task without images.
-        TypeError: a parameter of the wrong type.
-        ValueError: a value out of range.
-    """
-    return merge_calibrated(
-        experts,
-        recipe.method,
-        images,
-        backbone=backbone,
-        config=recipe.config,
-        veneers=recipe.veneers,
-        batch_norm=recipe.batch_norm,
-        observers=observers,
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        out_dtype=recipe.out_dtype,
-        streamed=streamed,
-    )
-
-
 @contextmanager
 def _restored_on_error(path: Path) -> Iterator[None]:
     """Leave a small file as it was, or absent as it was, if the block fails."""
@@ -275,46 +189,6 @@ def _check_no_input(out: Path, inputs: Sequence[Path]) -> None:
         raise ValueError(
             f"`out` must be a new file, but {str(out)!r} is one of the experts or the base."
         )
-
-
-def _check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
-    """Refuse, before anything is read, unknown names and values, and what lacks its images."""
-    method = MERGE_METHODS.get(recipe.method)
-    resolve(method, recipe.config)
-    veneers = [VENEERS.get(name) for name, _ in recipe.veneers]
-    for veneer, (_, config) in zip(veneers, recipe.veneers, strict=True):
-        resolve(veneer, config)
-    known = get_args(BatchNormPolicy)
-    if recipe.batch_norm not in known:
-        raise KeyError(unknown_name("BatchNorm policy", recipe.batch_norm, known))
-    if recipe.batch_norm.startswith("recalibrate") and calibration is None:
-        raise ValueError(
-            f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
-            "from, but got none. Name the suite, or use 'base' or 'average'."
-        )
-    if calibration is None:
-        for entry in (method, *veneers):
-            check_shown(entry, None)
-    elif calibration.images < 2:
-        raise ValueError(
-            f"`images` must be at least 2, to have a variance, but is {calibration.images}."
-        )
-
-
-def _images(
-    experts: Experts, recipe: Recipe, calibration: Calibration | None, *, plain: bool
-) -> ImagesBySplit:
-    """Return the images that the recipe needs, by split and task; none where it needs none."""
-    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)
-    if calibration is None or not needed:
-        return {}
-    if plain:
-        raise ValueError(
-            f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
-            "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
-        )
-    tasks = calibration.tasks(experts.names)
-    return images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
 
 
 def _tell_wandb(record: Record, out: Path, merged: Merged, logger: LoggerKind) -> None:

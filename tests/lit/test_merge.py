@@ -31,7 +31,7 @@ from mergekit_lit.lit.suite_data import BatchShare, MergeDataModule
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.evaluate import evaluate_models
-from mergekit_lit.stages.merge import Recipe, merge_recipe
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
 
 TASKS = ("dots", "stripes")
 

@@ -27,8 +27,9 @@ from mergekit_lit.lit.recalibration import calibration_images
 from mergekit_lit.merging import in_memory, load_experts, merge
 from mergekit_lit.models.backbones import Backbone, load_base
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.merge import Recipe, merge_files, merge_recipe
+from mergekit_lit.stages.merge import merge_files
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
 
 RESNET, VIT = "timm/test_resnet@random:0", "timm/test_vit@random:0"
 TASKS = ("dots", "stripes")

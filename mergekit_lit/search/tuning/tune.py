@@ -24,8 +24,9 @@ from mergekit_lit.search.tuning.results import best_method, method_results, tria
 from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.merge import MergeResult, Recipe, merge_files
+from mergekit_lit.stages.merge import MergeResult, merge_files
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe
 
 
 @dataclass(frozen=True)

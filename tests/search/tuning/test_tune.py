@@ -15,7 +15,8 @@ from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.search.tuning.trials import TrialLog
 from mergekit_lit.search.tuning.tune import tune_files
 from mergekit_lit.stages.evaluate import evaluate_files
-from mergekit_lit.stages.merge import Recipe, merge_files
+from mergekit_lit.stages.merge import merge_files
+from mergekit_lit.stages.recipes import Recipe
 
 SCALES = {"scale": [0.0, 0.3, 0.8, 1.5]}
 

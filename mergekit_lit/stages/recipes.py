@@ -1,0 +1,135 @@
+"""This file is the recipe of a merge: method, veneers, policies, seed; checked, and followed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
+from mergekit_lit.lit.recalibration import (
+    ImagesBySplit,
+    Veneers,
+    images_by_split,
+    merge_calibrated,
+    splits_needed,
+)
+from mergekit_lit.merging.configuration import resolve
+from mergekit_lit.merging.images import check_shown
+from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
+from mergekit_lit.stages.images import Calibration
+
+if TYPE_CHECKING:
+    from mergekit_lit.models.backbones import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is merged how.
+
+    Attributes:
+        method: name of a registered merge method.
+        config: values for the method's parameters; the others keep their defaults.
+        batch_norm: the merged model's BatchNorm statistics: the `base`'s, the `average` of the
+            experts', or estimated again on training images of all tasks together (`recalibrate`)
+            or of each task for itself (`recalibrate-per-task`).
+        veneers: names and configs of veneers: what acts on the experts before the method, or on its
+            result after it.
+        include: patterns of the tensors to merge; none means all.
+        exclude: patterns of those that stay the base's, even if they are included.
+        dtype: number type of the computation, `float32` or `float64`; None is float32, or the
+            base's where that is better.
+        out_dtype: number type of the result; `base` is each tensor's own in the base.
+        seed: of methods that draw at random, and of the images that statistics are estimated on.
+    """
+
+    method: str = "average"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    veneers: Veneers = ()
+    batch_norm: BatchNormPolicy = "base"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    dtype: ComputeDtype | None = None
+    out_dtype: OutputDtype = "base"
+    seed: int = 0
+
+
+def merge_recipe(
+    experts: Experts,
+    recipe: Recipe,
+    backbone: "Backbone | None",
+    images: ImagesBySplit,
+    *,
+    observers: Sequence[MergeObserver] = (),
+    streamed: bool = False,
+) -> Merged:
+    """Merge in memory by a recipe; nothing is read from or written to disk.
+
+    Args:
+        experts: T experts of one base.
+        recipe: method, its configuration, BatchNorm policy and seed.
+        backbone: a module of the experts' architecture; never changed. None where no images are
+            looked at.
+        images: images of each task by split, as `merge_calibrated` takes them.
+        observers: see every tensor's deltas.
+        streamed: make each tensor when it is asked for, as `merging.engine.merge` does.
+
+    Raises:
+        KeyError: unknown method, parameter or policy, or a task without images.
+        TypeError: a parameter of the wrong type.
+        ValueError: a value out of range.
+    """
+    return merge_calibrated(
+        experts,
+        recipe.method,
+        images,
+        backbone=backbone,
+        config=recipe.config,
+        veneers=recipe.veneers,
+        batch_norm=recipe.batch_norm,
+        observers=observers,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        out_dtype=recipe.out_dtype,
+        streamed=streamed,
+    )
+
+
+def check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
+    """Refuse, before anything is read, unknown names and values, and what lacks its images."""
+    method = MERGE_METHODS.get(recipe.method)
+    resolve(method, recipe.config)
+    veneers = [VENEERS.get(name) for name, _ in recipe.veneers]
+    for veneer, (_, config) in zip(veneers, recipe.veneers, strict=True):
+        resolve(veneer, config)
+    known = get_args(BatchNormPolicy)
+    if recipe.batch_norm not in known:
+        raise KeyError(unknown_name("BatchNorm policy", recipe.batch_norm, known))
+    if recipe.batch_norm.startswith("recalibrate") and calibration is None:
+        raise ValueError(
+            f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
+            "from, but got none. Name the suite, or use 'base' or 'average'."
+        )
+    if calibration is None:
+        for entry in (method, *veneers):
+            check_shown(entry, None)
+    elif calibration.images < 2:
+        raise ValueError(
+            f"`images` must be at least 2, to have a variance, but is {calibration.images}."
+        )
+
+
+def images_for(
+    experts: Experts, recipe: Recipe, calibration: Calibration | None, *, plain: bool
+) -> ImagesBySplit:
+    """Return the images that the recipe needs, by split and task; none where it needs none."""
+    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)
+    if calibration is None or not needed:
+        return {}
+    if plain:
+        raise ValueError(
+            f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
+            "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
+        )
+    tasks = calibration.tasks(experts.names)
+    return images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
