@@ -70,6 +70,27 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def create_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to a file that was not there, on NFS too: of several, one succeeds.
+
+    Raises:
+        FileExistsError: the file is there.
+        OSError: the file cannot be written; it is then not there.
+    """
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                Path(path).unlink()
+                raise
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _told(error, Path(path)) from error
+
+
 def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write `text` as UTF-8 at the end of a file that is there; all of it, or nothing.
 
