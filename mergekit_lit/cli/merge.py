@@ -139,6 +139,11 @@ def _refuse_homeless(given: Mapping[str, Any]) -> None:
             )
 
 
+def veneers(given: Sequence[str | dict[str, Any]] | None) -> list[tuple[str, dict[str, Any]]]:
+    """Return the names of veneers, and values for their parameters, that `--then` holds."""
+    return [_veneer(each) for each in given or ()]
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     chosen = MERGE_METHODS.get(_method(argv))
@@ -209,7 +214,7 @@ def _recipe(made: Namespace, flags: Sequence[str]) -> Recipe:
     return Recipe(
         method=made.method,
         config={flag: made[flag] for flag in flags},
-        veneers=[_veneer(given) for given in made.then or ()],
+        veneers=veneers(made.then),
         batch_norm=made.batch_norm,
         include=made.include or (),
         exclude=made.exclude or (),

@@ -8,25 +8,29 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import calibration
+from mergekit_lit.cli.merge import calibration, veneers
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.records import Record
+from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.search.tuning.plan import TuningPlan, told
 from mergekit_lit.search.tuning.tune import tune_files
 
 _USAGE = "EXPERT ... --method NAME[,NAME ...] --data.suite SUITE --out FOLDER [options]"
 
 
-def options(
+# Each argument is one flag of the command line, hence so many.
+def options(  # noqa: PLR0913
     experts: list[Path],
     *,
     out: Path,
+    then: list[str | dict[str, Any]] | None = None,
     space: dict[str, Any] | None = None,
     weights: dict[str, float] | str | None = None,
     base: str | None = None,
     allow_different_base: bool = False,
+    logger: LoggerKind = "csv",
     json: bool = False,
 ) -> None:
     """Say what is merged, and how the result is told.
@@ -35,6 +39,9 @@ def options(
         experts: one file per expert, each of another task, all of one base.
         out: folder of the search: `best.safetensors` and its record, `trials.jsonl` and
             `trials.csv`, `tune.record.json`. The same command goes on where a killed one stopped.
+        then: veneers that every candidate gets, such as `--then lines`: what is done to the experts
+            before the method or to its result after it; with parameters
+            `{name: lines, config: {alpha: 0.2}}`.
         space: values of parameters in place of the ranges that the methods declare, such as
             `--space.scale 0.1,0.3,1`: those of the grid, or with Optuna the ends of a range; one
             value fixes a parameter.
@@ -42,6 +49,8 @@ def options(
             1 for those not named.
         base: the base, if not the one that the first card names.
         allow_different_base: whether to take experts whose card names another base, or none.
+        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with the table
+            of trials, and the best model as its artifact.
         json: whether to print the record as JSON, and nothing else.
     """
 
@@ -55,10 +64,12 @@ def run(argv: Sequence[str]) -> int:
     json, images = given.pop("json"), calibration(**vars(given.pop("data")))
     if images is None:
         raise ValueError("`data.suite` must name the suite of the experts' tasks, but does not.")
-    files = {name: given.pop(name) for name in ("experts", "out", "base", "allow_different_base")}
+    ours = ("experts", "out", "base", "allow_different_base", "logger")
+    files = {name: given.pop(name) for name in ours}
     plan = TuningPlan(
         space={name: _listed(values) for name, values in (given.pop("space") or {}).items()},
         weights=_weights(given.pop("weights")),
+        then=veneers(given.pop("then")),
         **given,
     )
     result = tune_files(**files, plan=plan, calibration=images, quiet=json)
@@ -74,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = command_parser("tune", COMMANDS["tune"], usage=_USAGE)
     add_parameters(parser, options)
-    parser.add_class_arguments(TuningPlan, skip={"space", "weights"})
+    parser.add_class_arguments(TuningPlan, skip={"space", "weights", "then"})
     parser.add_function_arguments(calibration, "data")
     return parser
 

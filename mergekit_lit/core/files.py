@@ -73,11 +73,14 @@ def write_text(path: Path, text: str) -> None:
 def create_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to a file that was not there, on NFS too: of several, one succeeds.
 
+    Parent folders are made.
+
     Raises:
         FileExistsError: the file is there.
         OSError: the file cannot be written; it is then not there.
     """
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("x", encoding="utf-8") as file:
             try:
                 file.write(text)

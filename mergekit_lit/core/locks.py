@@ -29,7 +29,6 @@ def sole_writer(lock: Path) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     made = [folder for folder in lock.absolute().parents if not folder.exists()]
-    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         _take(lock)
         try:

@@ -33,7 +33,7 @@ class RunFacts:
 
     Attributes:
         name: name of the run, such as the task.
-        job: kind of the run: `train`, `merge`, `evaluate` or `quickstart`.
+        job: kind of the run: `train`, `merge`, `tune`, `evaluate` or `quickstart`.
         group: runs that belong together, such as the folder of the experts of one suite.
         tags: words to filter by.
         config: every setting, for W&B's table of runs.

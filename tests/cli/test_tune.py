@@ -9,7 +9,8 @@ import torch
 
 from mergekit_lit.cli import main
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.core.experts import Expert, load_merged, save_expert
+from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.reports.commands import command_line
@@ -86,6 +87,11 @@ def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):
         (["--method=ties", "--data.val_share=0"], "The val split of 'dots' must hold an image"),
         (["--method=adamerging"], "must not look at test images"),
         (["--method=ties", "--trails=3"], "trials"),
+        (["--method=ties", "--then=line"], "No veneer named 'line'. Did you mean 'lines'?"),
+        (["--method=ties", "--then={name: lines, config: {alfa: 1}}"], "named 'alfa'"),
+        (["--method=ties", "--logger=wandbb"], "wandb"),
+        (["--method=ties", "--data.images=1"], "`images` must be at least 2"),
+        (["--method=ties", "--device=gpu"], "`device` must be one of this machine"),
         ([], "method"),
     ],
 )
@@ -113,8 +119,50 @@ def test_another_search_in_the_folder_is_kept(words, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [log.name]
 
 
+def test_veneers_go_to_every_candidate_and_to_the_merge_that_is_written(words, tmp_path, capsys):
+    halved = "{name: lines, config: {alpha: 0.5, beta: 0}}"
+    common = [*words, "--method=task_arithmetic", "--batch_norm=base", "--json"]
+    assert main([*common, "--space.scale=0.8", f"--then={halved}", f"--out={tmp_path / 'a'}"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert main([*common, "--space.scale=0.4", f"--out={tmp_path / 'b'}"]) == 0
+    half = json.loads(capsys.readouterr().out)
+    for of in ("best", "base"):
+        assert record["metrics"][of]["value"] == pytest.approx(half["metrics"][of]["value"])
+    facts = load_merged(tmp_path / "a" / "best.safetensors").facts
+    assert facts["veneers"] == [{"name": "lines", "config": {"alpha": 0.5, "beta": 0}}]
+    # The command that the record tells finds the same search, and nothing left to do.
+    before = (tmp_path / "a" / "trials.jsonl").read_bytes()
+    assert main(shlex.split(command_line(Record(**record)))[1:]) == 0
+    assert (tmp_path / "a" / "trials.jsonl").read_bytes() == before
+    assert main([*common, "--space.scale=0.8", f"--out={tmp_path / 'a'}"]) == 2
+    assert "had then" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused_in_one_line(words, tmp_path, capsys):
+    with sole_writer(tmp_path / "tune.lock"):
+        assert main([*words, "--method=ties", f"--out={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "must be written by one process at a time" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
-def test_weights_are_taken_from_a_line_and_from_a_file(words, tmp_path, capsys):
+def test_weights_and_biases_is_told_offline(words, tmp_path, capsys):
+    flags = ["--method=task_arithmetic,average", "--space.scale=0.3,1", "--logger=wandb"]
+    assert main([*words, *flags, f"--out={tmp_path}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["best"]
+    (run,) = (tmp_path / "logs" / "tune").glob("wandb/offline-run-*")
+    (table,) = run.glob("files/media/table/results_*.table.json")
+    rows = json.loads(table.read_text())
+    assert [row[rows["columns"].index("method")] for row in rows["data"]] == [
+        *["task_arithmetic"] * 2,
+        "average",
+    ]
+
+
+@pytest.mark.slow
+def test_weights_are_are_taken_from_a_line_and_from_a_file(words, tmp_path, capsys):
     config = tmp_path / "tune.yaml"
     config.write_text("objective: weighted\nweights: {dots: 2}\nspace: {scale: 0.5}\n")
     common = [*words, "--method=task_arithmetic", "--json"]

@@ -1,7 +1,7 @@
 """This file is the bench of a search: candidates are merged, scored and logged."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mergekit_lit.core.calibration import Calibration
@@ -10,7 +10,12 @@ from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.calibration import calibration_on
-from mergekit_lit.lit.recalibration import ImagesBySplit, declared_splits, recalibrate
+from mergekit_lit.lit.recalibration import (
+    ImagesBySplit,
+    Veneers,
+    declared_splits,
+    recalibrate,
+)
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.models.backbones import Backbone
@@ -35,6 +40,7 @@ class Bench:
         stages: the validation images, in growing subsets where candidates may be discarded.
         shown: images of each task by split, for methods that look at some.
         statistics: training images of each task that BatchNorm statistics are estimated on.
+        veneers: what every merge gets beside its method.
         batch_norm: where the merged model's statistics come from.
         seed: of methods that draw at random, and of the images' order.
         confidence: level at which a candidate is discarded, in (0, 1).
@@ -47,6 +53,7 @@ class Bench:
     stages: Sequence[Stage]
     shown: ImagesBySplit
     statistics: Mapping[str, Images]
+    veneers: Veneers
     batch_norm: BatchNormPolicy
     seed: int
     confidence: float
@@ -58,14 +65,14 @@ class Bench:
 
     def at_base(self) -> Merged:
         """Return the base as a candidate, with the statistics that candidates have: scale 0."""
-        (merged,) = self.merges("task_arithmetic", [{SCALE: 0.0}])
+        (merged,) = replace(self, veneers=()).merges("task_arithmetic", [{SCALE: 0.0}])
         if isinstance(merged, ValueError):
             raise merged
         return merged
 
     def merges(self, method: str, configs: Sequence[Config]) -> Iterator[Merged | ValueError]:
         """Yield the merge of each configuration, or why there is none; many in one pass."""
-        make = partial(self._merged, method, self._calibration(method))
+        make = partial(self._merged, method, self._calibrations(method))
         for part in self._passes(method, configs):
             count = 0
             try:
@@ -87,7 +94,7 @@ class Bench:
         return race(answer, self.stages, self.objective, rival=rival, confidence=self.confidence)
 
     def _merged(
-        self, method: str, calibration: Calibration | None, configs: Sequence[Config]
+        self, method: str, calibrations: Sequence[Calibration], configs: Sequence[Config]
     ) -> Iterator[Merged]:
         """Yield the merges of one pass, with their BatchNorm statistics."""
         later = self.batch_norm.startswith("recalibrate")
@@ -96,9 +103,10 @@ class Bench:
             self.experts,
             method,
             configs,
+            veneers=self.veneers,
             batch_norm="base" if later else self.batch_norm,
             seed=self.seed,
-            calibration=calibration,
+            calibration=calibrations,
         ):
             yield (
                 recalibrate(
@@ -128,17 +136,18 @@ class Bench:
             directions.add(key_of(rest))
         yield part
 
-    def _calibration(self, method: str) -> Calibration | None:
-        """Return the images that a method looks at itself, if any."""
-        for split in declared_splits(method):
-            return calibration_on(
+    def _calibrations(self, method: str) -> list[Calibration]:
+        """Return the images that a method and the veneers look at themselves, by split."""
+        return [
+            calibration_on(
                 self.shown[split],
                 self.experts,
                 backbone=self.backbone,
                 split=split,
                 batch_norm=self.batch_norm,
             )
-        return None
+            for split in declared_splits(method, self.veneers)
+        ]
 
 
 def _one(

@@ -38,7 +38,7 @@ def make_bench(
     """
     scorer = Scorer(backbone, tasks, compiled=plan.compile)
     rows = expert_rows(backbone, _each(experts), tasks)
-    looked_at = [split for method in plan.methods for split in declared_splits(method)]
+    looked_at = [split for method in plan.methods for split in declared_splits(method, plan.then)]
     few = images_by_split(tasks, ["train"], count=plan.candidate_images, seed=plan.seed)
     return Bench(
         experts=experts,
@@ -48,6 +48,7 @@ def make_bench(
         stages=stages_of(scorer.labels, seed=plan.seed, discard=plan.discard is not None),
         shown=images_by_split(tasks, looked_at, count=calibration.images, seed=plan.seed),
         statistics=few["train"],
+        veneers=plan.then,
         batch_norm=plan.batch_norm,
         seed=plan.seed,
         confidence=plan.confidence,

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from mergekit_lit.core.merging import BatchNormPolicy
-from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
+from mergekit_lit.lit.recalibration import Veneers
 from mergekit_lit.merging.configuration import check_interval, parameters
 from mergekit_lit.search.tuning.objective import Goal, Metric
 from mergekit_lit.search.tuning.proposals import Propose, grid_proposals, optuna_proposals
@@ -38,6 +39,8 @@ class TuningPlan:
         metric: `accuracy`, `normalised_accuracy` (over that of the task's expert), or
             `cross_entropy` (in nats, with a minus: more is better).
         weights: weight of each task; 1 for those not named.
+        then: names and configs of veneers, which every candidate gets: what is done to the experts
+            before the method, or to its result after it.
         batch_norm: BatchNorm statistics of candidates: the `base`'s, the `average` of the experts',
             or estimated again on training images, of all tasks together (`recalibrate`) or of each
             (`recalibrate-per-task`).
@@ -60,6 +63,7 @@ class TuningPlan:
     objective: Goal = "mean"
     metric: Metric = "normalised_accuracy"
     weights: Mapping[str, float] = field(default_factory=dict)
+    then: Veneers = ()
     batch_norm: BatchNormPolicy = "recalibrate-per-task"
     discard: float | None = 0.99
     regret: bool = False
@@ -118,33 +122,35 @@ def check_plan(plan: TuningPlan) -> None:
     """Refuse a plan with unknown names or values out of range, before anything is read.
 
     Raises:
-        KeyError: unknown method, parameter, search or policy.
+        KeyError: unknown method, veneer, parameter or search.
         ModuleNotFoundError: Optuna is wanted and not installed.
         TypeError: a value of the wrong type in `space`.
-        ValueError: a number out of range; no method; or one that looks at test images.
+        ValueError: a number out of range; no such device; no method; or one that looks at test
+            images.
     """
     if not plan.methods:
         raise ValueError("`method` must name at least one merge method, but is empty.")
-    for noun, name, known in (
-        ("search", plan.search, get_args(Search)),
-        ("BatchNorm policy", plan.batch_norm, get_args(BatchNormPolicy)),
-    ):
-        if name not in known:
-            raise KeyError(unknown_name(noun, name, known))
+    if plan.search not in get_args(Search):
+        raise KeyError(unknown_name("search", plan.search, get_args(Search)))
     _check_numbers(plan)
+    plan.torch_device()
     methods = [MERGE_METHODS.get(name) for name in plan.methods]
-    for method in methods:
-        if method.facts.get("data") == "test-unlabelled":
-            raise ValueError(
-                "`method` must not look at test images, which choose nothing here, but "
-                f"{method.name!r} does. Merge with it as it is: mergekit-lit merge."
-            )
+    _check_data([*methods, *(VENEERS.get(name) for name, _ in plan.then)])
     known_parameters = {name for method in methods for name in parameters(method.function)}
     for parameter in sorted(set(plan.space) - known_parameters):
         noun = f"parameter of {' or '.join(plan.methods)}"
         raise KeyError(unknown_name(noun, parameter, known_parameters))
     for method in methods:
         plan.proposals(method.name)
+
+
+def _check_data(entries: Sequence[Registered[Any]]) -> None:
+    for entry in entries:
+        if entry.facts.get("data") == "test-unlabelled":
+            raise ValueError(
+                "What is searched must not look at test images, which choose nothing here, but "
+                f"{entry.name!r} does. Merge with it as it is: mergekit-lit merge."
+            )
 
 
 def _check_numbers(plan: TuningPlan) -> None:

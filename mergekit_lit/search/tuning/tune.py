@@ -1,6 +1,6 @@
 """This file is the search for a merge: methods and their parameters, by validation images alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from rich.console import Console
 
 from mergekit_lit.core.experts import Base, load_merged
 from mergekit_lit.core.files import file_hash, write_text
+from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData, split_hash
+from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.display import Display
@@ -21,12 +23,13 @@ from mergekit_lit.search.tuning.objective import check_goal
 from mergekit_lit.search.tuning.plan import TuningPlan, check_plan
 from mergekit_lit.search.tuning.race import Run
 from mergekit_lit.search.tuning.results import best_method, method_results, trial_rows
+from mergekit_lit.search.tuning.space import start_of
 from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import MergeResult, merge_files
 from mergekit_lit.stages.opening import load_base_of
-from mergekit_lit.stages.recipes import Recipe
+from mergekit_lit.stages.recipes import Recipe, check_recipe
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def tune_files(
     calibration: Calibration,
     base: str | None = None,
     allow_different_base: bool = False,
+    logger: LoggerKind = "csv",
     quiet: bool = False,
 ) -> TuningResult:
     """Search the parameters of merge methods on validation images, and merge with the best.
@@ -71,53 +75,65 @@ def tune_files(
             and for methods that look at some.
         base: spec of the base; the one that the first card names by default.
         allow_different_base: take experts whose card names another base, or none.
+        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with the table
+            of trials, and the best model as its artifact.
         quiet: whether to draw no progress.
 
     Raises:
         FileNotFoundError: an expert is missing.
         KeyError: an unknown name.
-        ModuleNotFoundError: Optuna is wanted and not installed.
+        ModuleNotFoundError: Optuna or W&B is wanted and not installed.
         TypeError: a value of the wrong type.
         ValueError: a value out of range, experts that cannot be merged, tasks without validation
-            images, or a folder that holds another search.
+            images, or a folder that holds another search, or is written by another process.
     """
     watch = Stopwatch()
     out, paths = Path(out), [Path(path) for path in experts]
     check_plan(plan)
+    for method in plan.methods:
+        check_recipe(_recipe(plan, method, start_of(plan.space_of(method))), calibration)
     check_folder(out)
-    backbone, loaded = load_base_of(paths, base)
-    gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
-    check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
-    tasks = list(calibration.tasks(gathered.names))
-    log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
-    bench = make_bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
+    check_logger(logger)
+    with sole_writer(out / "tune.lock"):
+        backbone, loaded = load_base_of(paths, base)
+        gathered = load_experts(paths, base=loaded, allow_different_base=allow_different_base)
+        check_goal(plan.objective, plan.metric, plan.weights, list(gathered.names))
+        tasks = list(calibration.tasks(gathered.names))
+        log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
+        bench = make_bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
+        results = _searched(bench, log, plan, quiet=quiet)
+        method = best_method(results)
+        made = merge_files(
+            paths,
+            out=out / "best.safetensors",
+            recipe=_recipe(plan, method, results[method]["chosen"]),
+            base=base,
+            allow_different_base=allow_different_base,
+            calibration=calibration,
+        )
+        record = _record(plan, calibration, made, loaded)
+        record.metrics = {
+            "best": {"method": method, **_scores(bench.run(load_merged(made.path)))},
+            "base": _scores(bench.run(bench.at_base())),
+            "methods": results,
+            "validation_images": bench.count,
+        }
+        watch.finish(record)
+        rows = trial_rows(log, plan.methods)
+        write_text(out / "trials.csv", csv_text(rows))
+        record.write(out / "tune.record.json")
+        _tell_wandb(record, made, rows, logger)
+    return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
+
+
+def _searched(bench: Bench, log: TrialLog, plan: TuningPlan, *, quiet: bool) -> dict[str, Any]:
+    """Search every method, and return what was found of each."""
     with Display(Console(quiet=quiet)) as display:
         for method in plan.methods:
             _search(bench, log, method, plan, display)
-    results = {
+    return {
         name: method_results(log, name, plan.space_of(name), bench.count) for name in plan.methods
     }
-    method = best_method(results)
-    made = merge_files(
-        paths,
-        out=out / "best.safetensors",
-        recipe=_recipe(plan, method, results[method]["chosen"]),
-        base=base,
-        allow_different_base=allow_different_base,
-        calibration=calibration,
-    )
-    record = _record(plan, calibration, made, loaded)
-    record.metrics = {
-        "best": {"method": method, **_scores(bench.run(load_merged(made.path)))},
-        "base": _scores(bench.run(bench.at_base())),
-        "methods": results,
-        "validation_images": bench.count,
-    }
-    watch.finish(record)
-    record.outputs = ["best.safetensors", "trials.jsonl", "trials.csv"]
-    write_text(out / "trials.csv", csv_text(trial_rows(log, plan.methods)))
-    record.write(out / "tune.record.json")
-    return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
 
 
 def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display: Display) -> None:
@@ -138,7 +154,13 @@ def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display:
 
 
 def _recipe(plan: TuningPlan, method: str, config: dict[str, Any]) -> Recipe:
-    return Recipe(method=method, config=config, batch_norm=plan.batch_norm, seed=plan.seed)
+    return Recipe(
+        method=method,
+        config=config,
+        veneers=plan.then,
+        batch_norm=plan.batch_norm,
+        seed=plan.seed,
+    )
 
 
 def _facts(
@@ -172,6 +194,7 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
         name=" or ".join(plan.methods),
         config={
             **asdict(plan),
+            "then": [{"name": name, "config": dict(config)} for name, config in plan.then],
             "experts": list(made.record.inputs),
             "base": base.name,
             "out": str(made.path.parent),
@@ -179,7 +202,29 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
         },
         inputs=made.record.inputs,
         seeds={"search": plan.seed, "split": split_seed},
+        outputs=["best.safetensors", "trials.jsonl", "trials.csv"],
     )
+
+
+def _tell_wandb(
+    record: Record, made: MergeResult, rows: Sequence[Mapping[str, Any]], logger: LoggerKind
+) -> None:
+    """Tell W&B the search, if asked: what was found, every trial, and the model as an artifact."""
+    out = made.path.parent
+    facts = RunFacts(
+        name=record.name,
+        job=record.stage,
+        group=out.resolve().name,
+        tags=[*record.metrics["methods"], str(record.config["base"])],
+        config=record.config,
+    )
+    outcome = Outcome(
+        summary=record.metrics,
+        rows=rows,
+        files={made.path: made.record.metrics["merged"]},
+        kind="merged",
+    )
+    log_run(logger, out / "logs" / "tune", facts, outcome)
 
 
 def _scores(run: Run) -> dict[str, Any]:

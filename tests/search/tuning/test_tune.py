@@ -142,13 +142,16 @@ def test_several_methods_are_compared_and_one_module_serves_all(vits, tmp_path, 
 
 
 @pytest.mark.slow
-def test_methods_that_look_at_images_see_those_of_the_merge_that_is_written(resnets, tmp_path):
+@pytest.mark.parametrize("kind", ["vits", "resnets"])
+def test_who_looks_at_images_sees_those_of_the_merge_that_is_written(request, tmp_path, kind):
+    family = request.getfixturevalue(kind)
     result = tuned(
-        resnets,
+        family,
         tmp_path,
         method=["regmean"],
         space={"off_diagonal": [0.9, 0.1], "samples": [8]},
-        candidate_images=resnets.calibration.images,
+        then=[("repair", {"samples": 4})] if kind == "vits" else [],
+        candidate_images=family.calibration.images,
         metric="cross_entropy",
     )
     found = result.record.metrics
@@ -161,6 +164,8 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(vits, tmp
         ({"method": []}, ValueError, "`method` must name at least one"),
         ({"method": ["adamerging"]}, ValueError, "must not look at test images"),
         ({"method": ["slerp", "ties"], "space": {"dens": [1]}}, KeyError, "Did you mean 'density'"),
+        ({"then": [("line", {})]}, KeyError, "Did you mean 'lines'"),
+        ({"then": [("equal_norms", {"to": "max"})]}, TypeError, "one of 'min'"),
         ({"search": "gird"}, KeyError, "Did you mean 'grid'"),
         ({"metric": "acuracy"}, KeyError, "Did you mean 'accuracy'"),
         ({"batch_norm": "bse"}, KeyError, "Did you mean 'base'"),
@@ -209,13 +214,17 @@ def test_optuna_searches_and_more_trials_go_on(vits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_gives_the_same_values(resnets, tmp_path):
-    plain = tuned(resnets, tmp_path / "plain", metric="cross_entropy")
-    compiled = tuned(resnets, tmp_path / "compiled", metric="cross_entropy", compile=True)
-    for one, other in zip(
-        lines_of(tmp_path / "plain"), lines_of(tmp_path / "compiled"), strict=True
-    ):
-        assert other["value"] == pytest.approx(one["value"], rel=1e-4)
+def test_a_compiled_model_goes_on_with_a_search_and_gives_the_same_values(resnets, tmp_path):
+    options = {"metric": "cross_entropy", "discard": None}
+    plain = tuned(resnets, tmp_path / "plain", **options)
+    tuned(resnets, tmp_path / "both", trials=2, **options)
+    begun = lines_of(tmp_path / "both")
+    both = tuned(resnets, tmp_path / "both", compile=True, **options)
+    lines = lines_of(tmp_path / "both")
+    assert lines[:2] == begun
+    values = {line["config"]["scale"]: line["value"] for line in lines}
+    expected = {line["config"]["scale"]: line["value"] for line in lines_of(tmp_path / "plain")}
+    assert values == pytest.approx(expected, rel=1e-4)
     assert plain.record.metrics["best"]["value"] == pytest.approx(
-        compiled.record.metrics["best"]["value"], rel=1e-4
+        both.record.metrics["best"]["value"], rel=1e-4
     )
