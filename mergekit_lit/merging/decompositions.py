@@ -3,20 +3,23 @@
 An eigendecomposition of A^T A (or A A^T) takes a fraction of the time of an SVD of A, and nothing
 of the size of the larger side beyond what is asked for. Squaring costs half of the digits: values
 below about 1e-7 of the largest are noise, which the callers' threshold of 1e-6 leaves out.
+
+NumPy and SciPy compute them: theirs is the product that makes one half of a Gram matrix only, and
+the decomposition that finds the leading vectors only.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # Singular values below this share of the largest are rounding noise of float32 deltas, not
 # directions: they are left out instead of being blown up to the size of the others.
 RELATIVE_RANK_TOLERANCE = 1e-6
-
-# Columns of a Gram matrix that are made at once.
-_COLUMNS = 192
 
 
 @contextmanager
@@ -29,7 +32,8 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _libraries().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -49,12 +53,10 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = leading(matrix.mT, count)
         return left, values, right
-    squares, vectors = torch.linalg.eigh(_gram(matrix))
-    values = squares.clamp(min=0).sqrt().flip(0)
-    right = vectors.flip(1)[:, :count] * has_direction(values)[:count]
-    kept = values[:count]
-    left = matrix @ right / torch.where(kept > 0, kept, 1)
-    return left, kept, right
+    values, right = _right(matrix, count)
+    right = right * has_direction(values)
+    left = matrix @ right / torch.where(values > 0, values, 1)
+    return left[:, :count], values[:count], right[:, :count]
 
 
 def polar(matrix: Tensor) -> Tensor:
@@ -63,13 +65,13 @@ def polar(matrix: Tensor) -> Tensor:
     It is exact to 1e-16 / s^2 in a direction of s times the largest singular value, which is less
     than rounding A to float32 changes there, 1e-7 / s.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        return polar(matrix.mT).mT
-    squares, vectors = torch.linalg.eigh(_gram(matrix))
-    values = squares.clamp(min=0).sqrt()
-    inverse = torch.where(has_direction(values) > 0, 1 / torch.where(values > 0, values, 1), 0)
-    factor: Tensor = matrix @ ((vectors * inverse) @ vectors.mT)
-    return factor
+    rows = matrix.numpy()
+    wide = rows.shape[0] < rows.shape[1]
+    values, right = _right(matrix.mT if wide else matrix, min(rows.shape))
+    # U V^T = A V S^-1 V^T, where V S^-1 V^T is a Gram matrix, too.
+    roots = right * (has_direction(values) / torch.where(values > 0, values, 1)).sqrt()
+    inverse = _gram(roots.mT)
+    return torch.from_numpy(inverse @ rows if wide else rows @ inverse)
 
 
 def has_direction(values: Tensor) -> Tensor:
@@ -80,11 +82,31 @@ def has_direction(values: Tensor) -> Tensor:
     return (values > RELATIVE_RANK_TOLERANCE * values.max()).to(values.dtype)
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """Return A^T A, (n, n), of which only the lower triangle is filled: `eigh` reads no more."""
-    columns = matrix.shape[1]
-    product = matrix.new_zeros(columns, columns)
-    for start in range(0, columns, _COLUMNS):
-        some = slice(start, start + _COLUMNS)
-        product[start:, some] = matrix[:, start:].mT @ matrix[:, some]
+def _right(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return at least `count` singular values of a matrix (m, n), m >= n, largest first, and V."""
+    from scipy.linalg import eigh
+
+    gram, last = _gram(matrix), matrix.shape[1] - 1
+    if 2 * count <= last:
+        squares, vectors = eigh(gram, subset_by_index=(min(last + 1 - count, last), last))
+    else:
+        squares, vectors = np.linalg.eigh(gram)
+    values = np.sqrt(squares.clip(min=0))
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
+
+
+def _gram(matrix: Tensor) -> np.ndarray:
+    """Return A^T A, (n, n)."""
+    rows = matrix.numpy()
+    # Both factors are one array, by which NumPy knows that half of the product is enough.
+    product: np.ndarray = rows.T @ rows
     return product
+
+
+@cache
+def _libraries() -> Any:
+    """Return what limits the threads of NumPy's and SciPy's BLAS."""
+    import scipy.linalg  # noqa: F401 - a library is known once it is loaded
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

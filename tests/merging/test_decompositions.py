@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mergekit_lit.merging.decompositions import leading, one_thread, polar
 
@@ -27,25 +28,45 @@ def test_a_polar_factor_is_as_exact_as_float32_can_tell(shape, condition):
     assert error < 0.01 * by_rounding
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 19, 20, 40])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
-def test_leading_triplets_are_those_of_an_svd(shape):
+def test_leading_triplets_are_those_of_an_svd(shape, count):
     matrix, _ = conditioned(*shape, 1e3)
-    left, values, right = (part.numpy() for part in leading(torch.from_numpy(matrix), 7))
+    left, values, right = (part.numpy() for part in leading(torch.from_numpy(matrix), count))
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(values, s[:7], rtol=1e-10)
-    np.testing.assert_allclose(left * values @ right.T, u[:, :7] * s[:7] @ vt[:7], atol=1e-10)
+    np.testing.assert_allclose(values, s[:count], rtol=1e-9)
+    expected = u[:, :count] * s[:count] @ vt[:count]
+    np.testing.assert_allclose(left * values @ right.T, expected, atol=1e-10)
+
+
+def test_directions_that_a_matrix_does_not_have_are_0():
+    draw = np.random.default_rng(1)
+    matrix = draw.standard_normal((30, 3)) @ draw.standard_normal((3, 20))
+    left, values, right = leading(torch.from_numpy(matrix), 8)
+    assert not left[:, 3:].any()
+    assert not right[:, 3:].any()
+    assert float(values[3:].max()) < 1e-6 * float(values[0])
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    found = polar(torch.from_numpy(matrix)).numpy()
+    np.testing.assert_allclose(found, u[:, :3] @ vt[:3], atol=1e-8)
+    assert not polar(torch.zeros(4, 6, dtype=torch.float64)).any()
+
+
+def blas_threads() -> set[int]:
+    return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
 
 
 def test_one_thread_puts_the_number_of_threads_back():
     @one_thread()
     def fails() -> None:
         assert torch.get_num_threads() == 1
+        assert blas_threads() == {1}
         raise ValueError("inside")
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(ValueError, match="inside"):
+        with threadpool_limits(2, user_api="blas"), pytest.raises(ValueError, match="inside"):
             fails()
         assert torch.get_num_threads() == 2
     finally:

@@ -17,7 +17,6 @@ from mergekit_lit.merging.configuration import check_interval, check_scale
 from mergekit_lit.merging.decompositions import has_direction, leading, one_thread, polar
 from mergekit_lit.merging.methods.sparsify import Combine, by_sign
 from mergekit_lit.merging.quantiles import threshold
-from mergekit_lit.merging.reductions import total
 from mergekit_lit.merging.steps import sum_of
 
 
@@ -89,7 +88,7 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     summed = sum_of(matrices(tensor))
     flat = polar(summed)
     # <U V^T, U S V^T> is the sum of the singular values.
-    mean = total(flat * summed) / min(summed.shape)
+    mean = flat.flatten() @ summed.flatten() / min(summed.shape)
     return scale * like(mean * flat, tensor)
 
 
