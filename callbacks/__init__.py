@@ -8,6 +8,7 @@ from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
 from mergekit_lit.callbacks.merge_callback import MergeCallback
 from mergekit_lit.callbacks.path_length import PathLength
 from mergekit_lit.callbacks.progress import Progress
+from mergekit_lit.callbacks.stability_twins import StabilityTwins
 
 __all__ = [
     "DeltaGeometry",
@@ -18,4 +19,5 @@ __all__ = [
     "MergeCallback",
     "PathLength",
     "Progress",
+    "StabilityTwins",
 ]

@@ -1,7 +1,7 @@
 """This file writes experts while they are trained: one file with structure and card each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from mergekit_lit.callbacks.view import step_ended
 from mergekit_lit.core.experts import Expert, save_expert
 from mergekit_lit.core.params import check_finite, with_prefix
 from mergekit_lit.core.tensorfiles import floats
+from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.card import expert_card
+from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.heads import Head
 from mergekit_lit.lit.passes import score
@@ -46,6 +48,14 @@ class ExpertExport(Callback):
         suffix = f"-step{step}" if len(self.steps) > 1 else ""
         return self.out / f"{self.name or task}{suffix}.safetensors"
 
+    def path_after(self, trainer: Trainer, batch_idx: int) -> Path | None:
+        """Return the file that is written after the micro-batch that just ended, if one is."""
+        step = trainer.global_step
+        asked = step in (self.steps or (trainer.max_steps,))
+        if not (asked and step_ended(trainer, batch_idx)):
+            return None
+        return self.path(TaskDataModule.of(trainer).task, step)
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -55,9 +65,8 @@ class ExpertExport(Callback):
         batch_idx: int,
     ) -> None:
         """Write the expert after a step whose count was asked for."""
-        step = trainer.global_step
-        asked = step in (self.steps or (trainer.max_steps,))
-        if not (asked and step_ended(trainer, batch_idx)):
+        path = self.path_after(trainer, batch_idx)
+        if path is None:
             return
         if not isinstance(pl_module, ExpertModule):
             raise TypeError(
@@ -65,17 +74,31 @@ class ExpertExport(Callback):
                 "Leave it out of `trainer.callbacks`."
             )
         if trainer.is_global_zero:
-            save_expert(self.path(pl_module.data.task, step), expert_of(pl_module, trainer))
+            expert = expert_of(
+                pl_module, trainer, pl_module.data.task_data, measured=_measured(trainer)
+            )
+            save_expert(path, expert)
         trainer.strategy.barrier("ExpertExport")
 
 
-def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
+def expert_of(
+    module: ExpertModule,
+    trainer: Trainer,
+    data: TaskData,
+    *,
+    measured: Mapping[str, float | None] | None = None,
+) -> Expert:
     """Return the expert as it stands: weights, fresh statistics, head and card.
+
+    Args:
+        module: the module that was trained.
+        trainer: its Trainer.
+        data: what it was trained on.
+        measured: path constants by the names of the card's fields; None where nobody measured.
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    data = module.data.task_data
     told = f"expert {data.name!r} after {trainer.global_step} steps"
     params = floats({name: t.detach().clone() for name, t in module.tuned().items()})
     head = floats({name: t.detach().clone() for name, t in module.head.state_dict().items()})
@@ -93,7 +116,9 @@ def expert_of(module: ExpertModule, trainer: Trainer) -> Expert:
                 f"The {split} loss of {told} must be finite, but is {found.loss}. Train again with "
                 "a lower `lr`, more `warmup_steps` or `trainer.gradient_clip_val`."
             )
-    card = expert_card(module, trainer=trainer, train=train, val=val, measured=_measured(trainer))
+    card = expert_card(
+        module, trainer=trainer, data=data, train=train, val=val, measured=measured or {}
+    )
     return Expert(backbone=params, head=head, structure=module.structure, card=card)
 
 

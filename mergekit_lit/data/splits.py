@@ -125,6 +125,8 @@ class TaskData:
         split_hash: SHA-256 over the task's name, class names, training images and labels, in order.
         replaced: m, training images replaced from the reserve.
         replaced_positions: where in `train` they stand, in the order drawn.
+        neighbour_seed: which neighbouring data set this is; None for an original.
+        original: of a neighbouring data set the one that it neighbours, else None.
     """
 
     name: str
@@ -137,6 +139,17 @@ class TaskData:
     split_hash: str
     replaced: int = 0
     replaced_positions: tuple[int, ...] = ()
+    neighbour_seed: int | None = None
+    original: "TaskData | None" = None
+
+    @property
+    def start(self) -> "TaskData":
+        """The data that training starts from: head and first statistics are fitted on it.
+
+        Neighbours share their original's, so that they part only when a replaced image is trained
+        on.
+        """
+        return self.original or self
 
 
 def carve(pool: Pool, options: SplitOptions, *, name: str, suite: str = "") -> TaskData:
@@ -184,8 +197,7 @@ def carve(pool: Pool, options: SplitOptions, *, name: str, suite: str = "") -> T
 def neighbour(data: TaskData, m: int, seed: int) -> TaskData:
     """Return the neighbouring data set S^(j): m training images replaced from the reserve.
 
-    All others keep their positions, so that coupled runs see them in the same batches. Positions
-    and replacements are drawn by `seed`; those of a smaller m are the first of a larger m's.
+    All others keep their positions, so that coupled runs see them in the same batches.
 
     Args:
         data: the task, carved with a reserve of at least m.
@@ -197,24 +209,46 @@ def neighbour(data: TaskData, m: int, seed: int) -> TaskData:
 
     Source: Lei & Ying 2020, arXiv:2006.08157, definition 4 (m = 1: on-average stability).
     """
-    largest = min(len(data.reserve), len(data.train))
-    if not 0 <= m <= largest:
-        raise ValueError(
-            f"`neighbour` must lie in 0..{largest}, the reserve of task {data.name!r}, but is {m}. "
-            "Replace fewer images, or carve a larger `reserve`."
-        )
-    if data.replaced:
-        raise ValueError("`data` must be an original data set, but is a neighbour of one already.")
-    positions = _draw(seed, "neighbour", "positions").permutation(len(data.train))[:m]
-    others = _draw(seed, "neighbour", "reserve").permutation(len(data.reserve))[:m]
-    train = data.train.replaced(positions, data.reserve.subset(others))
+    positions, others = replacement(data, m, seed)
+    train = data.train.replaced(positions, others)
     return replace(
         data,
         train=train,
         split_hash=split_hash(data.name, data.classes, train),
         replaced=m,
         replaced_positions=tuple(int(position) for position in positions),
+        neighbour_seed=seed,
+        original=data,
     )
+
+
+def replacement(data: TaskData, m: int, seed: int) -> tuple[Array, Images]:
+    """Return which training images a neighbouring data set replaces, and by what.
+
+    Both are drawn by `seed`; those of a smaller m are the first of a larger m's.
+
+    Args:
+        data: the task, carved with a reserve of at least m.
+        m: images replaced, at least 0.
+        seed: which neighbour.
+
+    Returns:
+        Positions (m,) in the training set, and m images of the reserve.
+
+    Raises:
+        ValueError: m is out of range, or the data is a neighbour already.
+    """
+    largest = min(len(data.reserve), len(data.train))
+    if not 0 <= m <= largest:
+        raise ValueError(
+            f"`neighbour` must lie in 0..{largest}, the reserve of task {data.name!r}, but is {m}. "
+            "Replace fewer images, or carve a larger `reserve`."
+        )
+    if data.original:
+        raise ValueError("`data` must be an original data set, but is a neighbour of one already.")
+    positions = _draw(seed, "neighbour", "positions").permutation(len(data.train))[:m]
+    others = _draw(seed, "neighbour", "reserve").permutation(len(data.reserve))[:m]
+    return positions, data.reserve.subset(others)
 
 
 def split_hash(name: str, classes: tuple[str, ...], images: Images) -> str:

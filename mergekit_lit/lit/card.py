@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lightning.pytorch import Trainer
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.passes import Score
 
@@ -14,6 +14,7 @@ def expert_card(
     module: ExpertModule,
     *,
     trainer: Trainer,
+    data: TaskData,
     train: Score,
     val: Score,
     measured: Mapping[str, float | None],
@@ -22,12 +23,13 @@ def expert_card(
 
     Args:
         module: the module that was trained.
-        trainer: its Trainer, attached to the data.
+        trainer: its Trainer, attached to the data module.
+        data: what the module was trained on.
         train: loss and accuracy on the training images.
         val: loss and accuracy on the validation images.
         measured: path constants by the names of the card's fields.
     """
-    optimization, tuning, data = module.optimization, module.finetuning, module.data
+    optimization, tuning = module.optimization, module.finetuning
     lora = tuning.kind == "lora"
     is_sgd = optimization.optimizer == "sgd"
     horizon = trainer.max_steps if optimization.horizon_matters else None
@@ -46,7 +48,7 @@ def expert_card(
         "warmup_steps": optimization.warmup(trainer.max_steps),
         "schedule_steps": horizon,
         "steps": trainer.global_step,
-        "batch": data.batch * trainer.accumulate_grad_batches,
+        "batch": module.data.batch * trainer.accumulate_grad_batches,
         "label_smoothing": tuning.label_smoothing,
         "clip_norm": _clip_norm(trainer),
         "precision": str(trainer.precision),
@@ -66,16 +68,15 @@ def expert_card(
     return Card.from_json({**({} if lora else measured), **facts})
 
 
-def _data_facts(data: TaskDataModule) -> dict[str, str | int | None]:
-    task = data.task_data
+def _data_facts(data: TaskData) -> dict[str, str | int | None]:
     return {
-        "task": task.name,
-        "suite": task.suite,
-        "classes": len(task.classes),
-        "split_hash": task.split_hash,
-        "n": len(task.train),
-        "replaced": task.replaced,
-        "neighbour_seed": data.neighbour_seed if task.replaced else None,
+        "task": data.name,
+        "suite": data.suite,
+        "classes": len(data.classes),
+        "split_hash": data.split_hash,
+        "n": len(data.train),
+        "replaced": data.replaced,
+        "neighbour_seed": data.neighbour_seed,
     }
 
 

@@ -145,7 +145,7 @@ class ExpertModule(LightningModule):
         """Put the base back, estimate its BatchNorm statistics and fit the head under them."""
         if stage != "fit" and hasattr(self, "head"):
             return
-        data = self.data.task_data
+        data = self.data.task_data.start
         start = self.plain_backbone(self.base.params, self.trainer.strategy.root_device)
         start.load_state_dict({**start.state_dict(), **task_statistics(start, data)})
         head = head_at(start, data, self.head_spec, seed=self.seed)

@@ -1,9 +1,12 @@
-"""This file estimates stability along the path, without an exponential of the training length."""
+"""This file is stability: estimated along the path, without an exponential, and seen by twins."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from mergekit_lit.core.seeds import generator
 from mergekit_lit.theory.travel import StepRule, WeightedSquares, WeightedSum
 
 
@@ -69,3 +72,51 @@ def eps_path(steps: Sequence[float], variances: Sequence[float], *, n: int, batc
     squares = math.fsum(step**2 * variance for step, variance in pairs)
     coherent = math.fsum(step * math.sqrt(variance) for step, variance in pairs)
     return math.sqrt(stability_estimate(squares, coherent, n=n, batch=batch))
+
+
+@dataclass(frozen=True)
+class TwinSpread:
+    """Squared distances of twins, each per replaced sample, summed up.
+
+    Attributes:
+        mean: eps^2, what the bound takes.
+        median: of the twins.
+        low: lower end of the bootstrap interval of the median; None for fewer than 2 twins.
+        high: its upper end.
+    """
+
+    mean: float
+    median: float
+    low: float | None
+    high: float | None
+
+
+def twin_spread(
+    values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> TwinSpread:
+    """Return mean and median over twins, with the percentile bootstrap interval of the median.
+
+    Args:
+        values: ||x' - x||^2 / m of each twin.
+        level: of the interval, in (0, 1).
+        draws: resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no twin.
+
+    Source: Efron 1979, doi:10.1214/aos/1176344552, section 2.
+    """
+    if not values:
+        raise ValueError("A spread over twins needs at least one twin, but got none.")
+    found = torch.tensor(values, dtype=torch.float64)
+    mean, middle = float(found.mean()), float(found.quantile(0.5))
+    if len(values) < 2:
+        return TwinSpread(mean, middle, None, None)
+    picked = torch.randint(
+        len(values), (draws, len(values)), generator=generator(seed, "bootstrap", len(values))
+    )
+    medians = found[picked].quantile(0.5, dim=1)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = medians.quantile(ends).tolist()
+    return TwinSpread(mean, middle, low, high)
