@@ -65,14 +65,14 @@ class ExpertExport(Callback):
         batch_idx: int,
     ) -> None:
         """Write the expert after a step whose count was asked for."""
-        path = self.path_after(trainer, batch_idx)
-        if path is None:
-            return
         if not isinstance(pl_module, ExpertModule):
             raise TypeError(
                 f"ExpertExport must watch an ExpertModule, but got {type(pl_module).__name__}. "
                 "Leave it out of `trainer.callbacks`."
             )
+        path = self.path_after(trainer, batch_idx)
+        if path is None:
+            return
         if trainer.is_global_zero:
             expert = expert_of(
                 pl_module, trainer, pl_module.data.task_data, measured=_measured(trainer)

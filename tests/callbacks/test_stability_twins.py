@@ -56,7 +56,7 @@ def logged(out, name):
 
 
 SETTINGS = {
-    "momentum and a schedule": {"base": RESNET, "steps": [4]},
+    "momentum and a schedule": {"base": RESNET},
     "Adam and augmentation": {
         "model": {"optimizer": "adamw"},
         "data": {"augment": "crop-flip"},
