@@ -308,12 +308,17 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     rows = [
         vars(row) | {"values": [f"{k} {v}" for k, v in row.values.items()]} for row in plan.rows
     ]
-    columns = {name: name for name in ("name", "fate", "shape", "dtype", "out_dtype", "values")}
-    print_table(rows, columns)
+    veneers = ["veneers"] if plan.veneers else []
+    names = ("name", "fate", "shape", "dtype", "out_dtype", "values", *veneers)
+    print_table(rows, {name: name for name in names})
     size = {name: f"{getattr(plan, name) / 1e6:,.1f} MB" for name in _SIZES}
     seconds = "unknown" if plan.seconds is None else f"{plan.seconds:.1f} s"
+    before, after = (
+        [veneer["name"] for veneer in plan.veneers if veneer["position"] == position]
+        for position in ("before", "after")
+    )
     print(
-        f"{plan.method}, BatchNorm {plan.batch_norm}: reads {size['read_bytes']}, writes "
+        f"{', then '.join([*before, plan.method, *after])}, BatchNorm {plan.batch_norm}: reads {size['read_bytes']}, writes "
         f"{size['written_bytes']}; about {size['streamed_bytes']} of memory ({size['peak_bytes']} "
         f"with images or callbacks) and {seconds} of one processor's time (estimates)."
     )

@@ -129,7 +129,7 @@ def merge_many(  # noqa: PLR0913
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One veneer with every parameter's value."""
 
     veneer: Registered[Any]
@@ -144,14 +144,14 @@ class _Job:
     entry: Registered[Any]
     configs: Sequence[Config]
     settings: Sequence[Setting]
-    layers: Sequence[_Layer]
+    layers: Sequence[Layer]
     batch_norm: str
     seed: int
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     streamed: bool = False
 
-    def at(self, position: str) -> list[_Layer]:
+    def at(self, position: str) -> list[Layer]:
         return [layer for layer in self.layers if layer.veneer.facts["position"] == position]
 
 
@@ -167,7 +167,7 @@ def _job(
     """Return the job, or refuse it before anything is read."""
     entry = MERGE_METHODS.get(method)
     values = [resolve(entry, config, seed=seed) for config in configs]
-    layers = [_layer(name, given, seed) for name, given in veneers]
+    layers = layers_of(veneers, seed)
     check_request(entry, values, experts)
     _check_policy(batch_norm)
     experts = checked(experts)
@@ -235,14 +235,25 @@ def _complete(
     )
 
 
-def _layer(name: str, given: Mapping[str, Any], seed: int) -> _Layer:
+def layers_of(veneers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> list[Layer]:
+    """Return veneers with every parameter's value, in the order given.
+
+    Raises:
+        KeyError: unknown veneer or parameter.
+        TypeError: a value of the wrong type.
+        ValueError: a veneer of unknown position, or a value by pattern.
+    """
+    return [_layer(name, given, seed) for name, given in veneers]
+
+
+def _layer(name: str, given: Mapping[str, Any], seed: int) -> Layer:
     veneer = VENEERS.get(name)
     position = str(veneer.facts.get("position"))
     if position not in _POSITIONS:
         raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
     values = resolve(veneer, given, seed=seed)
     _refuse_patterns(veneer, values)
-    return _Layer(veneer, values)
+    return Layer(veneer, values)
 
 
 def _veneer_facts(job: _Job) -> dict[str, Any]:

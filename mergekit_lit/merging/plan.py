@@ -1,8 +1,8 @@
 """This file is what a merge will do, told from the headers of its files alone."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from mergekit_lit.core.experts import BLOCK, Experts
 from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.core.specs import Spec, spec_of
 from mergekit_lit.merging.configuration import SCALE, resolve, to_json
-from mergekit_lit.merging.engine import check_request
+from mergekit_lit.merging.engine import Layer, check_request, layers_of
 from mergekit_lit.merging.forms import (
     Config,
     is_elementwise,
@@ -46,6 +46,7 @@ class Row:
         dtype: its number type in the base, or of a head in the expert.
         out_dtype: its number type in the result.
         values: the method's parameters that apply to it; empty unless it is merged.
+        veneers: names of the veneers that act on it, or on what it is made of, as they follow.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     dtype: str
     out_dtype: str
     values: Mapping[str, Any]
+    veneers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Plan:
     Attributes:
         method: its name.
         config: the method's configuration, every parameter with its value.
+        veneers: `name`, `position` (`before` the method or `after` it) and `config` of each.
         batch_norm: where BatchNorm statistics come from.
         rows: the tensors of the result, in order.
         read_bytes: what is read of base and experts, once; further passes find it in memory.
@@ -70,13 +73,16 @@ class Plan:
             the model as a whole come on top.
         peak_bytes: memory beside the mapped files, an estimate: the result, and what the method
             works on.
-        streamed_bytes: the same of a streamed merge, which never holds the result.
-        seconds: processor time, an estimate from a trial of the method on made-up tensors and usual
-            speeds of files; None for methods that look at images or see the model as a whole.
+        streamed_bytes: the same of a streamed merge, which does not hold the result, but where the
+            method or a veneer needs it whole.
+        seconds: processor time, an estimate from a trial of method and veneers on made-up tensors
+            and usual speeds of files; None where one of them looks at images or sees the model as a
+            whole.
     """
 
     method: str
     config: Mapping[str, Any]
+    veneers: tuple[Mapping[str, Any], ...]
     batch_norm: str
     rows: tuple[Row, ...]
     read_bytes: int
@@ -95,6 +101,7 @@ def plan(
     method: str,
     *,
     config: Mapping[str, Any] | None = None,
+    veneers: Sequence[tuple[str, Mapping[str, Any]]] = (),
     batch_norm: str = "base",
     seed: int = 0,
     dtype: str | None = None,
@@ -107,13 +114,14 @@ def plan(
             `headers_only`.
         method: name of a registered method.
         config: as of `merge`.
+        veneers: as of `merge`.
         batch_norm: any policy, those that need images too.
         seed: as of `merge`.
         dtype: as of `merge`.
         out_dtype: as of `merge`.
 
     Raises:
-        KeyError: unknown method, parameter or number type.
+        KeyError: unknown method, veneer, parameter or number type.
         TypeError: a value of the wrong type.
         ValueError: a pattern that matches nothing, or a number of experts that it cannot take.
     """
@@ -122,23 +130,55 @@ def plan(
     check_request(entry, [values], experts)
     by_tensor = _values(entry, values, experts)
     kept = output_dtype(out_dtype)
+    layers = layers_of(veneers, seed)
     rows = [*_backbone(experts, by_tensor, kept), *_heads(experts)]
+    rows = [replace(row, veneers=_acting(layers, row.fate, batch_norm)) for row in rows]
     wide = compute_dtype(dtype) or torch.float32
     working, result = _working_bytes(entry, by_tensor, experts, wide)
+    whole = _wholes(entry, layers)
     read = _read_bytes(experts, rows)
     written = sum(_bytes(row.shape, row.out_dtype) for row in rows)
-    seconds = expected_seconds(entry, by_tensor, experts, seed)
+    seconds = expected_seconds(entry, by_tensor, experts, seed, layers=layers)
     return Plan(
         method=method,
         config=to_json(values),
+        veneers=tuple(_told(layer) for layer in layers),
         batch_norm=batch_norm,
         rows=tuple(rows),
         read_bytes=read,
         written_bytes=written,
-        peak_bytes=result + working,
-        streamed_bytes=working + (result if is_whole(entry) else 0),
+        peak_bytes=working + max(1, whole) * result,
+        streamed_bytes=working + whole * result,
         seconds=None if seconds is None else seconds + read / _READING + written / _WRITING,
     )
+
+
+def _acting(layers: Sequence[Layer], fate: Fate, batch_norm: str) -> tuple[str, ...]:
+    """Return the veneers that act on tensors of a fate: those before the method come first."""
+    if fate == "statistic" and batch_norm != "average":
+        return ()
+    order = sorted(layers, key=lambda layer: layer.veneer.facts["position"] == "after")
+    return tuple(
+        layer.veneer.name
+        for layer in order
+        if fate in layer.veneer.facts.get("touches", ("merged",))
+    )
+
+
+def _wholes(entry: Registered[Any], layers: Sequence[Layer]) -> int:
+    """Return how many models are held at once, though the result is written tensor by tensor."""
+    after = any(layer.veneer.facts["position"] == "after" for layer in layers)
+    # A veneer makes another model of the result.
+    return 2 if after else int(is_whole(entry))
+
+
+def _told(layer: Layer) -> dict[str, Any]:
+    entry = layer.veneer
+    return {
+        "name": entry.name,
+        "position": entry.facts["position"],
+        "config": to_json(layer.config),
+    }
 
 
 def _values(entry: Registered[Any], config: Config, experts: Experts) -> dict[str, Config]:

@@ -55,6 +55,31 @@ def test_values_and_what_is_left_out_are_told_by_tensor(tiny_experts, headers_of
     }
 
 
+def test_veneers_are_told_by_tensor_with_what_they_take(make_experts, headers_of):
+    experts = make_experts(3, dtype=torch.float32)
+    veneers = [("lines", {"alpha": 0.5}), ("equal_norms", {})]
+    bare = plan(headers_of(experts), "ties", batch_norm="average")
+    told = plan(headers_of(experts), "ties", batch_norm="average", veneers=veneers)
+    assert [veneer["name"] for veneer in told.veneers] == ["lines", "equal_norms"]
+    assert told.veneers[0]["config"] == {"alpha": 0.5, "beta": None}
+    for row in told.rows:
+        assert row.veneers == (("equal_norms", "lines") if row.fate == "merged" else ())
+    result = sum(t.numel() * 4 for n, t in experts.base.items() if n in experts.merged_names())
+    assert told.streamed_bytes == bare.streamed_bytes + 2 * result
+    assert told.seconds is not None
+    assert json.loads(json.dumps(told.to_json()))["veneers"][1]["position"] == "before"
+
+
+def test_a_veneer_that_moves_units_is_told_where_it_acts(tiny_experts, headers_of):
+    veneers = [("git_rebasin", {})]
+    average = plan(headers_of(tiny_experts), "average", veneers=veneers, batch_norm="average")
+    moved = {row.fate for row in average.rows if row.veneers}
+    assert moved == {"merged", "statistic", "head"}
+    assert average.seconds is None
+    base = plan(headers_of(tiny_experts), "average", veneers=veneers)
+    assert {row.fate for row in base.rows if row.veneers} == {"merged", "head"}
+
+
 def test_bytes_are_those_of_the_files(tmp_path):
     draw = torch.Generator().manual_seed(0)
     for name in ("base", "a", "b"):
@@ -81,6 +106,8 @@ def test_bytes_are_those_of_the_files(tmp_path):
         ("ties", {"out_dtype": "half"}, KeyError, "No `out_dtype` named 'half'"),
         ("slerp", {}, ValueError, "'slerp' takes 2 experts, but got 3"),
         ("lines", {"config": {"beta": [0.1, 0.2]}}, ValueError, "treats the model as a whole"),
+        ("ties", {"veneers": [("line", {})]}, KeyError, "Did you mean 'lines'"),
+        ("ties", {"veneers": [("lines", {"alfa": 1})]}, KeyError, "named 'alfa'"),
     ],
 )
 def test_bad_requests_are_refused_as_by_the_merge(

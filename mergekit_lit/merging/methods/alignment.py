@@ -33,7 +33,7 @@ _LEAST_GAIN = 1e-12
 _SOURCE = "Ainsworth et al. 2022, arXiv:2209.04836, alg. 1"
 
 
-@VENEERS.add(position="before", source=_SOURCE)
+@VENEERS.add(position="before", touches=("merged", "statistic", "head"), source=_SOURCE)
 @MERGE_METHODS.add(
     form="experts",
     family="alignment",

@@ -1,7 +1,9 @@
 """This file is veneers: what acts on the experts before any merge, or on its result after it.
 
 A veneer is registered with its position. `before`: f(experts, *, config) -> Experts, whose deltas
-the method gets. `after`: f(experts, merged, *, config) -> Merged.
+the method gets. `after`: f(experts, merged, *, config) -> Merged. One whose time grows with the
+number of entries alone declares `elementwise`, and one that acts on more than the tensors that are
+merged declares the fates (`merging.plan.Fate`) of what it `touches`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from mergekit_lit.merging.reductions import total
 
 @VENEERS.add(
     position="before",
+    elementwise=True,
     source="after Yoshida et al. 2025, arXiv:2508.01148 (DisTaC)",
 )
 def equal_norms(
@@ -63,6 +66,7 @@ def equal_norms(
 
 @VENEERS.add(
     position="after",
+    elementwise=True,
     source="Wang et al. 2024, arXiv:2410.17146 (LiNeS)",
 )
 def lines(
@@ -86,15 +90,17 @@ def lines(
 
     Source: Wang et al. 2024, arXiv:2410.17146 (LiNeS for multi-task merging).
     """
-    step = subtract({name: merged.shared[name] for name in experts.merged_names()}, experts.base)
-    alpha = _average_share(experts, step) if alpha is None else alpha
+    alpha = _average_share(experts, merged) if alpha is None else alpha
     beta = max(0.0, 1 - alpha) if beta is None else beta
     for name, value in (("alpha", alpha), ("beta", beta)):
         if value < 0:
             raise ValueError(f"`{name}` must be at least 0, but is {value!r}.")
     scales = depth_scales(experts.structure, alpha, beta)
-    moved = add(experts.base, {name: scales[name] * tensor for name, tensor in step.items()})
-    return replace(merged, shared={**merged.shared, **{name: moved[name] for name in step}})
+    shared = dict(merged.shared)
+    for name in experts.merged_names():
+        scaled = {name: scales[name] * _step(experts, merged, name)}
+        shared |= add({name: experts.base[name]}, scaled)
+    return replace(merged, shared=shared)
 
 
 class _Rescaled(Mapping[str, Tensor]):
@@ -123,11 +129,17 @@ def _factors(lengths: Tensor, to: Literal["min", "median", "mean"]) -> Tensor:
     return torch.where(lengths > 0, goals[to] / torch.where(lengths > 0, lengths, 1), 1)
 
 
-def _average_share(experts: Experts, step: Params) -> float:
+def _step(experts: Experts, merged: Merged, name: str) -> Tensor:
+    """Return how far a merge has moved one tensor from the base, (*s)."""
+    return subtract({name: merged.shared[name]}, {name: experts.base[name]})[name]
+
+
+def _average_share(experts: Experts, merged: Merged) -> float:
     """Return ||sum_t tau_t||_1 / (T ||step||_1); 1 where the step is 0."""
     summed = sum(
         float(total(reduced(experts, name, lambda deltas: deltas.sum(dim=0).abs())))
         for name in experts.merged_names()
     )
-    length = sum(float(total(tensor.abs())) for tensor in step.values())
+    steps = (_step(experts, merged, name) for name in experts.merged_names())
+    length = sum(float(total(step.abs())) for step in steps)
     return summed / (len(experts) * length) if length > 0 else 1.0
