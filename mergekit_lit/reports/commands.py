@@ -11,6 +11,8 @@ from mergekit_lit.core.records import Record, plain
 _RENAMED = {"seed": "split_seed"}
 _HASHES = ("split_hash", "base_hash")
 _DEVICES = {"world_size": "devices"}
+# Any other flag is null by default; parameters of methods may be either.
+_NULL_IS_A_CHOICE = ("discard",)
 
 
 def command_line(record: Record, *, out: str = "FOLDER") -> str:
@@ -35,20 +37,23 @@ def _train_words(record: Record, out: str) -> list[str]:
 
 def _merge_words(record: Record, _: str) -> list[str]:
     config = record.config
-    recipe = config["recipe"]
+    recipe = dict(config["recipe"])
+    own, veneers = recipe.pop("config"), recipe.pop("veneers", ())
     flags = {
         "out": record.outputs[0] if record.outputs else None,
-        "method": recipe["method"],
-        "batch_norm": recipe["batch_norm"],
-        "seed": recipe["seed"],
-        "base": config["base"],
-        **recipe["config"],
+        **{name: value for name, value in recipe.items() if name not in own},
+        "then": veneers,
+        **{name: config.get(name) for name in ("base", "heads", "max_shard_bytes")},
+        "allow_different_base": config.get("allow_different_base") or None,
+        "callbacks": config.get("observers"),
     }
+    given = {name: value for name, value in flags.items() if value not in ([], ())}
     calibration = config.get("calibration") or {}
     data = {name: value for name, value in calibration.items() if name != "options"}
     options = calibration.get("options", {})
     data |= {_RENAMED.get(name, name): value for name, value in options.items()}
-    return [*map(str, config["experts"]), *_flags(flags), *_flags({"data": data})]
+    experts = map(str, config["experts"])
+    return [*experts, *_flags(given), *_flags(own, null=True), *_flags({"data": data})]
 
 
 def _evaluate_words(record: Record, _: str) -> list[str]:
@@ -71,12 +76,12 @@ _STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
 }
 
 
-def _flags(config: Mapping[str, Any]) -> list[str]:
-    """Return `--name value` for every leaf that is not null."""
+def _flags(config: Mapping[str, Any], *, null: bool = False) -> list[str]:
+    """Return `--name value` for every leaf, but for nulls that only repeat a flag's default."""
     return [
         word
         for name, value in _leaves(config)
-        if value is not None
+        if value is not None or null or name in _NULL_IS_A_CHOICE
         for word in (f"--{name}", _text(value))
     ]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
 from mergekit_lit.core.merging import MergeObserver
@@ -93,7 +94,12 @@ def merge_files(  # noqa: PLR0913
         gathered, recipe, backbone, images, observers=observers, streamed=not observers
     )
     inputs = {str(path): fingerprint(path, plain=plain) for path in paths}
-    record = _record(recipe, calibration, inputs, out, merged, observers)
+    choices = {
+        "allow_different_base": allow_different_base,
+        "heads": heads if plain else None,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    record = _record(recipe, calibration, inputs, out, merged, observers, choices)
     save = save_raw if plain else save_merged
     # Each is written atomically; should the second fail, an earlier pair stays whole.
     with _restored_on_error(record_path):
@@ -117,7 +123,7 @@ def plan_files(
 
     Raises:
         FileNotFoundError: an expert is missing.
-        KeyError: unknown method or parameter.
+        KeyError: unknown method, veneer or parameter.
         TypeError: a parameter of the wrong type.
         ValueError: experts that cannot be merged, or a value out of range.
     """
@@ -129,6 +135,7 @@ def plan_files(
         gathered,
         recipe.method,
         config=recipe.config,
+        veneers=recipe.veneers,
         batch_norm=recipe.batch_norm,
         seed=recipe.seed,
         dtype=recipe.dtype,
@@ -220,6 +227,7 @@ def _record(
     out: Path,
     merged: Merged,
     observers: Sequence[MergeObserver],
+    choices: Mapping[str, Any],
 ) -> Record:
     seen = {type(o).__name__: o.to_json() for o in observers if hasattr(o, "to_json")}
     return Record(
@@ -230,6 +238,7 @@ def _record(
             "recipe": asdict(recipe) | {key: merged.facts[key] for key in ("config", "veneers")},
             "calibration": asdict(calibration) if calibration else None,
             "base": merged.facts["base"],
+            **choices,
             "observers": [f"{type(o).__module__}.{type(o).__qualname__}" for o in observers],
         },
         inputs=inputs,

@@ -1,6 +1,8 @@
 """`mergekit-lit merge`: what it imports, and what goes before and after a method."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ from mergekit_lit.merging import load_experts, merge
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import plan
 from mergekit_lit.models.backbones import load_base
+from mergekit_lit.reports.commands import command_line
 
 TASKS = ("dots", "stripes")
 HEAVY = ("lightning", "timm", "torchvision", "torchmetrics", "wandb", "pandas", "matplotlib")
@@ -156,6 +159,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(files, experts, tmp_path, c
     assert "blocks.0.norm1.weight" in kept
     assert main(words) == 0
     assert "average, BatchNorm base: reads" in capsys.readouterr().out
+    assert main([*words, "--then=lines", "--then=equal_norms"]) == 0
+    told = capsys.readouterr().out
+    assert "equal_norms, then average, then lines, BatchNorm base: reads" in told
+    assert "equal_norms lines" in told.replace(",", "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,6 +176,31 @@ def test_patterns_choose_the_tensors(files, experts, base, tmp_path):
     kept = {name for name, tensor in shared.items() if torch.equal(tensor, base.params[name])}
     assert {"blocks.0.norm1.weight", "pos_embed"} <= kept
     assert "blocks.0.attn.qkv.weight" not in kept
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method=ties", "--scale={norm1: 0.5, '*': 0.2}", "--out_dtype=bfloat16"],
+        ["--then={name: lines, config: {alpha: 0.5}}", "--then=equal_norms", "--dtype=float64"],
+        ["--method=dare", "--seed=3", "--include=blocks.*", "--exclude=norm1,norm2"],
+        ["--callbacks=mergekit_lit.callbacks.DeltaGeometry", "--max_shard_bytes=2000000"],
+        [
+            "--method=weighted_average",
+            "--base=vit",
+            "--allow_different_base",
+            "--batch_norm=average",
+        ],
+    ],
+)
+def test_the_command_that_a_record_tells_makes_the_same_bytes(files, tmp_path, capsys, flags):
+    folder = tmp_path / "a b"
+    assert main(["merge", *files, f"--out={folder / 'm.safetensors'}", *flags, "--json"]) == 0
+    record = Record(**json.loads(capsys.readouterr().out))
+    first = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    shutil.rmtree(folder)
+    assert main(shlex.split(command_line(record))[1:]) == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == first
 
 
 SCALES = {

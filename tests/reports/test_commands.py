@@ -39,9 +39,17 @@ def test_merging_names_files_method_and_split():
     assert shlex.split(command_line(record))[2:] == [
         *("a.safetensors", "b.safetensors", "--out", "ties.safetensors", "--method", "ties"),
         *("--batch_norm", "recalibrate", "--seed", "3", "--base", "resnet", "--scale", "0.5"),
+        *("--weights", "null"),
         *("--data.suite", "tiny", "--data.images", "64"),
         *("--data.val_share", "0.2", "--data.split_seed", "7"),
     ]
+
+
+def test_tuning_keeps_a_null_that_is_a_choice():
+    config = {"method": ["ties"], "trials": None, "discard": None, "space": {"scale": [1]}}
+    assert command_line(Record(stage="tune", name="ties", config=config)) == (
+        "mergekit-lit tune --method '[\"ties\"]' --discard null --space.scale '[1]'"
+    )
 
 
 def test_evaluation_names_models_and_data():
