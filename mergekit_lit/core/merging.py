@@ -20,7 +20,9 @@ Form = Literal["linear", "kernel", "whole", "experts"]
     first, in as many passes as it likes. A kernel whose entries do not depend on one another
     declares `elementwise` (True, or a function of its config), and then sees blocks of entries.
     Where parameters are given by pattern, each tensor is merged under its own values, and `prepare`
-    runs for each group of tensors that agree in the values it looks at.
+    runs for each group of tensors that agree in the values it looks at. A method may declare one
+    parameter as `together`: `prepare` then gets all its values of several merges at once, and
+    returns the stats of each.
 `whole`: f(experts, *, config) -> Merged.
 `experts`: f(experts, *, config) -> Experts, such as an alignment; their average is the merge.
 

@@ -1,8 +1,7 @@
 """This file is what a method of each form does to one tensor, under one setting or under many."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from inspect import signature
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +10,9 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import Registered
 from mergekit_lit.merging.configuration import SCALE, check_scale
-from mergekit_lit.merging.passes import Blocks, Deltas, Pairs, blockwise
+from mergekit_lit.merging.passes import Blocks, Deltas, blockwise
 from mergekit_lit.merging.patterns import ByPattern
+from mergekit_lit.merging.preparing import prepared
 from mergekit_lit.merging.steps import weighted_sum
 
 Config = Mapping[str, Any]
@@ -101,9 +101,8 @@ class Steps:
         """
         self._experts = experts
         self._seed = seed
-        known: dict[str, Any] = {}
-        make = _linear if entry.facts["form"] == "linear" else _kernel
-        self._kernels = [make(entry, experts, setting.values, known) for setting in settings]
+        form = _linear if entry.facts["form"] == "linear" else _kernels
+        self._kernels = form(entry, experts, [setting.values for setting in settings])
 
     @property
     def coefficients(self) -> list[list[float] | None]:
@@ -167,21 +166,26 @@ class _Kernel:
 
 
 def _linear(
-    entry: Registered[Any], experts: Experts, values: Mapping[str, Config], known: dict[str, Any]
-) -> _Kernel:
-    """Return the weighted sum of the deltas, by the coefficients of each tensor's values."""
-    keys = {name: repr(sorted(config.items())) for name, config in values.items()}
-    for name, key in keys.items():
-        if key not in known:
-            known[key] = _coefficients(entry, experts, values[name])
-    own = {name: known[key] for name, key in keys.items()}
-    alike = next(iter(own.values())).tolist() if len(set(keys.values())) == 1 else None
-    return _Kernel(
-        step=lambda tensor: _combination(own[tensor.name], tensor.deltas),
-        elementwise=lambda _: True,
-        stats=lambda _: {},
-        coefficients=alike,
-    )
+    entry: Registered[Any], experts: Experts, settings: Sequence[Mapping[str, Config]]
+) -> list[_Kernel]:
+    """Return of each setting the weighted sum of the deltas, by every tensor's coefficients."""
+    known: dict[str, Tensor] = {}
+
+    def kernel(values: Mapping[str, Config]) -> _Kernel:
+        keys = {name: repr(sorted(config.items())) for name, config in values.items()}
+        for name, key in keys.items():
+            if key not in known:
+                known[key] = _coefficients(entry, experts, values[name])
+        own = {name: known[key] for name, key in keys.items()}
+        alike = next(iter(own.values())).tolist() if len(set(keys.values())) == 1 else None
+        return _Kernel(
+            step=lambda tensor: _combination(own[tensor.name], tensor.deltas),
+            elementwise=lambda _: True,
+            stats=lambda _: {},
+            coefficients=alike,
+        )
+
+    return [kernel(values) for values in settings]
 
 
 def _combination(coefficients: Tensor, deltas: Tensor) -> Tensor:
@@ -201,48 +205,26 @@ def _coefficients(entry: Registered[Any], experts: Experts, config: Config) -> T
     return coefficients
 
 
-def _kernel(
-    entry: Registered[Any], experts: Experts, values: Mapping[str, Config], known: dict[str, Any]
-) -> _Kernel:
-    """Return a per-tensor kernel with what its first pass over the tensors found.
+def _kernels(
+    entry: Registered[Any], experts: Experts, settings: Sequence[Mapping[str, Config]]
+) -> list[_Kernel]:
+    """Return of each setting a per-tensor kernel with what passes over all tensors found."""
+    in_blocks = [
+        {name for name, config in values.items() if is_elementwise(entry, config)}
+        for values in settings
+    ]
+    stats = prepared(entry, experts, list(zip(settings, in_blocks, strict=True)))
 
-    Tensors whose values differ where `prepare` looks at them are prepared apart, each group as if
-    it were a model of its own.
-    """
-    by_blocks = {name: is_elementwise(entry, config) for name, config in values.items()}
-    stats = _prepared(entry, experts, values, by_blocks, known)
-    return _Kernel(
-        step=lambda tensor: entry.function(tensor, **values[tensor.name]),
-        elementwise=lambda name: by_blocks[name],
-        stats=lambda name: stats.get(name, {}),
-    )
+    def kernel(
+        values: Mapping[str, Config], blocks: set[str], found: Mapping[str, Mapping[str, Any]]
+    ) -> _Kernel:
+        return _Kernel(
+            step=lambda tensor: entry.function(tensor, **values[tensor.name]),
+            elementwise=lambda name: name in blocks,
+            stats=lambda name: found.get(name, {}),
+        )
 
-
-def _prepared(
-    entry: Registered[Any],
-    experts: Experts,
-    values: Mapping[str, Config],
-    by_blocks: Mapping[str, bool],
-    known: dict[str, Any],
-) -> dict[str, Mapping[str, Any]]:
-    """Return by tensor what `prepare` found in the group of tensors that it belongs to."""
-    prepare = entry.facts.get("prepare")
-    if prepare is None:
-        return {}
-    wanted = signature(prepare).parameters
-    groups: dict[str, list[str]] = {}
-    seen = {name: {p: v for p, v in c.items() if p in wanted} for name, c in values.items()}
-    for name, config in seen.items():
-        groups.setdefault(repr((sorted(config.items()), by_blocks[name])), []).append(name)
-    found: dict[str, Mapping[str, Any]] = {}
-    for key, names in groups.items():
-        whole = f"{key} {names}"
-        if whole not in known:
-            group = replace(experts, kept=experts.kept | (set(values) - set(names)))
-            pairs = Pairs(group, in_blocks=by_blocks[names[0]])
-            known[whole] = prepare(pairs, **seen[names[0]])
-        found |= dict.fromkeys(names, known[whole])
-    return found
+    return [kernel(*parts) for parts in zip(settings, in_blocks, stats, strict=True)]
 
 
 def base_plus(scale: float | None) -> Callable[[Tensor, Tensor], Tensor]:

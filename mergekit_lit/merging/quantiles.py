@@ -42,7 +42,7 @@ def smallest(pairs: Pairs, function: Function, ranks: Callable[[int], Sequence[i
             the number of entries for the largest; 0 gives minus infinity.
 
     Returns:
-        Values, (T, R), in float64; (0, 0) where there are no entries.
+        Values, (T, R), in float64; (0, R) where there are no entries.
     """
 
     def chunks() -> Iterator[Tensor]:
@@ -50,9 +50,9 @@ def smallest(pairs: Pairs, function: Function, ranks: Callable[[int], Sequence[i
             yield function(deltas).reshape(len(deltas), deltas[0].numel())
 
     sample, entries = _sample(pairs, function, chunks)
-    if entries == 0:
-        return torch.zeros(0, 0, dtype=torch.float64)
     wanted = list(ranks(entries))
+    if entries == 0:
+        return torch.zeros(0, len(wanted), dtype=torch.float64)
     brackets = [[_bracket(row, rank / entries) for rank in wanted] for row in sample]
     found = _inside(chunks, brackets, wanted)
     return _by_counting(chunks, wanted) if found is None else found

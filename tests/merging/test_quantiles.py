@@ -95,7 +95,7 @@ def test_zeros_of_both_signs_huge_and_tiny_numbers():
 def test_rank_0_lies_below_everything_and_no_entries_have_no_ranks():
     values = torch.tensor([[1.0, -5.0]])
     assert smallest(chunked(values, 2), lambda _: [0]).tolist() == [[-np.inf]]
-    assert smallest([], lambda _: [1]).shape == (0, 0)
+    assert smallest([], lambda _: [1]).shape == (0, 1)
 
 
 @pytest.mark.parametrize(("density", "expected"), [(1.0, 0), (0.5, 2), (0.25, 3), (0.01, 4)])

@@ -58,7 +58,7 @@ def reference_ties(vectors, density, combine):
 @pytest.mark.parametrize("combine", ["mean", "sum"])
 def test_ties_equals_its_paper(density, combine):
     pairs = model()
-    stats = trim_and_elect(pairs, density=density)
+    (stats,) = trim_and_elect(pairs, density=[density])
     found = np.concatenate(
         [
             ties(a_slice(n, d, stats), density=density, combine=combine).numpy().ravel()
@@ -72,14 +72,16 @@ def test_ties_equals_its_paper(density, combine):
 def test_thresholds_are_exact_with_many_equal_magnitudes(dtype):
     draw = torch.Generator().manual_seed(3)
     coarse = [("w", (torch.randn(2, 400, generator=draw) * 3).round().to(dtype) / 7)]
-    for density in (0.05, 0.3, 0.5, 0.77, 1.0):
-        found = magnitude_thresholds(coarse, density=density)
+    densities = (0.05, 0.3, 0.5, 0.77, 1.0)
+    for found, density in zip(
+        magnitude_thresholds(coarse, densities=densities), densities, strict=True
+    ):
         np.testing.assert_array_equal(found, reference_thresholds(flat(coarse), density))
 
 
 def test_exact_cancellation_takes_the_majority_sign():
     deltas = torch.tensor([[1.0, -2.0, -3.0], [-1.0, -2.0, -1.0]])
-    stats = trim_and_elect([("w", deltas)], density=1.0)
+    (stats,) = trim_and_elect([("w", deltas)], density=[1.0])
     # Entry 0 cancels; the model's majority is negative, so expert 1's value stands.
     torch.testing.assert_close(
         ties(a_slice("w", deltas, stats), density=1.0), torch.tensor([-1.0, -2.0, -2.0])
@@ -95,14 +97,14 @@ def test_the_majority_is_looked_up_where_entries_cancel_and_only_there():
             return super().__iter__()
 
     apart = torch.tensor([[1.0, -2.0, 0.0], [2.0, 3.0, 0.0]])
-    stats = trim_and_elect(Counted([("w", apart)]), density=1.0)
+    (stats,) = trim_and_elect(Counted([("w", apart)]), density=[1.0])
     before = len(passes)
     found = ties(a_slice("w", apart, stats), density=1.0)
     torch.testing.assert_close(found, torch.tensor([1.5, 3.0, 0.0]))
     assert len(passes) == before
     # Two entries cancel, and of the others as many are positive as negative: no majority.
     even = torch.tensor([[1.0, -2.0, 3.0, -4.0], [-1.0, -2.0, 3.0, 4.0]])
-    stats = trim_and_elect(Counted([("w", even)]), density=1.0)
+    (stats,) = trim_and_elect(Counted([("w", even)]), density=[1.0])
     before = len(passes)
     for _ in range(2):
         found = ties(a_slice("w", even, stats), density=1.0)
@@ -112,7 +114,7 @@ def test_the_majority_is_looked_up_where_entries_cancel_and_only_there():
 
 def test_ties_of_agreeing_experts_is_their_mean():
     pairs = [(name, deltas.abs()) for name, deltas in model()]
-    stats = trim_and_elect(pairs, density=1.0)
+    (stats,) = trim_and_elect(pairs, density=[1.0])
     for name, deltas in pairs:
         step = ties(a_slice(name, deltas, stats), density=1.0)
         torch.testing.assert_close(step, deltas.mean(0))

@@ -183,6 +183,6 @@ def _rank_shares(delta: Tensor) -> Tensor:
 def _joined(kept: Iterator[Tensor], count: int, rule: Rule, combine: Combine) -> Tensor:
     """Return the step of the entries kept of each of `count` experts, (*s)."""
     if rule == "ties":
-        whole = torch.stack(list(kept))
-        return by_sign(whole, whole.sum(dim=0).sign(), combine)
+        parts = list(kept)
+        return by_sign(parts, sum_of(parts).sign_(), combine)
     return sum_of(kept) / (1 if combine == "sum" else count)

@@ -1,7 +1,7 @@
 """This file is the methods that keep a share of each delta's entries: TIES, Breadcrumbs, MagMax."""
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -12,33 +12,44 @@ from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval, check_scale
 from mergekit_lit.merging.quantiles import Pairs, smallest, threshold
+from mergekit_lit.merging.steps import sum_of
 
 Combine = Literal["mean", "sum"]
 
 
 def trim_and_elect(
-    pairs: Pairs, *, density: float, trim: Literal["model", "tensor"] = "model"
-) -> dict[str, Any]:
-    """Find what TIES needs of the whole model: a threshold per expert, and the majority sign.
+    pairs: Pairs, *, density: Sequence[float], trim: Literal["model", "tensor"] = "model"
+) -> list[dict[str, Any]]:
+    """Find for each density what TIES needs of the whole model: thresholds, and the majority sign.
 
     threshold_t = the (d - floor(d * density))-th smallest |tau_t| over all d entries, exactly.
 
     Returns:
-        `thresholds` (T,) unless tensors are trimmed for themselves; and `majority`, a function that
-        returns the sign of sum_p sign(sum_t m_tp tau_tp). It takes another pass over all entries,
-        and is needed only where what is kept of an entry sums to 0 exactly.
+        `thresholds` (T,), None where tensors are trimmed for themselves; and `majority`, a function
+        that returns the sign of sum_p sign(sum_t m_tp tau_tp). It takes another pass over all
+        entries, one for all densities, and is needed only where what is kept of an entry sums to 0
+        exactly.
     """
-    thresholds = None if trim == "tensor" else magnitude_thresholds(pairs, density=density)
+    thresholds: Sequence[Tensor | None] = [None] * len(density)
+    if trim == "model":
+        thresholds = list(magnitude_thresholds(pairs, densities=density))
 
     @cache
-    def majority() -> int:
-        signs = 0
+    def majorities() -> list[int]:
+        signs = [0] * len(density)
         for _, deltas in pairs:
-            total = _trimmed(deltas, thresholds, density).sum(dim=0)
-            signs += int(total.sign().sum(dtype=torch.float64))
-        return (signs > 0) - (signs < 0)
+            for d, (bounds, share) in enumerate(zip(thresholds, density, strict=True)):
+                summed = sum_of(_trimmed(deltas, bounds, share))
+                signs[d] += int(summed.sign().sum(dtype=torch.float64))
+        return [(sign > 0) - (sign < 0) for sign in signs]
 
-    return {"majority": majority} | ({} if thresholds is None else {"thresholds": thresholds})
+    def majority(place: int) -> int:
+        return majorities()[place]
+
+    return [
+        {"thresholds": bounds, "majority": partial(majority, place)}
+        for place, bounds in enumerate(thresholds)
+    ]
 
 
 @MERGE_METHODS.add(
@@ -48,6 +59,7 @@ def trim_and_elect(
     source="Yadav et al. 2023, arXiv:2306.01708, alg. 1",
     search={"density": (0.05, 1.0), "scale": (0.0, 3.0)},
     prepare=trim_and_elect,
+    together="density",
     elementwise=lambda config: config["trim"] == "model",
     homogeneous=True,
 )
@@ -80,7 +92,7 @@ def ties(
     check_interval("density", density, "(0, 1]")
     check_scale(scale)
     thresholds = tensor.stats["thresholds"] if trim == "model" else None
-    kept = _trimmed(tensor.deltas, thresholds, density)
+    kept = list(_trimmed(tensor.deltas, thresholds, density))
     return scale * _elected(kept, tensor.stats["majority"], combine)
 
 
@@ -155,37 +167,46 @@ def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
     return scale * largest
 
 
-def magnitude_thresholds(pairs: Pairs, *, density: float) -> Tensor:
-    """Return per expert the (d - floor(d * density))-th smallest |tau|, exactly, (T,) in float64.
+def magnitude_thresholds(pairs: Pairs, *, densities: Sequence[float]) -> Tensor:
+    """Return per density and expert the (d - floor(d * density))-th smallest |tau|, exactly.
 
-    It is 0 where every entry is kept.
+    It is 0 where every entry is kept; (D, T) in float64.
     """
-    check_interval("density", density, "(0, 1]")
-    found = smallest(pairs, torch.abs, lambda entries: [entries - int(entries * density)])
-    return found.clamp(min=0).flatten()
+    for density in densities:
+        check_interval("density", density, "(0, 1]")
+    found = smallest(
+        pairs, torch.abs, lambda entries: [entries - int(entries * d) for d in densities]
+    )
+    return found.clamp(min=0).T
 
 
-def _elected(kept: Tensor, majority: Callable[[], int], combine: Combine) -> Tensor:
-    """Return what `combine` makes of the entries (T, *s) of the sign of their sum, (*s).
+def _elected(kept: Sequence[Tensor], majority: Callable[[], int], combine: Combine) -> Tensor:
+    """Return what `combine` makes of the entries, T of (*s), of the sign of their sum, (*s).
 
     Where they sum to 0 exactly it is the majority's sign.
     """
-    sign = kept.sum(dim=0).sign()
+    sign = sum_of(kept).sign_()
     step = by_sign(kept, sign + (1 - sign.abs()), combine)
     # As if the majority were positive; a step is left only where something was kept.
     undecided = (1 - sign.abs()) * step
     if bool(undecided.any()) and majority() <= 0:
         tied = undecided != 0
-        step[tied] = by_sign(kept[:, tied], torch.tensor(float(majority())), combine)
+        elected = torch.full_like(step[tied], majority())
+        step[tied] = by_sign([part[tied] for part in kept], elected, combine)
     return step
 
 
-def by_sign(kept: Tensor, sign: Tensor, combine: Combine) -> Tensor:
-    """Return the sum over experts of the entries (T, *s) of a sign (*s), or their mean, (*s)."""
-    # By products of numbers: comparisons that make booleans take ten times as long.
-    agreed = (kept * sign).clamp_(min=0)
-    step = agreed.sum(dim=0) * sign
-    return step if combine == "sum" else step / agreed.sign().sum(dim=0).clamp(min=1)
+def by_sign(kept: Iterable[Tensor], sign: Tensor, combine: Combine) -> Tensor:
+    """Return the sum over experts of the entries, T of (*s), of a sign (*s), or their mean."""
+    # Expert by expert: what is written over again and again stays in the cache. And by products of
+    # numbers: comparisons that make booleans take ten times as long.
+    step, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    for part in kept:
+        agreed = (part * sign).clamp_(min=0)
+        step += agreed
+        count += agreed.sign_()
+    step *= sign
+    return step if combine == "sum" else step.div_(count.clamp_(min=1))
 
 
 def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
@@ -194,8 +215,8 @@ def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
     return (kept * sign).clamp(min=0) * sign
 
 
-def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tensor:
-    """Return the deltas with entries below their expert's threshold set to 0, (T, *s).
+def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Iterator[Tensor]:
+    """Yield each delta with entries below its expert's threshold set to 0, (*s).
 
     Without thresholds of the model, each tensor has its own.
     """
@@ -204,9 +225,8 @@ def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tenso
     # Hard shrinkage keeps what is larger than a bound; the threshold itself is to stay.
     bounds = thresholds.to(deltas.dtype)
     bounds = torch.nextafter(bounds, torch.zeros_like(bounds))
-    return torch.stack(
-        [hardshrink(d, float(bound)) for d, bound in zip(deltas, bounds, strict=True)]
-    )
+    for delta, bound in zip(deltas, bounds.tolist(), strict=True):
+        yield hardshrink(delta, bound)
 
 
 def _between_shares(magnitudes: Tensor, drop: float, outliers: float) -> Tensor:

@@ -191,7 +191,7 @@ def trimmed_and_agreed(deltas: Mapping[str, Tensor], *, density: float) -> dict[
         deltas: (T, *s) by name.
         density: share of each delta's entries that is kept before signs are elected, in (0, 1].
     """
-    stats = trim_and_elect(deltas.items(), density=density)
+    (stats,) = trim_and_elect(deltas.items(), density=[density])
     agreed = {}
     for name, of_each in deltas.items():
         least = stats["thresholds"].to(of_each.dtype).reshape(-1, *[1] * (of_each.ndim - 1))
