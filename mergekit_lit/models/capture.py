@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, conv2d, nn
 from torch.func import functional_call
-from torch.nn.functional import linear, pad, unfold
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, unfold
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lit.core.calibration import Layer, Network
@@ -31,6 +31,8 @@ def network(module: nn.Module, *, batch_statistics: bool = False) -> Network:
         if hasattr(layer, "inplace"):
             # It would overwrite what a layer before it returned.
             setattr(layer, "inplace", False)  # noqa: B010 (torch types attributes as modules)
+        if type(layer) is nn.MultiheadAttention:
+            layer.__class__ = _OpenAttention
         if batch_statistics and isinstance(layer, _BatchNorm):
             # Trained layers that track nothing normalise by the batch, and keep nothing of it.
             layer.training, layer.track_running_stats = True, False
@@ -49,6 +51,33 @@ def network(module: nn.Module, *, batch_statistics: bool = False) -> Network:
         return result, watch.layers
 
     return Network(features, capture)
+
+
+class _OpenAttention(nn.MultiheadAttention):
+    """Attention whose two linear maps can be watched: torch's own is one call, or one kernel.
+
+    Queries, keys and values are made by one weight (3 d, d) that reads what all of them read.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what torch's attention returns; plain self-attention in the open."""
+        same = query is key is value and query.dim() == 3 and self.in_proj_weight is not None
+        if args or options != {"need_weights": False} or not same or self._adds_to_keys():
+            return super().forward(query, key, value, *args, **options)
+        inputs = query if self.batch_first else query.transpose(0, 1)
+        packed = linear(inputs, self.in_proj_weight, self.in_proj_bias)
+        heads = (
+            part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
+            for part in packed.chunk(3, dim=2)
+        )
+        answers = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        output = self.out_proj(answers)
+        return output if self.batch_first else output.transpose(0, 1), None
+
+    def _adds_to_keys(self) -> bool:
+        return self.add_zero_attn or self.bias_k is not None
 
 
 class _Watch(TorchFunctionMode):

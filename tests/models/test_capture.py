@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from mergekit_lit.models.backbones import build_backbone
 from mergekit_lit.models.capture import network
@@ -17,17 +18,63 @@ def weights_of(module):
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_rows_times_weights_are_the_outputs_of_every_layer(name):
-    backbone = build_backbone(name)
-    params, names = weights_of(backbone)
+    backbone = build_backbone(name).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        features, layers = network(backbone).capture(params, x, names)
-        torch.testing.assert_close(features, backbone.eval()(x))
+        check_every_layer(backbone, x, expected=backbone(x))
+
+
+def check_every_layer(module, x, *, expected):
+    """Rows times weights are the outputs of every layer, and the features are the module's."""
+    params, names = weights_of(module)
+    with torch.no_grad():
+        features, layers = network(module).capture(params, x, names)
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     assert set(layers) == set(names)
     for key, layer in layers.items():
         bias = params.get(key.removesuffix("weight") + "bias", torch.zeros(()))
-        expected = layer.input_rows() @ params[key].flatten(1).T + bias
-        torch.testing.assert_close(layer.output_rows(layer.output), expected, atol=1e-4, rtol=1e-4)
+        outputs = layer.input_rows() @ params[key].flatten(1).T + bias
+        torch.testing.assert_close(layer.output_rows(layer.output), outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention_of_torch_is_seen_as_two_linear_maps(batch_first, bias):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    module, x = Encoder().eval(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        check_every_layer(module, x, expected=module(x))
+
+
+def test_the_encoder_of_torchvision_is_seen_whole():
+    module = VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=24).eval()
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        check_every_layer(module, x, expected=module(x))
+
+
+@pytest.mark.parametrize("options", [{"add_zero_attn": True}, {"add_bias_kv": True}, {"kdim": 6}])
+def test_other_attention_is_computed_as_torch_does(options):
+    class Crossing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+        def forward(self, x):
+            key = x[..., :6] if "kdim" in options else x
+            return self.attention(x, key, x, need_weights=False)[0]
+
+    module, x = Crossing().eval(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        seen = network(module).features(dict(module.state_dict()), x)
+        torch.testing.assert_close(seen, module(x))
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ def regmean(
     its entries off the diagonal shrunk by a
 
     Linear weights are (m, n), convolutions (C_out, C_in * kh * kw) with the patches that they see
-    as rows x_t; all other tensors are averaged. The inputs x_t are those in expert t, under its own
-    BatchNorm statistics.
+    as rows x_t; all other tensors are averaged. Queries, keys and values in one weight (3 d, d)
+    read the same x_t, so that they are found together as each would be alone. The inputs x_t are
+    those in expert t, under its own BatchNorm statistics.
 
     Args:
         experts: T experts of one base.
