@@ -1,0 +1,114 @@
+"""This file is what a merge's coefficients weigh: effective travel, shares, and divergences."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What T coefficients make of T experts that travelled differently far.
+
+    Attributes:
+        p: weight of each task in the target, sum 1.
+        coefficients: lambda_i.
+        a_eff: sum_i lambda_i eta_i ||a_i||_1, the merge's own travel; None if a travel is unknown.
+        w: lambda_i eta_i ||a_i||_1 / a_eff, the objective that the merge descends; None if unknown
+            or if the travels cancel.
+        chi2_lambda: sum_i (p_i - q_i)^2 / q_i with q = lambda / sum lambda; 0 for equal
+            coefficients and tasks. None where a coefficient is not positive.
+        chi2_w: the same with q = w. None where it is unknown or a coefficient is not positive.
+        tv_lambda: (1/2) sum_i |p_i - q_i| with q = lambda / sum lambda; None if they sum to 0.
+        tv_w: the same with q = w.
+    """
+
+    p: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    a_eff: float | None
+    w: tuple[float, ...] | None
+    chi2_lambda: float | None
+    chi2_w: float | None
+    tv_lambda: float | None
+    tv_w: float | None
+
+
+def weigh(
+    coefficients: Sequence[float],
+    travels: Sequence[float | None],
+    *,
+    p: Sequence[float] | None = None,
+) -> Weighing:
+    """Return effective travel, shares and both coefficient divergences of a merge, in closed form.
+
+    Args:
+        coefficients: lambda_i of T experts.
+        travels: eta_i ||a_i||_1 of each, as its card tells; None where unknown.
+        p: weights of the tasks, each positive, sum 1; None for 1/T each.
+
+    Raises:
+        ValueError: different lengths, no expert, a coefficient that is not finite, a travel that is
+            not positive, or weights that are none.
+
+    Source: chi2_lambda: arXiv 2601.21690 (the source's reading: simple averaging sets it to 0);
+    chi2_w: our reconstruction, after Wang et al. 2020, arXiv:2007.07481, theorem 2 (FedNova).
+    """
+    count = len(coefficients)
+    target = tuple(p) if p is not None else (1.0 / count,) * count if count else ()
+    _check(coefficients, travels, target)
+    q = _normalised(coefficients)
+    known = [travel for travel in travels if travel is not None]
+    moved = None
+    if len(known) == count:
+        moved = [lam * travel for lam, travel in zip(coefficients, known, strict=True)]
+    a_eff = None if moved is None else math.fsum(moved)
+    w = None if moved is None else _normalised(moved)
+    return Weighing(
+        p=target,
+        coefficients=tuple(coefficients),
+        a_eff=a_eff,
+        w=w,
+        chi2_lambda=chi_square(target, q),
+        chi2_w=chi_square(target, w),
+        tv_lambda=total_variation(target, q),
+        tv_w=total_variation(target, w),
+    )
+
+
+def chi_square(p: Sequence[float], q: Sequence[float] | None) -> float | None:
+    """Return sum_i (p_i - q_i)^2 / q_i; None where q is unknown or not positive."""
+    if q is None or min(q) <= 0:
+        return None
+    return math.fsum((a - b) ** 2 / b for a, b in zip(p, q, strict=True))
+
+
+def total_variation(p: Sequence[float], q: Sequence[float] | None) -> float | None:
+    """Return (1/2) sum_i |p_i - q_i|; None where q is unknown."""
+    if q is None:
+        return None
+    return 0.5 * math.fsum(abs(a - b) for a, b in zip(p, q, strict=True))
+
+
+def _normalised(values: Sequence[float]) -> tuple[float, ...] | None:
+    total = math.fsum(values)
+    return None if total == 0 else tuple(value / total for value in values)
+
+
+def _check(
+    coefficients: Sequence[float], travels: Sequence[float | None], p: Sequence[float]
+) -> None:
+    if not coefficients:
+        raise ValueError("A merge must have at least one coefficient, but got none.")
+    for name, values in (("travels", travels), ("p", p)):
+        if len(values) != len(coefficients):
+            raise ValueError(
+                f"`{name}` must hold one number for each of the {len(coefficients)} coefficients, "
+                f"but holds {len(values)}."
+            )
+    bad = next((i for i, value in enumerate(coefficients) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise ValueError(f"Coefficient {bad} must be finite, but is {coefficients[bad]!r}.")
+    still = [s for s in travels if s is not None and not 0 < s < math.inf]
+    if still:
+        raise ValueError(f"A travel must be positive and finite, but one is {still[0]!r}.")
+    if min(p) <= 0 or not math.isclose(math.fsum(p), 1.0, rel_tol=1e-9):
+        raise ValueError(f"`p` must be positive and sum to 1, but is {list(p)!r}.")

@@ -1,0 +1,80 @@
+"""This file is what the bound takes: facts of each expert, of the merge and of the loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFacts:
+    """What the bound takes of one expert; None where unknown.
+
+    Attributes:
+        travel: s = eta ||a||_1; None for adaptive optimizers.
+        travel_squared: sum_k (eta_k a_k)^2.
+        plain_sgd: lr and steps (eta, K) of plain SGD at a constant rate; else None.
+        d2: (1/||a||_1) sum_k a_k ||x_k - x0||^2.
+        batch: b.
+        noise: sigma^2, variance of one sample's gradient, summed over coordinates.
+        zeta2: ||grad F_Si - grad F_S||^2.
+        eps2: squared stability of the backbone, per replaced sample.
+        eps2_head: of the head; 0 if frozen.
+        train_loss: F_Si(x_avg), the merged model's on the task's training images.
+        lr: peak learning rate, to judge eta L by.
+        adaptive: whether the optimizer's steps depend on the data.
+    """
+
+    travel: float | None = None
+    travel_squared: float | None = None
+    plain_sgd: tuple[float, int] | None = None
+    d2: float | None = None
+    batch: int | None = None
+    noise: float | None = None
+    zeta2: float | None = None
+    eps2: float | None = None
+    eps2_head: float | None = 0.0
+    train_loss: float | None = None
+    lr: float | None = None
+    adaptive: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFacts:
+    """What the bound takes of the merge and of the loss; None where unknown.
+
+    Attributes:
+        smoothness: L, joint over backbone and head.
+        surrogate_at_base: F~_S(x0) = sum_i w_i F_Si(x0).
+        surrogate_gradient2: ||grad F~_S(x0)||^2.
+        gradient_drift: avg over the path of ||grad F_Si(x_k) - grad F_Si(x0)||^2 by expert: the
+            drift without L.
+        merged_gradient2: ||grad F_S(x_avg)||^2.
+        sample_gradient2: G^2 at x_avg.
+        delta2_of_merge: Delta_M^2, from the merge of the refits themselves, where it is not linear.
+        linear: whether x_avg is x0 + sum_i lambda_i tau_i with fixed coefficients.
+    """
+
+    smoothness: float | None = None
+    surrogate_at_base: float | None = None
+    surrogate_gradient2: float | None = None
+    gradient_drift: Sequence[float] | None = None
+    merged_gradient2: float | None = None
+    sample_gradient2: float | None = None
+    delta2_of_merge: float | None = None
+    linear: bool = True
+
+
+def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
+    """Refuse facts that cannot be.
+
+    Raises:
+        ValueError: one is negative or not finite.
+    """
+    # A U-statistic of a squared norm may come out negative, and enters as it is.
+    signed = {"zeta2", "surrogate_gradient2", "merged_gradient2", "noise"}
+    for facts in (*experts, merge):
+        for name, value in vars(facts).items():
+            if not isinstance(value, float) or name in signed:
+                continue
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, but is {value!r}.")

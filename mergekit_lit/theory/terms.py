@@ -1,0 +1,205 @@
+"""This file is the terms of the bound, one function each: our reconstruction of the bound.
+
+Symbols: T experts from x0; expert i took K_i steps of rate eta_i over batches of b_i from n_i
+samples, with effective step vector a_i; s_i = eta_i ||a_i||_1 is its travel. The merge is
+x_avg = x0 + sum_i lambda_i tau_i. `theory.coefficients.weigh` gives A_eff and w.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from mergekit_lit.theory.coefficients import Weighing
+from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
+
+Provenance: TypeAlias = Literal["measured", "closed form", "vacuous", "unknown"]
+LARGEST_TRAVEL = 0.306
+"""Largest eta_i K_i L for which the closed form of the drift is proved."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the bound.
+
+    Attributes:
+        name: what it is.
+        value: the number; None where unknown or vacuous.
+        provenance: where the number comes from.
+        note: why it is unknown or vacuous, or what it rests on.
+    """
+
+    name: str
+    value: float | None
+    provenance: Provenance
+    note: str = ""
+
+
+def progress(weighing: Weighing, merge: MergeFacts) -> Term:
+    """Return F~_S(x0) - (A_eff / 4) ||grad F~_S(x0)||^2."""
+    start, slope = merge.surrogate_at_base, merge.surrogate_gradient2
+    return _term(
+        "progress",
+        {"A_eff": weighing.a_eff, "F~_S(x0)": start, "||grad F~_S(x0)||^2": slope},
+        lambda a, f, g: f - a / 4 * g,
+    )
+
+
+def drift(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the gradients' drift."""
+    if merge.gradient_drift is not None and weighing.w is not None:
+        moved = math.fsum(w * d for w, d in zip(weighing.w, merge.gradient_drift, strict=True))
+        return _term("drift", {"A_eff": weighing.a_eff}, lambda a: a / 2 * moved, "by gradients")
+    return _term(
+        "drift",
+        {
+            "A_eff": weighing.a_eff,
+            "L": merge.smoothness,
+            "d^2": _weighted(weighing.w, [expert.d2 for expert in experts]),
+        },
+        lambda a, smooth, d2: a * smooth**2 / 2 * d2,
+        "by displacements",
+    )
+
+
+def drift_in_closed_form(
+    weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts
+) -> Term:
+    """Return the proved form of the drift, noise and heterogeneity; vacuous where not proved.
+
+    (A_eff L^2 / 2) sum_i w_i [2 sum_k (eta_k a_k)^2 sigma_i^2 / b_i + (16 / 3) s_i^2 zeta~_i^2],
+    zeta~_i^2 <= 2 zeta_i^2 + 2 sum_j w_j zeta_j^2; for plain SGD the first sum is eta^2 (K - 1).
+    """
+    name, smooth = "drift_closed_form", merge.smoothness
+    zeta = _weighted(weighing.w, [expert.zeta2 for expert in experts])
+    parts = [_noise_on_the_way(expert) for expert in experts]
+    noise = _weighted(weighing.w, parts)
+    missing = {"A_eff": weighing.a_eff, "L": smooth, "sigma^2": noise, "zeta^2": zeta}
+    if smooth is None or weighing.a_eff is None or noise is None or zeta is None:
+        return _term(name, missing, lambda *_: 0.0)
+    travels = [expert.travel or 0.0 for expert in experts]
+    if max(travels) * smooth > LARGEST_TRAVEL or weighing.a_eff > 1 / (2 * smooth):
+        why = f"eta K L = {max(travels) * smooth:.3g}, A_eff L = {weighing.a_eff * smooth:.3g}"
+        return Term(name, None, "vacuous", f"proved for eta K L <= 0.306, A_eff L <= 0.5; {why}")
+    apart = _weighted(
+        weighing.w,
+        [
+            16 / 3 * s**2 * (2 * (expert.zeta2 or 0.0) + 2 * zeta)
+            for s, expert in zip(travels, experts, strict=True)
+        ],
+    )
+    value = weighing.a_eff * smooth**2 / 2 * (noise + (apart or 0.0))
+    return Term(name, value, "closed form")
+
+
+def _noise_on_the_way(expert: ExpertFacts) -> float | None:
+    """Return 2 eta^2 (K - 1) sigma^2 / b, with sum_k (eta_k a_k)^2 where SGD is not plain."""
+    if expert.noise is None or expert.batch is None:
+        return None
+    if expert.plain_sgd is not None:
+        lr, steps = expert.plain_sgd
+        return 2 * lr**2 * (steps - 1) * expert.noise / expert.batch
+    if expert.travel_squared is None:
+        return None
+    return 2 * expert.travel_squared * expert.noise / expert.batch
+
+
+def merged_noise(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return L sum_i lambda_i^2 sum_k (eta_k a_k)^2 sigma_i^2 / b_i."""
+    parts = [
+        None
+        if expert.travel_squared is None or expert.noise is None or expert.batch is None
+        else lam**2 * expert.travel_squared * expert.noise / expert.batch
+        for lam, expert in zip(weighing.coefficients, experts, strict=True)
+    ]
+    return _term(
+        "merged_noise",
+        {"L": merge.smoothness, "travel and sigma^2": _sum(parts)},
+        lambda smooth, noise: smooth * noise,
+    )
+
+
+def merged_gradient(merge: MergeFacts) -> Term:
+    """Return ||grad F_S(x_avg)||^2, the source's optimization error."""
+    return _term("merged_gradient", {"||grad F_S(x_avg)||^2": merge.merged_gradient2}, lambda g: g)
+
+
+def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
+    """Return sqrt(chi2_w Var_{i~w} F_Si(x_avg)), the losses at the best point taken as 0."""
+    losses = [expert.train_loss for expert in experts]
+    mean = _weighted(weighing.w, losses)
+    spread = None
+    if mean is not None:
+        squares = [None if loss is None else (loss - mean) ** 2 for loss in losses]
+        spread = _weighted(weighing.w, squares)
+    return _term(
+        "divergence",
+        {"chi2_w": weighing.chi2_w, "train losses": spread},
+        lambda chi2, variance: math.sqrt(max(0.0, chi2 * variance)),
+    )
+
+
+def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits."""
+    if not merge.linear:
+        note = "the merge is not linear: merge the refits"
+        return _term("delta2", {"Delta_M^2": merge.delta2_of_merge}, lambda d: d, note)
+    parts = [
+        None
+        if expert.eps2 is None or expert.eps2_head is None
+        else p * (lam**2 * expert.eps2 + expert.eps2_head)
+        for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
+    ]
+    return _term("delta2", {"eps^2": _sum(parts)}, lambda d: d)
+
+
+def generalization(
+    weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts, delta2: Term
+) -> dict[str, Term]:
+    """Return both forms of the generalization term, and the smaller.
+
+    sqrt(2 L F_S) Delta + L Delta^2 / 2  and  G Delta + L Delta^2 / 2
+    """
+    smooth = merge.smoothness
+    loss = _weighted(weighing.p, [expert.train_loss for expert in experts])
+    by_loss = _term(
+        "generalization_by_loss",
+        {"L": smooth, "F_S(x_avg)": loss, "Delta^2": delta2.value},
+        lambda el, f, d: math.sqrt(2 * el * f * d) + el * d / 2,
+    )
+    by_gradient = _term(
+        "generalization_by_gradient",
+        {"L": smooth, "G^2": merge.sample_gradient2, "Delta^2": delta2.value},
+        lambda el, g, d: math.sqrt(g * d) + el * d / 2,
+    )
+    known = [term for term in (by_loss, by_gradient) if term.value is not None]
+    if known:
+        least = min(known, key=lambda term: term.value or 0.0)
+        best = Term("generalization", least.value, "measured", least.name)
+    else:
+        best = Term("generalization", None, "unknown", by_loss.note)
+    return {term.name: term for term in (by_loss, by_gradient, best)}
+
+
+def _term(
+    name: str,
+    needs: Mapping[str, float | None],
+    formula: Callable[..., float],
+    note: str = "",
+) -> Term:
+    """Return a term by its formula, or say what is missing."""
+    missing = [symbol for symbol, value in needs.items() if value is None]
+    if missing:
+        return Term(name, None, "unknown", f"needs {', '.join(missing)}")
+    return Term(name, formula(*needs.values()), "measured", note)
+
+
+def _weighted(weights: Sequence[float] | None, values: Sequence[float | None]) -> float | None:
+    if weights is None:
+        return None
+    return _sum([None if v is None else w * v for w, v in zip(weights, values, strict=True)])
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
