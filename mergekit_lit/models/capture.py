@@ -68,11 +68,11 @@ class _OpenAttention(nn.MultiheadAttention):
             return super().forward(query, key, value, *args, **options)
         inputs = query if self.batch_first else query.transpose(0, 1)
         packed = linear(inputs, self.in_proj_weight, self.in_proj_bias)
-        heads = (
+        queries, keys, values = (
             part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
             for part in packed.chunk(3, dim=2)
         )
-        answers = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        answers = scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
         output = self.out_proj(answers)
         return output if self.batch_first else output.transpose(0, 1), None
 
