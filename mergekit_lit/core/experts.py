@@ -91,6 +91,7 @@ class Experts:
         backbone: the architecture.
         image_size: height and width of the input, in pixels.
         kept: names of tensors that merging leaves as they are in the base.
+        apart: names of tensors that each task keeps from its own expert.
     """
 
     base: Params
@@ -104,6 +105,7 @@ class Experts:
     backbone: str = ""
     image_size: int = 0
     kept: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.tuned)
@@ -114,7 +116,7 @@ class Experts:
             name
             for name in self.base
             if self.structure[name].is_merged
-            and name not in self.kept
+            and name not in self.kept | self.apart
             and spec_of(self.base, name).dtype.is_floating_point
         )
 
@@ -160,7 +162,8 @@ class Merged:
 
     Attributes:
         shared: the backbone's tensors, statistics and counters included.
-        statistics: per task, BatchNorm statistics that replace the shared ones.
+        own: per task, tensors that replace the shared ones, such as the last layers of its expert.
+        statistics: per task, BatchNorm statistics that replace those.
         heads: per task, `weight` (C, d) and `bias` (C,).
         adapters: per task, what stands between backbone and head, as `core.adapters` has it.
         masks: per task, booleans of the shapes of `shared`: where the task takes the merge's step.
@@ -173,6 +176,7 @@ class Merged:
     shared: Params
     structure: Structure
     heads: Mapping[str, Params] = field(default_factory=dict)
+    own: Mapping[str, Params] = field(default_factory=dict)
     statistics: Mapping[str, Params] = field(default_factory=dict)
     adapters: Mapping[str, Params] = field(default_factory=dict)
     masks: Mapping[str, Params] = field(default_factory=dict)
@@ -188,13 +192,15 @@ class Merged:
     def for_task(self, name: str) -> dict[str, Tensor]:
         """Return the plain backbone parameters for one task.
 
-        theta_t = theta_0 + scale_t * mask_t * (theta - theta_0) where it has masks, else theta
+        theta_t = theta_0 + scale_t * mask_t * (theta - theta_0) where it has masks, else its own
+        tensor or theta
         """
         masked = {
             tensor: self._masked(tensor, mask, self.scales.get(name, 1.0))
             for tensor, mask in self.masks.get(name, {}).items()
         }
-        return {**self.shared, **masked, **self.statistics.get(name, {})}
+        own, statistics = self.own.get(name, {}), self.statistics.get(name, {})
+        return {**self.shared, **masked, **own, **statistics}
 
     def _masked(self, name: str, mask: Tensor, scale: float) -> Tensor:
         base, shared = self.base[name], self.shared[name]
@@ -257,6 +263,7 @@ def save_merged(path: Path, merged: Merged, *, max_shard_bytes: int | None = Non
     groups: dict[str, Params] = {"shared.": merged.shared, "base.": merged.base}
     for task, masks in merged.masks.items():
         groups[f"tasks/{task}/mask."] = {name: pack(mask) for name, mask in masks.items()}
+    groups |= {f"tasks/{task}/own.": own for task, own in merged.own.items()}
     groups |= {f"tasks/{task}/bn.": own for task, own in merged.statistics.items()}
     groups |= {f"tasks/{task}/adapter.": own for task, own in merged.adapters.items()}
     groups |= {f"heads/{task}.": head for task, head in merged.heads.items()}
@@ -283,6 +290,7 @@ def load_merged(path: Path) -> Merged:
     file = open_file(path)
     _expect_kind(file, "merged")
     tasks = file.facts["tasks"]
+    own = {task: _under(file, f"tasks/{task}/own.") for task in tasks}
     statistics = {task: _under(file, f"tasks/{task}/bn.") for task in tasks}
     adapters = {task: _under(file, f"tasks/{task}/adapter.") for task in tasks}
     shared = _under(file, "shared.")
@@ -291,6 +299,7 @@ def load_merged(path: Path) -> Merged:
         shared=shared,
         structure=structure_from_json(file.facts["structure"]),
         heads={task: _head(file, task) for task in tasks},
+        own={task: tensors for task, tensors in own.items() if tensors},
         statistics={task: tensors for task, tensors in statistics.items() if tensors},
         adapters={task: tensors for task, tensors in adapters.items() if tensors},
         masks={task: tensors for task, tensors in masks.items() if tensors},

@@ -162,12 +162,12 @@ def recalibrate(
     Raises:
         KeyError: a task has no entry in `images`.
         ValueError: a task has fewer than 2 images; or one set of statistics is asked for a merge
-            whose masks make each task a model of its own.
+            that makes each task a model of its own.
     """
-    if merged.masks and not per_task:
+    if (merged.masks or merged.own) and not per_task:
         raise ValueError(
             "`batch_norm` 'recalibrate' makes one set of statistics for one model, but this merge "
-            "makes each task a model of its own by masks. Use 'recalibrate-per-task'."
+            "makes each task a model of its own. Use 'recalibrate-per-task'."
         )
     policy = "recalibrate-per-task" if per_task else "recalibrate"
     facts = {**merged.facts, "batch_norm": policy}

@@ -65,6 +65,11 @@ def finished(
         result,
         shared=whole,
         base={name: cast(name, tensor, own(name)) for name, tensor in result.base.items()},
+        own={
+            task: {name: cast(name, tuned[name], own(name)) for name in sorted(experts.apart)}
+            for task, tuned in zip(experts.names, experts.tuned, strict=True)
+            if experts.apart
+        },
         statistics={
             task: {name: cast(name, tensor, own(name)) for name, tensor in tensors.items()}
             for task, tensors in result.statistics.items()

@@ -69,10 +69,10 @@ def save_raw(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) 
 
     Raises:
         OSError: a file cannot be written (full disk, read-only folder).
-        ValueError: the merge gave each task masks, statistics or adapters of its own, which plain
-            files have no place for.
+        ValueError: the merge gave each task masks, tensors, statistics or adapters of its own,
+            which plain files have no place for.
     """
-    if merged.masks or merged.statistics or merged.adapters:
+    if merged.masks or merged.own or merged.statistics or merged.adapters:
         raise ValueError(
             f"Plain files hold one model for all tasks, but {merged.facts.get('method')!r} gave "
             "each task a part of its own. Choose another method, or merge experts of mergekit-lit."

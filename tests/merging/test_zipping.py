@@ -8,10 +8,11 @@ from torch import nn
 
 from mergekit_lit.core.calibration import Batch, Calibration
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.experts import Experts, load_merged, save_merged
 from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging import merge
+from mergekit_lit.lit.recalibration import recalibrate
+from mergekit_lit.merging import merge, save_raw
 from mergekit_lit.merging.methods.alignment import permuted
 from mergekit_lit.merging.methods.repair import output_moments, repair
 from mergekit_lit.models.capture import network
@@ -130,6 +131,87 @@ def test_redundant_units_of_one_expert_make_room_for_another(calibration):
     )  # fmt: skip
     expected = answers(merge(experts, "average", batch_norm="average"), calibration)
     torch.testing.assert_close(answers(merged, calibration), expected)
+
+
+STAGES = {"conv1": "stem", "bn1": "stem", "conv2": "layer1", "fc": "layer2"}
+
+
+def staged(tuned) -> Experts:
+    """Experts whose layers are the stages stem, layer1 and layer2."""
+    experts = family(tuned)
+    structure = {
+        name: replace(info, depth=list(STAGES.values()).index(stage), group=stage)
+        for name, info in experts.structure.items()
+        for stage in [STAGES[name.split(".")[0]]]
+    }
+    return replace(experts, structure=structure)
+
+
+def with_tail(trunk, tail):
+    """A network of which the layers after the first are another's."""
+    return {n: (trunk if n.startswith(("conv1", "bn1")) else tail)[n] for n in trunk}
+
+
+def test_in_part_the_last_stages_stay_each_experts_own(calibration):
+    """Of one trunk in two orders, each task gets its expert's answers; zipping all mixes them."""
+    original = staged([with_tail(made(0), made(seed)) for seed in (0, 1)])
+    order = torch.tensor([3, 1, 0, 5, 4, 2])
+    experts = permuted(original, [{}, {"stem": order}])
+    merged = merge(
+        experts, "zipit", config={"until": "stem"}, calibration=calibration, batch_norm="average"
+    )
+    whole = merge(experts, "zipit", calibration=calibration, batch_norm="average")
+    for t, task in enumerate(experts.names):
+        alone = replace(merged, shared=original.tuned[t], own={}, statistics={})
+        expected = answers(alone, calibration, task)
+        torch.testing.assert_close(answers(merged, calibration, task), expected)
+        assert not torch.allclose(answers(whole, calibration, task), expected, atol=1e-2)
+    assert set(merged.own["a"]) == {"conv2.weight", "conv2.bias", "fc.weight", "fc.bias"}
+    # The second reads the units where the first has them.
+    torch.testing.assert_close(merged.own["b"]["conv2.weight"], original.tuned[1]["conv2.weight"])
+    torch.testing.assert_close(merged.shared["conv1.weight"], original.tuned[0]["conv1.weight"])
+
+
+def test_the_last_stage_is_the_whole(calibration):
+    experts = staged([made(0), made(1)])
+    last, whole = (
+        merge(experts, "zipit", config={"until": until}, calibration=calibration)
+        for until in ("layer2", None)
+    )
+    assert not last.own
+    assert all(torch.equal(last.shared[name], tensor) for name, tensor in whole.shared.items())
+
+
+def test_what_stays_a_tasks_own_survives_the_file_and_is_refused_elsewhere(tmp_path, calibration):
+    experts = replace(staged([made(0), made(1)]), kept=frozenset({"fc.bias"}))
+    merged = merge(
+        experts, "zipit", config={"until": "stem"}, calibration=calibration, out_dtype="bfloat16"
+    )
+    assert "fc.bias" not in merged.own["a"]
+    save_merged(tmp_path / "m.safetensors", merged)
+    read = load_merged(tmp_path / "m.safetensors")
+    for task in experts.names:
+        expected = merged.for_task(task)
+        assert all(torch.equal(t, expected[name]) for name, t in read.for_task(task).items())
+        assert read.own[task]["fc.weight"].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="gave each task a part of its own"):
+        save_raw(tmp_path / "plain.safetensors", merged)
+    with pytest.raises(ValueError, match="makes each task a model of its own"):
+        recalibrate(merged, {}, backbone=None, per_task=False)
+    with pytest.raises(ValueError, match="leaves each task layers of its own"):
+        repair(experts, calibration, merged)
+
+
+def test_a_stage_must_be_known_and_end_its_units(calibration):
+    experts = staged([made(0), made(1)])
+    with pytest.raises(KeyError, match="No stage to zip `until` named 'layer'"):
+        merge(experts, "zipit", config={"until": "layer"}, calibration=calibration)
+    through = dict(experts.structure)
+    through["conv2.bias"] = replace(through["conv2.bias"], axes=("stem",))
+    experts = replace(experts, structure=through)
+    message = r"whose units end with it \(layer1, layer2\), but those of 'stem' go on"
+    with pytest.raises(ValueError, match=message):
+        merge(experts, "zipit", config={"until": "stem"}, calibration=calibration)
 
 
 def test_bad_values_are_refused(calibration):

@@ -55,7 +55,8 @@ def repair(
         The merged model with other weights and biases.
 
     Raises:
-        ValueError: no layer has a bias, and BatchNorm's statistics are not to be recalibrated.
+        ValueError: no layer has a bias, and BatchNorm's statistics are not to be recalibrated; or
+            tasks have layers of their own.
 
     Source: Jordan et al. 2022, arXiv:2211.08403, sec. 3 (REPAIR).
     Differs: a layer without a bias is left to the BatchNorm that follows it: there the policy
@@ -63,6 +64,11 @@ def repair(
     """
     if samples < 2:
         raise ValueError(f"`samples` must be at least 2, but is {samples}.")
+    if merged is not None and merged.own:
+        raise ValueError(
+            "`repair` must be given one model for all tasks, but this merge leaves each task "
+            "layers of its own. Recalibrate BatchNorm instead: --batch_norm recalibrate-per-task."
+        )
     pool = list(_mixed_batches(experts, calibration, samples=samples, seed=seed))
     result = merged or _average(experts)
     biased = [name for name in matrix_names(experts) if _bias(name) in result.shared]

@@ -1,6 +1,6 @@
 """This file is ZipIt: units that act alike become one, be they of two experts or of the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.permutations import axis_layout, split_axis
-from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
 from mergekit_lit.core.structure import Structure, TensorInfo
 from mergekit_lit.merging.configuration import check_interval
 from mergekit_lit.merging.methods.alignment import FEATURES, check_axes
@@ -32,6 +32,7 @@ def zipit(
     *,
     alpha: float = 0.3,
     beta: float = 0.0,
+    until: str | None = None,
     samples: int = 128,
     seed: int = 0,
 ) -> Experts:
@@ -49,6 +50,9 @@ def zipit(
         alpha: factor on the correlation of a group with more units of experts that it has units
             of, in [0, 1]; 0 takes them only where all else correlates below 0.
         beta: share of an expert's units that may be merged among themselves, in [0, 1].
+        until: name of the last stage that is zipped, such as `layer2`; each task keeps the stages
+            after it from its expert, BatchNorm statistics included, where these are not
+            recalibrated. Null zips all: for tasks that have little in common that is too much.
         samples: number of images of each task at most, at least 1.
         seed: of the choice of images.
 
@@ -56,42 +60,60 @@ def zipit(
         Experts whose average is the merge. Heads read the merged features; each task keeps its own.
 
     Raises:
-        ValueError: the structure names no permutations.
+        ValueError: the structure names no permutations; or units go on from the stage `until` to
+            the next, so that no layer in between can read them.
 
-    Source: Stoica et al. 2023, arXiv:2305.03053, alg. 1 and sec. 4.
+    Source: Stoica et al. 2023, arXiv:2305.03053, alg. 1 and sec. 4 (partial zip: sec. 4.3).
     Differs: activations are taken where the next layer reads them, and all layers of one residual
-        stream share their groups; ViTs too; with more than two experts, alpha damps only merges
-        with further units of the same experts; every layer is zipped, none is left apart.
+        stream share their groups; ViTs too, though only whole; with more than two experts, alpha
+        damps only merges with further units of the same experts.
     """
     check_interval("alpha", alpha, "[0, 1]")
     check_interval("beta", beta, "[0, 1]")
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, but is {samples}.")
     check_axes(experts)
+    tail = _tail(experts.structure, until)
+    keys = _written(experts.structure, set(experts.structure) - tail)
+    similarities = unit_similarities(experts, calibration, keys, samples=samples, seed=seed)
     groups = {
         key: group_units(similarity, len(experts), alpha=alpha, beta=beta)
-        for key, similarity in unit_similarities(
-            experts, calibration, samples=samples, seed=seed
-        ).items()
+        for key, similarity in similarities.items()
     }
-    return zipped(experts, groups)
+    statistics = (n for n, info in experts.structure.items() if info.kind == "statistic")
+    apart = frozenset(tail.intersection([*experts.merged_names(), *statistics]))
+    return replace(zipped(experts, groups), apart=apart)
 
 
 @torch.no_grad()
 def unit_similarities(
-    experts: Experts, calibration: Calibration, *, samples: int, seed: int = 0
+    experts: Experts,
+    calibration: Calibration,
+    keys: Collection[str],
+    *,
+    samples: int,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return how the activations of all experts' units correlate, (T n, T n) per permutation.
 
     Each expert sees the same images of all tasks. Units that never vary are like those of their
     own number in other experts.
+
+    Args:
+        experts: T experts.
+        calibration: the images.
+        keys: the permutations.
+        samples: number of images of each task at most, at least 1.
+        seed: of the choice of images.
     """
-    readers = _readers(experts)
+    readers = {name: layout for name, layout in _readers(experts).items() if layout[1] in keys}
     totals: dict[str, list[Tensor]] = {}
     for t, task in enumerate(experts.names):
         for batch in looks(calibration, t, task, samples, seed):
             seen = [_activations(p, calibration, batch.inputs, readers) for p in experts.tuned]
             for key, rows in _side_by_side(seen):
+                if key not in keys:
+                    continue
                 moments = [
                     torch.tensor(float(len(rows)), dtype=torch.float64),
                     rows.sum(dim=0, dtype=torch.float64),
@@ -119,6 +141,47 @@ def zipped(experts: Experts, groups: Mapping[str, Tensor]) -> Experts:
         read = maps[FEATURES][1]
         heads = [_reading(head, read[t]) for t, head in enumerate(heads)]
     return replace(experts, tuned=tuned, heads=heads)
+
+
+def _tail(structure: Structure, until: str | None) -> set[str]:
+    """Return the names of the tensors after a stage.
+
+    Raises:
+        KeyError: no such stage.
+        ValueError: units are written on both sides of its end.
+    """
+    ends = {}
+    for info in sorted(structure.values(), key=lambda info: info.depth):
+        ends[info.group] = info.depth
+    if until is None:
+        return set()
+    if until not in ends:
+        raise KeyError(unknown_name("stage to zip `until`", until, ends))
+    tails = {
+        stage: {name for name, info in structure.items() if info.depth > end}
+        for stage, end in ends.items()
+    }
+    ways = [
+        stage
+        for stage, tail in tails.items()
+        if not _written(structure, tail) & _written(structure, set(structure) - tail)
+    ]
+    if until not in ways:
+        raise ValueError(
+            f"`until` must be a stage whose units end with it ({', '.join(ways)}), but those of "
+            f"{until!r} go on. Choose one of these."
+        )
+    return tails[until]
+
+
+def _written(structure: Structure, names: Iterable[str]) -> set[str]:
+    """Return the permutations of the units that some tensors make, and not only read."""
+    return {
+        axis_layout(axis)[1]
+        for name in names
+        for dim, axis in enumerate(structure[name].axes)
+        if axis is not None and not _is_input(structure[name], dim)
+    }
 
 
 class _Zipped(Mapping[str, Tensor]):
