@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
@@ -39,8 +40,8 @@ def trim_and_elect(
         signs = [0] * len(density)
         for _, deltas in pairs:
             for d, (bounds, share) in enumerate(zip(thresholds, density, strict=True)):
-                summed = sum_of(_trimmed(deltas, bounds, share))
-                signs[d] += int(summed.sign().sum(dtype=torch.float64))
+                summed = sum_of(_trimmed(deltas, bounds, share)).numpy()
+                signs[d] += int(np.count_nonzero(summed > 0) - np.count_nonzero(summed < 0))
         return [(sign > 0) - (sign < 0) for sign in signs]
 
     def majority(place: int) -> int:
@@ -189,7 +190,7 @@ def _elected(kept: Sequence[Tensor], majority: Callable[[], int], combine: Combi
     step = by_sign(kept, sign + (1 - sign.abs()), combine)
     # As if the majority were positive; a step is left only where something was kept.
     undecided = (1 - sign.abs()) * step
-    if bool(undecided.any()) and majority() <= 0:
+    if float(undecided.sum()) > 0 and majority() <= 0:
         tied = undecided != 0
         elected = torch.full_like(step[tied], majority())
         step[tied] = by_sign([part[tied] for part in kept], elected, combine)
