@@ -111,13 +111,16 @@ class Experts:
         return len(self.tuned)
 
     def merged_names(self) -> list[str]:
-        """Return the names that merging moves, sorted: no statistics, counters or integers."""
+        """Return the names that merging moves, sorted.
+
+        These are no statistics, counters or integers, and no tensors without an entry.
+        """
+        stay = self.kept | self.apart
+        specs = {name: spec_of(self.base, name) for name in self.base if name not in stay}
         return sorted(
             name
-            for name in self.base
-            if self.structure[name].is_merged
-            and name not in self.kept | self.apart
-            and spec_of(self.base, name).dtype.is_floating_point
+            for name, spec in specs.items()
+            if self.structure[name].is_merged and spec.dtype.is_floating_point and spec.bytes
         )
 
     def deltas(self, name: str) -> Tensor:
