@@ -100,9 +100,11 @@ def merge_many(  # noqa: PLR0913
     """Merge the same experts under many configurations, in one pass over their tensors.
 
     Each result has the same bytes as `merge` gives for that configuration. Preparing passes are
-    shared where the parameters that they depend on agree; and configurations that differ in the
-    `scale` of a homogeneous method share its direction, so that a grid of scales costs little more
-    than one merge. Methods of the forms `whole` and `experts` run once for each configuration.
+    shared where the parameters that they depend on agree, or where only the one differs that the
+    method takes many values of at once, as TIES does of its density; and configurations that differ
+    in the `scale` of a homogeneous method share its direction, so that a grid of scales costs
+    little more than one merge. Methods of the forms `whole` and `experts` run once for each
+    configuration.
 
     Args:
         experts: T experts of one base; never changed.
