@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,9 +19,13 @@ import numpy as np
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts
+from mergekit_lit.core.experts import Base, Expert, Experts, save_expert
+from mergekit_lit.core.params import add
 from mergekit_lit.core.specs import Computed, Spec
 from mergekit_lit.core.structure import TensorInfo
+
+if TYPE_CHECKING:
+    from mergekit_lit.models.backbones import Backbone
 
 # An unmarked test may take 2 s of processor time; three times that is left for slower machines.
 SLOWEST_UNMARKED_S = 6.0
@@ -137,11 +143,64 @@ def headers_of() -> Callable[[Experts], Experts]:
     return make
 
 
+TINY_TASKS = ("dots", "stripes")
+
+
+@dataclass
+class Family:
+    """A network, its base, and an expert of each task of the tiny suite, in files if asked for."""
+
+    backbone: "Backbone"
+    base: Base
+    experts: list[Expert]
+    paths: list[Path] = field(default_factory=list)
+
+    def save(self, folder: Path) -> "Family":
+        self.paths = [folder / f"{expert.name}.safetensors" for expert in self.experts]
+        for path, expert in zip(self.paths, self.experts, strict=True):
+            save_expert(path, expert)
+        return self
+
+
+def make_tiny_family(spec: str, *, image_size: int | None = 32, length: float = 0.02) -> Family:
+    """Return experts of a base by its spec, moved at random, with random heads of 3 classes."""
+    # Here, because it takes seconds that most tests need not wait.
+    from mergekit_lit.models.backbones import load_base
+
+    backbone, base = load_base(spec, image_size=image_size)
+    experts = []
+    for seed, task in enumerate(TINY_TASKS):
+        draw = torch.Generator().manual_seed(seed)
+        step = {
+            name: length * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in base.params.items()
+            if tensor.is_floating_point()
+        }
+        step |= {name: tensor.abs() for name, tensor in step.items() if name.endswith("_var")}
+        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.zeros(3)}
+        card = Card(
+            task=task,
+            base=spec,
+            base_hash=base.content,
+            backbone=base.backbone,
+            image_size=base.image_size,
+            travel=1.0 + seed,
+        )
+        experts.append(Expert(add(base.params, step), head, base.structure, card))
+    return Family(backbone, base, experts)
+
+
+@pytest.fixture(scope="session")
+def make_family() -> Callable[..., Family]:
+    """`make_tiny_family`, for tests of real networks."""
+    return make_tiny_family
+
+
 @pytest.fixture(scope="session")
 def tiny_suite(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with two learnable tasks of 3 classes: 120 training and 30 test images of 8 x 8."""
     folder = tmp_path_factory.mktemp("tiny_suite")
-    for seed, name in enumerate(("dots", "stripes")):
+    for seed, name in enumerate(TINY_TASKS):
         draw = np.random.default_rng(seed)
         y = np.arange(150) % 3
         patterns = draw.integers(60, 200, (3, 8, 8, 3))

@@ -13,21 +13,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import (
     Base,
-    Expert,
     Experts,
     load_expert,
     load_merged,
-    save_expert,
 )
-from mergekit_lit.core.params import add
 from mergekit_lit.core.records import Record
 from mergekit_lit.merging import load_experts, merge
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import plan
-from mergekit_lit.models.backbones import load_base
 from mergekit_lit.reports.commands import command_line
 
 TASKS = ("dots", "stripes")
@@ -35,28 +30,19 @@ HEAVY = ("lightning", "timm", "torchvision", "torchmetrics", "wandb", "pandas", 
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return load_base("vit")[1]
+def family(make_family, tmp_path_factory):
+    """Files of two experts of the shipped ViT."""
+    return make_family("vit", image_size=None).save(tmp_path_factory.mktemp("vits"))
 
 
 @pytest.fixture(scope="module")
-def files(base, tmp_path_factory) -> list[str]:
-    """Files of two experts of the shipped ViT."""
-    folder = tmp_path_factory.mktemp("vits")
-    for seed, task in enumerate(TASKS):
-        draw = torch.Generator().manual_seed(seed)
-        step = {n: 0.02 * torch.randn(t.shape, generator=draw) for n, t in base.params.items()}
-        card = Card(
-            task=task,
-            base="vit",
-            base_hash=base.content,
-            backbone=base.backbone,
-            image_size=base.image_size,
-        )
-        head = {"weight": torch.randn(3, 128, generator=draw), "bias": torch.zeros(3)}
-        expert = Expert(add(base.params, step), head, base.structure, card)
-        save_expert(folder / f"{task}.safetensors", expert)
-    return [str(folder / f"{task}.safetensors") for task in TASKS]
+def base(family) -> Base:
+    return family.base
+
+
+@pytest.fixture(scope="module")
+def files(family) -> list[str]:
+    return [str(path) for path in family.paths]
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, load_merged, save_expert
+from mergekit_lit.core.experts import load_merged
 from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record
-from mergekit_lit.models.backbones import load_base
 from mergekit_lit.reports.commands import command_line
 from mergekit_lit.search.tuning.trials import TrialLog
 
@@ -25,29 +22,11 @@ def told_in_one_line(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, tiny_suite) -> list[str]:
+def words(tmp_path_factory, tiny_suite, make_family) -> list[str]:
     """The command on two experts that moved a little, on images that they know nothing of."""
-    folder = tmp_path_factory.mktemp("experts")
-    backbone, base = load_base(BASE, image_size=32)
-    paths = []
-    for seed, task in enumerate(("dots", "stripes")):
-        draw = torch.Generator().manual_seed(seed)
-        moved = {
-            name: tensor + 0.01 * torch.randn(tensor.shape, generator=draw)
-            for name, tensor in base.params.items()
-        }
-        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.zeros(3)}
-        card = Card(
-            task=task,
-            base=BASE,
-            base_hash=base.content,
-            backbone=base.backbone,
-            image_size=32,
-        )
-        paths.append(folder / f"{task}.safetensors")
-        save_expert(paths[-1], Expert(moved, head, base.structure, card))
+    family = make_family(BASE).save(tmp_path_factory.mktemp("experts"))
     data = [f"--data.suite={tiny_suite}", "--data.reserve=4", "--data.val_share=0.2"]
-    return ["tune", *map(str, paths), *data, "--metric=cross_entropy"]
+    return ["tune", *map(str, family.paths), *data, "--metric=cross_entropy"]
 
 
 def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):

@@ -2,16 +2,13 @@
 
 import copy
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Base, Expert, Experts, Merged, load_merged, save_expert
-from mergekit_lit.core.params import add
 from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images, SplitOptions
@@ -21,7 +18,6 @@ from mergekit_lit.lit.evaluation import entries_for, predict
 from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.recalibration import images_by_split, merge_calibrated, splits_needed
 from mergekit_lit.merging.methods.alignment import permuted
-from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 
 BASE = "timm/test_resnet@random:0"
@@ -40,35 +36,11 @@ LOOKING = [
 ]
 
 
-def drawn(backbone, base, *, length, card):
-    """Return an expert of each task, with random steps and heads, and the card."""
-    experts = []
-    for seed, task in enumerate(TASKS):
-        draw = torch.Generator().manual_seed(seed)
-        step = {
-            name: length * torch.randn(tensor.shape, generator=draw).abs()
-            for name, tensor in base.params.items()
-            if tensor.is_floating_point()
-        }
-        head = {"weight": torch.randn(3, backbone.features, generator=draw), "bias": torch.ones(3)}
-        own = replace(card, task=task)
-        experts.append(Expert(add(base.params, step), head, base.structure, own))
-    return experts
-
-
 @pytest.fixture(scope="module")
-def family():
+def family(make_family):
     """Return a backbone with BatchNorm, its base, and two experts of it."""
-    backbone, base = load_base(BASE, image_size=32)
-    card = Card(
-        base=BASE,
-        base_hash=base.content,
-        backbone=base.backbone,
-        image_size=32,
-        travel=1.0,
-    )
-    experts = drawn(backbone, base, length=0.02, card=card)
-    return backbone, base, experts
+    made = make_family(BASE)
+    return made.backbone, made.base, made.experts
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +179,9 @@ def planted(base: Base, experts: list[Expert], *, scrambled: bool) -> Experts:
 
 
 @pytest.mark.parametrize("method", ["greedy_soup", "fisher", "surgery"])
-def test_what_looks_after_a_veneer_has_the_veneer_s_heads_and_statistics(data, method):
-    backbone, base = load_base("resnet")
-    experts = drawn(backbone, base, length=0.01, card=Card())
+def test_what_looks_after_a_veneer_has_its_heads_and_statistics(make_family, data, method):
+    family = make_family("resnet", image_size=None, length=0.01)
+    backbone, base, experts = family.backbone, family.base, family.experts
     images = images_by_split(data, splits_needed(method, "average", base.structure), count=20)
     found, plain = (
         merge_calibrated(
