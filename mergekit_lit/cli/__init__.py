@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "train": "Fine-tune one expert, or one a task.",
     "merge": "Merge experts of one base into one model.",
     "tune": "Choose methods and their parameters on validation images.",
+    "bound": "Tell what bounds the excess error of a merge, term by term.",
     "evaluate": "Score base, experts and merged models on the tasks of a suite.",
     "report": "Write the page of a run folder: tables and figures from its records.",
     "card": "Print what a file holds: kind, card, structure, method.",

@@ -146,7 +146,7 @@ def veneers(given: Sequence[str | dict[str, Any]] | None) -> list[tuple[str, dic
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    chosen = MERGE_METHODS.get(_method(argv))
+    chosen = MERGE_METHODS.get(method_named(argv))
     flags = list(parameters(chosen.function))
     parser = _parser(chosen.function, flags)
     namespace = parse(parser, argv, positional="experts")
@@ -165,7 +165,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _method(argv: Sequence[str]) -> str:
+def method_named(argv: Sequence[str]) -> str:
     """Return the method that the flags name, or else the last file that names one."""
     name = "average"
     for path in values_of(argv, "config"):
@@ -183,12 +183,12 @@ def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParse
             f"Parameters of {function.__name__!r} must not be named like those of `merge`, but "
             f"{clash[0]!r} is. Rename it."
         )
-    _add_method(parser, function)
+    add_method(parser, function)
     parser.add_function_arguments(calibration, "data")
     return parser
 
 
-def _add_method(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+def add_method(parser: ArgumentParser, function: Callable[..., Any]) -> None:
     """Make each parameter of a method a flag that takes values by pattern and depth too."""
     words = parameter_help(function)
     group = parser.add_argument_group((function.__doc__ or "").split("\n")[0].rstrip("."))
@@ -317,8 +317,9 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         [veneer["name"] for veneer in plan.veneers if veneer["position"] == position]
         for position in ("before", "after")
     )
+    chain = ", then ".join([*before, plan.method, *after])
     print(
-        f"{', then '.join([*before, plan.method, *after])}, BatchNorm {plan.batch_norm}: reads {size['read_bytes']}, writes "
+        f"{chain}, BatchNorm {plan.batch_norm}: reads {size['read_bytes']}, writes "
         f"{size['written_bytes']}; about {size['streamed_bytes']} of memory ({size['peak_bytes']} "
         f"with images or callbacks) and {seconds} of one processor's time (estimates)."
     )

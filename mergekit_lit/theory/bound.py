@@ -10,6 +10,7 @@ from mergekit_lit.theory.terms import (
     LARGEST_TRAVEL,
     Term,
     delta,
+    delta_by_path,
     divergence,
     drift,
     drift_in_closed_form,
@@ -88,6 +89,7 @@ def bound(
         merged_gradient(merge),
         divergence(weighing, experts),
         delta(weighing, experts, merge),
+        delta_by_path(weighing, experts),
     ]
     named = {term.name: term for term in terms}
     named |= generalization(weighing, experts, merge, named["delta2"])

@@ -18,6 +18,7 @@ class ExpertFacts:
         noise: sigma^2, variance of one sample's gradient, summed over coordinates.
         zeta2: ||grad F_Si - grad F_S||^2.
         eps2: squared stability of the backbone, per replaced sample.
+        eps2_path: its estimate along the path, uncalibrated; enters no total.
         eps2_head: of the head; 0 if frozen.
         train_loss: F_Si(x_avg), the merged model's on the task's training images.
         lr: peak learning rate, to judge eta L by.
@@ -32,6 +33,7 @@ class ExpertFacts:
     noise: float | None = None
     zeta2: float | None = None
     eps2: float | None = None
+    eps2_path: float | None = None
     eps2_head: float | None = 0.0
     train_loss: float | None = None
     lr: float | None = None

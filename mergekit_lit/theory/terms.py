@@ -126,6 +126,8 @@ def merged_gradient(merge: MergeFacts) -> Term:
 
 def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
     """Return sqrt(chi2_w Var_{i~w} F_Si(x_avg)), the losses at the best point taken as 0."""
+    if weighing.chi2_w == 0:
+        return Term("divergence", 0.0, "closed form", "chi2_w is 0")
     losses = [expert.train_loss for expert in experts]
     mean = _weighted(weighing.w, losses)
     spread = None
@@ -151,6 +153,16 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
         for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
     ]
     return _term("delta2", {"eps^2": _sum(parts)}, lambda d: d)
+
+
+def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
+    """Return Delta^2 with the path estimate of the backbones' stability in place of twins."""
+    parts = [
+        None if expert.eps2_path is None else p * lam**2 * expert.eps2_path
+        for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
+    ]
+    note = "an estimate of its size, not calibrated by twins; without the heads"
+    return _term("delta2_by_path", {"eps_path": _sum(parts)}, lambda d: d, note)
 
 
 def generalization(

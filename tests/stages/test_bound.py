@@ -1,0 +1,201 @@
+"""The bound of real tiny experts: what is measured is what a direct computation gives."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from mergekit_lit.callbacks import StabilityTwins
+from mergekit_lit.cli import main
+from mergekit_lit.core.calibration import Batch
+from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.records import Record
+from mergekit_lit.data.splits import SplitOptions
+from mergekit_lit.lit.calibration import calibration_on
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.models.heads import apply_head
+from mergekit_lit.stages.bound import bound_files
+from mergekit_lit.stages.images import Calibration
+from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe
+from mergekit_lit.stages.train import train_expert
+from mergekit_lit.theory.bound import TOTAL
+from mergekit_lit.theory.constants import Effort, measure_point, measure_sample_gradients
+from mergekit_lit.theory.objective import Objective, hessian_product
+
+VIT = "vit@random:0"
+# All 100 training images of a task: the estimates are then exact.
+WHOLE = Effort(micro_batches=5, batch=20)
+LITTLE = Effort(micro_batches=3, batch=4, hessian_images=4, lanczos_steps=2)
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_suite, tmp_path_factory):
+    """Experts of two tasks; twins of the first alone were carried."""
+    out = tmp_path_factory.mktemp("bound")
+    files = []
+    for task in ("dots", "stripes"):
+        result = train_expert(
+            data=TaskDataModule(tiny_suite, task, batch=10, reserve=8),
+            model=ExpertModule(VIT, image_size=8, lr=0.01, warmup_steps=1, schedule="constant"),
+            steps=[12],
+            out=out,
+            trainer={"accelerator": "cpu"},
+            callbacks=[StabilityTwins(twins=1, replaced=[4], null=False, rounding=False)],
+        )
+        files.extend(result.experts)
+    return files
+
+
+@pytest.fixture(scope="module")
+def opened(experts, tiny_suite):
+    """Experts, calibration on their training images, and objectives at the base."""
+    backbone, base = load_base_of(experts)
+    gathered = in_memory(load_experts(experts, base=base))
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    images = {task.name: task.train for task in where.tasks(gathered.names)}
+    calibration = calibration_on(images, gathered, backbone=backbone, split="train")
+    names = gathered.merged_names()
+    fixed = {name: t for name, t in gathered.base.items() if name not in names}
+    objectives = [Objective(task, calibration, fixed) for task in gathered.names]
+    return gathered, calibration, objectives, {name: gathered.base[name] for name in names}
+
+
+def direct_gradients(opened):
+    """The gradient of each task over all its images, in one pass."""
+    _, calibration, objectives, weights = opened
+    rows = []
+    for objective in objectives:
+        samples = calibration.samples[objective.task]
+        rows.append(objective.gradient(weights, samples.take(torch.arange(len(samples)))).double())
+    return rows
+
+
+def test_gradients_over_all_images_are_exact(opened):
+    _, calibration, objectives, weights = opened
+    found = measure_point(
+        objectives, weights, calibration, p=[0.5, 0.5], w=[0.2, 0.8], effort=WHOLE
+    )
+    one, two = direct_gradients(opened)
+    mean = (one + two) / 2
+    assert found.gradient2.value == pytest.approx(float(mean.square().sum()), rel=1e-4)
+    weighed = 0.2 * one + 0.8 * two
+    assert found.surrogate2.value == pytest.approx(float(weighed.square().sum()), rel=1e-4)
+    expected = float((one - mean).square().sum())
+    assert found.zeta2["dots"].value == pytest.approx(expected, rel=1e-4)
+    samples = calibration.samples["dots"]
+    batch = samples.take(torch.arange(100))
+    features = calibration.expert.features({**objectives[0].fixed, **weights}, batch.inputs)
+    loss = cross_entropy(calibration.logits("dots", features), batch.labels)
+    assert found.losses["dots"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_gradients_of_samples_and_second_derivatives_are_those_of_autograd(opened):
+    gathered, calibration, objectives, weights = opened
+    batch = calibration.samples["dots"].take(torch.arange(6))
+    one = objectives[0]
+    squares = one.squared_gradients(weights, batch)
+    for i in range(6):
+        alone = calibration.samples["dots"].take(torch.tensor([i]))
+        expected = float(one.gradient(weights, alone).double().square().sum())
+        assert float(squares[i]) == pytest.approx(expected, rel=1e-3)
+    batches = {o.task: _wide(calibration.samples[o.task], 8) for o in objectives}
+    heads = dict(zip(gathered.names, gathered.heads, strict=True))
+    wide = dataclasses.replace(
+        calibration,
+        logits=lambda task, f: apply_head({n: t.double() for n, t in heads[task].items()}, f),
+    )
+    objectives = [dataclasses.replace(o, calibration=wide) for o in objectives]
+    there = {name: gathered.tuned[0][name].double() for name in weights}
+    sizes = [t.numel() for t in there.values()]
+    draw = torch.Generator().manual_seed(0)
+    direction = torch.randn(sum(sizes), generator=draw, dtype=torch.float64)
+
+    def gradient(scale):
+        parts = torch.split(scale * direction, sizes)
+        moved = {
+            name: t + part.view_as(t) for (name, t), part in zip(there.items(), parts, strict=True)
+        }
+        return torch.stack([o.gradient(moved, batches[o.task]) for o in objectives]).mean(0)
+
+    expected = (gradient(1e-6) - gradient(-1e-6)) / 2e-6
+    found = hessian_product(objectives, batches, there)(direction)
+    assert float((found - expected).norm()) < 1e-4 * float(expected.norm())
+
+
+def _wide(samples, count):
+    batch = samples.take(torch.arange(count))
+    return Batch(batch.inputs.double(), batch.labels)
+
+
+def test_squared_gradients_of_all_tasks_are_averaged(opened):
+    _, calibration, objectives, weights = opened
+    found = measure_sample_gradients(
+        objectives, weights, calibration, p=[0.5, 0.5], effort=Effort(hessian_images=8)
+    )
+    assert found.samples == 16
+    assert found.low < found.value < found.high
+
+
+def test_all_terms_of_a_merge_are_told(experts, tiny_suite, tmp_path):
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    record = bound_files(experts, calibration=where, effort=LITTLE, out=tmp_path / "bound.json")
+    told = record.metrics["bound"]
+    values = {name: term["value"] for name, term in told["terms"].items()}
+    assert told["total"] == pytest.approx(sum(values[name] for name in TOTAL))
+    assert values["delta2"] > 0
+    assert values["delta2_by_path"] > 0
+    assert told["weighing"]["chi2_lambda"] == 0
+    rows = {row["task"]: row for row in record.metrics["experts"]}
+    assert set(rows) == {"dots", "stripes"}
+    assert rows["dots"]["gap"] == rows["dots"]["test_loss"] - rows["dots"]["train_loss"]
+    card = load_expert(experts[0]).card
+    assert rows["dots"]["travel"] == card.travel
+    assert Record.read(tmp_path / "bound.json").metrics["bound"]["total"] == told["total"]
+
+
+def test_a_merge_that_is_not_linear_asks_for_its_own_stability(experts):
+    record = bound_files(experts, recipe=Recipe(method="ties"))
+    term = record.metrics["bound"]["terms"]["delta2"]
+    assert (term["value"], term["note"]) == (None, "needs Delta_M^2")
+    assert record.metrics["constants"] is None
+
+
+def test_the_command_tells_cards_alone(experts, capsys):
+    words = ["bound", *map(str, experts), "--method", "task_arithmetic", "--scale", "0.3"]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["config"]["recipe"]["config"] == {"scale": 0.3}
+    assert record["metrics"]["bound"]["terms"]["drift"]["note"] == "needs L"
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "chi2_w" in out
+    assert "does not hold: Coefficients sum to 0.6" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.suite", "SUITE", "--data.reserve", "9"], "their hash differs"),
+        (
+            ["--data.suite", "SUITE", "--data.reserve", "8", "--effort.batch", "60"],
+            "need 480 images",
+        ),
+        (
+            ["--effort.lanczos_steps", "0", "--data.suite", "SUITE", "--data.reserve", "8"],
+            "`lanczos_steps`",
+        ),
+        (["--method", "tis"], "Did you mean 'ties'"),
+        (["--method", "emr", "--data.suite", "SUITE", "--data.reserve", "8"], "model of its own"),
+    ],
+)
+def test_bad_input_is_one_line(experts, tiny_suite, capsys, flags, message):
+    words = [tiny_suite if word == "SUITE" else word for word in flags]
+    assert main(["bound", *map(str, experts), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
