@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging.methods.descent import wudi
 
@@ -55,6 +56,18 @@ def test_the_exact_solution_has_no_gradient(shape):
     loss(matrix, tensor.deltas).backward()
     assert matrix.grad.abs().max() < 1e-6
     assert loss(matrix, tensor.deltas) < loss(wudi(tensor, lr=1e-2), tensor.deltas)
+
+
+def test_the_declared_rates_reach_the_solution_of_larger_deltas_than_the_papers():
+    tensor = a_slice((16, 24), size=4e-3)
+    start = loss(tensor.deltas.sum(dim=0), tensor.deltas)
+    least = loss(wudi(tensor, solver="exact"), tensor.deltas)
+    _, high = MERGE_METHODS.get("wudi").facts["search"]["lr"]
+    left = [
+        float((loss(wudi(tensor, lr=lr), tensor.deltas) - least) / (start - least))
+        for lr in (1e-5, high)
+    ]
+    assert left[1] < 0.01 < 0.1 < left[0]
 
 
 def test_the_exact_solution_is_regmean_of_the_deltas_second_moments():

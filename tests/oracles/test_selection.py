@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit_lit.core.merging import Slice
+from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.merging.methods.selection import competition, nearswap, pcb, ram, sce
 from mergekit_lit.merging.methods.sparsify import breadcrumbs
@@ -116,7 +117,7 @@ def test_pcb_of_one_entry_and_of_no_movement_is_finite():
         stats = competition([("w", deltas)], density=0.1)
         step = pcb(a_slice("w", deltas, stats), scale=1.0)
         torch.testing.assert_close(step, deltas[0])
-    assert competition([], density=0.1)["span"].shape == (0, 0)
+    assert competition([], density=0.1)["span"].shape == (0, 2)
 
 
 @pytest.mark.parametrize(("drop", "outliers"), [(0.85, 0.007), (0.5, 0.1), (0.0, 0.0), (1.0, 0.0)])
@@ -151,6 +152,15 @@ def test_nearswap_follows_an_entry_no_further_than_its_reach():
     deltas = torch.from_numpy(other - base)[None]
     found = base + nearswap(a_slice("w", deltas), reach=reach).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_search_may_let_nearswap_follow_most_entries_to_the_sum_of_eight_experts():
+    # As large as the deltas of the shipped experts.
+    deltas = 4e-3 * torch.randn(8, 40, 50, generator=torch.Generator().manual_seed(3))
+    ends = {name: high for name, (_, high) in MERGE_METHODS.get("nearswap").facts["search"].items()}
+    found = nearswap(a_slice("w", deltas), **ends)
+    whole = deltas.sum(dim=0)
+    assert (found - whole).norm() < 0.1 * whole.norm()
 
 
 @pytest.mark.parametrize(

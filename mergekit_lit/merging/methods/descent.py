@@ -19,7 +19,8 @@ from mergekit_lit.merging.steps import sum_of
     family="descent",
     data="none",
     source="Cheng et al. 2025, arXiv:2503.08099 (WUDI)",
-    search={"scale": (0.0, 1.5)},
+    # Adam's rate is in the units of the weights: the right one depends on the deltas' size.
+    search={"lr": (1e-5, 1e-3), "scale": (0.0, 1.5)},
     homogeneous=True,
 )
 @one_thread()

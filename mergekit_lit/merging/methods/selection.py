@@ -152,7 +152,8 @@ def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor
     family="sparsifying",
     data="none",
     source="Goddard et al. 2024, arXiv:2403.13257 (Nearswap of mergekit 0.1)",
-    search={"scale": (0.0, 4.0)},
+    # The reach is in the units of the weights: what is far depends on how far the experts went.
+    search={"reach": (1e-3, 1e-2), "scale": (0.0, 8.0)},
     homogeneous=True,
 )
 def nearswap(tensor: Slice, *, reach: float = 1e-3, scale: float = 1.0) -> Tensor:
