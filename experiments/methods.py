@@ -73,7 +73,7 @@ def main() -> None:
     rows = [row_of(entry) for entry in settings["rows"]]
     rows = [row for row in rows if given.rows is None or row.name in given.rows]
     for backbone in settings["backbones"]:
-        plans = [_plan(settings, backbone, seed, given.out) for seed in settings["seeds"]]
+        plans = [plan_of(settings, backbone, seed, given.out) for seed in settings["seeds"]]
         make(plans, rows, given.jobs)
         print(f"\n### {backbone}\n\n{markdown(plans, rows)}", flush=True)
 
@@ -234,7 +234,8 @@ def row_of(entry: str | Mapping[str, Any]) -> Row:
     return Row(entry["row"], entry["method"], entry.get("config", {}), seeds)
 
 
-def _plan(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) -> Plan:
+def plan_of(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) -> Plan:
+    """Return where the experts of a backbone and a seed lie, and how they were made."""
     suite = settings["suite"]
     tasks = settings.get("tasks") or load_suite(suite).names
     folder = out / Path(suite).name / f"{backbone}-{seed}"
