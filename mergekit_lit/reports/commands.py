@@ -56,13 +56,13 @@ def _merge_words(record: Record, _: str) -> list[str]:
     return [*experts, *_flags(given), *_flags(own, null=True), *_flags({"data": data})]
 
 
-def _evaluate_words(record: Record, _: str) -> list[str]:
+def _evaluate_words(record: Record, out: str) -> list[str]:
     apart = ("models", "batch_norm", "trainer")
     data = {name: value for name, value in record.config.items() if name not in apart}
     rest = {name: record.config.get(name) for name in ("batch_norm", "trainer")}
     seed = {"seed": record.seeds.get("intervals")}
     models = [str(model) for model in record.config.get("models", ())]
-    return [*models, *_flags({"data": data, **rest, **seed})]
+    return [*models, *_flags({"data": data, **rest, **seed, "out": out, "name": record.name})]
 
 
 def _plain_words(record: Record, _: str) -> list[str]:

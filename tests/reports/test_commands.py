@@ -65,7 +65,7 @@ def test_evaluation_names_models_and_data():
     record = Record(stage="evaluate", name="x", config=config, seeds={"intervals": 4})
     assert command_line(record) == (
         "mergekit-lit evaluate resnet a.safetensors --data.suite tiny --data.tasks '[\"a\"]' "
-        "--data.split val --batch_norm stored --trainer.devices 2 --seed 4"
+        "--data.split val --batch_norm stored --trainer.devices 2 --seed 4 --out FOLDER --name x"
     )
 
 

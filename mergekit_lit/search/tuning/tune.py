@@ -197,6 +197,7 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
             "then": [{"name": name, "config": dict(config)} for name, config in plan.then],
             "experts": list(made.record.inputs),
             "base": base.name,
+            "allow_different_base": made.record.config["allow_different_base"],
             "out": str(made.path.parent),
             "data": {**data, **options, "split_seed": split_seed},
         },
