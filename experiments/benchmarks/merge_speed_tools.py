@@ -145,6 +145,7 @@ def fusion_bench(job: Mapping[str, Any]) -> Callable[[], None]:
     """Run FusionBench's algorithm on the experts as modules, and save the result."""
     import timm
     import torch
+    from fusion_bench import BaseModelPool
     from fusion_bench import method as algorithms
     from safetensors.torch import load_file, save_file
 
@@ -171,7 +172,8 @@ def fusion_bench(job: Mapping[str, Any]) -> Callable[[], None]:
     def do() -> None:
         names = ("_pretrained_", *(f"task{t}" for t in range(len(job["files"]) - 1)))
         pool = {name: loaded(path) for name, path in zip(names, job["files"], strict=True)}
-        merged = algorithm.run(pool)
+        # Its DARE takes no plain mapping; a pool copies each model, so the others are spared it.
+        merged = algorithm.run(BaseModelPool(pool) if job["method"] == "dare" else pool)
         save_file({n: t.contiguous() for n, t in merged.state_dict().items()}, job["out"])
 
     return do
