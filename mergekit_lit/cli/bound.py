@@ -115,6 +115,8 @@ def _print(record: Record) -> None:
     print(f"total: {total}{effective}")
     for sentence in found["violated"]:
         print(f"does not hold: {sentence}")
+    for sentence in record.metrics["signatures"]:
+        print(f"signature: {sentence}")
 
 
 _WEIGHING = ("a_eff", "chi2_lambda", "chi2_w", "tv_lambda", "tv_w")

@@ -1,23 +1,19 @@
 """This file is the bound stage: experts and a merge in, every term of the bound out."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.measurements import read_measurements
-from mergekit_lit.core.params import Params
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData
-from mergekit_lit.lit.calibration import calibration_on
-from mergekit_lit.lit.recalibration import images_by_split, splits_needed, task_statistics
+from mergekit_lit.lit.recalibration import images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
-from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.stages.constants import Measured, effective_travel, measure_merge, symptoms_of
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
@@ -25,37 +21,10 @@ from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
 from mergekit_lit.theory.bound import Bound, bound
 from mergekit_lit.theory.coefficients import weigh
 from mergekit_lit.theory.constants import (
-    AtPoint,
     Effort,
-    Smoothness,
-    measure_point,
-    measure_sample_gradients,
-    measure_smoothness,
 )
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
-from mergekit_lit.theory.heterogeneity import Estimate
-from mergekit_lit.theory.objective import Objective
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What images tell of a merge.
-
-    Attributes:
-        base: at x0, under the statistics that each head was fitted under.
-        merged: at x_avg, under the merge's own.
-        smoothness: around them.
-        sample_gradient2: G^2 at x_avg.
-        test: losses and accuracies on test images, by task.
-        train: the same on training images.
-    """
-
-    base: AtPoint
-    merged: AtPoint
-    smoothness: Smoothness
-    sample_gradient2: Estimate
-    test: Mapping[str, Mapping[str, float]]
-    train: Mapping[str, Mapping[str, float]]
+from mergekit_lit.theory.signatures import signatures
 
 
 def bound_files(
@@ -122,6 +91,7 @@ def bound_files(
             "bound": _told(result),
             "constants": asdict(measured) if measured else None,
             "experts": _rows(gathered, result, measured),
+            "signatures": signatures(symptoms_of(gathered, measured)) if measured else [],
         },
         outputs=[] if out is None else [Path(out).name],
     )
@@ -129,67 +99,6 @@ def bound_files(
     if out is not None:
         record.write(Path(out))
     return record
-
-
-def measure_merge(
-    experts: Experts,
-    merged: Merged,
-    backbone: Backbone,
-    tasks: Sequence[TaskData],
-    *,
-    effort: Effort,
-) -> Measured:
-    """Measure losses, gradients and curvature at the base and at the merge.
-
-    Args:
-        experts: T experts, in memory.
-        merged: their merge, one model for all tasks but for statistics.
-        backbone: a module of the architecture; never changed.
-        tasks: the images of each, as the experts saw them.
-        effort: how much is looked at.
-
-    Raises:
-        ValueError: the merge makes each task a model of its own.
-    """
-    if merged.masks or merged.own or merged.adapters:
-        raise ValueError(
-            f"The bound is of one merged model, but {merged.facts['method']!r} makes each task a "
-            "model of its own by masks, layers or adapters. Choose another method, or leave "
-            "`data.suite` out."
-        )
-    images = {task.name: task.train for task in tasks}
-    calibration = calibration_on(images, experts, backbone=backbone, split="train")
-    moving = experts.merged_names()
-    p = [1 / len(experts)] * len(experts)
-    coefficients = merged.facts.get("coefficients")
-    w = None
-    if coefficients is not None:
-        w = weigh(coefficients, [effective_travel(card) for card in experts.cards]).w
-    at_base = [
-        _objective(
-            task.name, {**experts.base, **_statistics(experts, backbone, task)}, moving, calibration
-        )
-        for task in tasks
-    ]
-    at_merge = [
-        _objective(task.name, merged.for_task(task.name), moving, calibration) for task in tasks
-    ]
-    base = {name: experts.base[name].float() for name in moving}
-    weights = {name: merged.shared[name].float() for name in moving}
-    scores = {
-        split: evaluate_models(backbone, {"merged": merged}, tasks, split=split)["merged"]["tasks"]
-        for split in ("train", "test")
-    }
-    return Measured(
-        base=measure_point(at_base, base, calibration, p=p, w=w, effort=effort),
-        merged=measure_point(at_merge, weights, calibration, p=p, w=w, effort=effort),
-        smoothness=measure_smoothness(at_merge, base, weights, experts, calibration, effort=effort),
-        sample_gradient2=measure_sample_gradients(
-            at_merge, weights, calibration, p=p, effort=effort
-        ),
-        test=_losses(scores["test"]),
-        train=_losses(scores["train"]),
-    )
 
 
 def bound_of(
@@ -248,18 +157,6 @@ def expert_facts(
     )
 
 
-def effective_travel(card: Card) -> float | None:
-    """Return eta ||a||_1, or for an adaptive optimizer what stands in for it.
-
-    Steps that the data change have no weights of their own: there it is the length of the path over
-    the mean norm of the gradients, which is the same for plain SGD. Whatever is derived from it is
-    called effective.
-    """
-    if card.travel is not None or card.path_length is None or not card.gradient_norm:
-        return card.travel
-    return card.path_length / card.gradient_norm
-
-
 def _stability(card: Card, twins: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
     """Return eps^2 of backbone and head where twins measured them above the rounding."""
     head = None if card.head in (None, "trained") else 0.0
@@ -293,19 +190,6 @@ def _merge_facts(
     )
 
 
-def _objective(task: str, params: Params, moving: Sequence[str], calibration: Any) -> Objective:
-    """Return a task's loss under what of `params` does not move."""
-    fixed = {name: tensor for name, tensor in params.items() if name not in set(moving)}
-    return Objective(task, calibration, fixed)
-
-
-def _statistics(experts: Experts, backbone: Backbone, task: TaskData) -> dict[str, Any]:
-    """Return the statistics of the base on a task, as its head was fitted under them."""
-    module = copy.deepcopy(backbone).eval()
-    module.load_state_dict(dict(experts.base))
-    return task_statistics(module, task)
-
-
 def _check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:
     """Refuse images that the experts were not trained on."""
     for card, task in zip(experts.cards, tasks, strict=bool(tasks)):
@@ -314,10 +198,6 @@ def _check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:
                 f"The training images of task {task.name!r} must be those that its expert was "
                 "trained on, but their hash differs. Give the `data.*` of the training."
             )
-
-
-def _losses(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    return {task: {"loss": row["loss"], "accuracy": row["accuracy"]} for task, row in rows.items()}
 
 
 def _told(result: Bound) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""This file measures the constants of the bound on real images, at the base and at a merge."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_lit.core.calibration import Calibration
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.params import Params
+from mergekit_lit.data.splits import TaskData
+from mergekit_lit.lit.calibration import calibration_on
+from mergekit_lit.lit.recalibration import task_statistics
+from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.theory.coefficients import weigh
+from mergekit_lit.theory.constants import (
+    AtPoint,
+    Effort,
+    Smoothness,
+    measure_point,
+    measure_sample_gradients,
+    measure_smoothness,
+)
+from mergekit_lit.theory.heterogeneity import Estimate
+from mergekit_lit.theory.objective import Objective
+from mergekit_lit.theory.signatures import Symptoms
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What images tell of a merge.
+
+    Attributes:
+        base: at x0, under the statistics that each head was fitted under.
+        merged: at x_avg, under the merge's own.
+        smoothness: around them.
+        sample_gradient2: G^2 at x_avg.
+        test: losses and accuracies on test images, by task.
+        train: the same on training images.
+    """
+
+    base: AtPoint
+    merged: AtPoint
+    smoothness: Smoothness
+    sample_gradient2: Estimate
+    test: Mapping[str, Mapping[str, float]]
+    train: Mapping[str, Mapping[str, float]]
+
+
+def measure_merge(
+    experts: Experts,
+    merged: Merged,
+    backbone: Backbone,
+    tasks: Sequence[TaskData],
+    *,
+    effort: Effort,
+) -> Measured:
+    """Measure losses, gradients and curvature at the base and at the merge.
+
+    Args:
+        experts: T experts, in memory.
+        merged: their merge, one model for all tasks but for statistics.
+        backbone: a module of the architecture; never changed.
+        tasks: the images of each, as the experts saw them.
+        effort: how much is looked at.
+
+    Raises:
+        ValueError: the merge makes each task a model of its own.
+    """
+    if merged.masks or merged.own or merged.adapters:
+        raise ValueError(
+            f"The bound is of one merged model, but {merged.facts['method']!r} makes each task a "
+            "model of its own by masks, layers or adapters. Choose another method, or leave "
+            "`data.suite` out."
+        )
+    images = {task.name: task.train for task in tasks}
+    calibration = calibration_on(images, experts, backbone=backbone, split="train")
+    moving = experts.merged_names()
+    p = [1 / len(experts)] * len(experts)
+    coefficients = merged.facts.get("coefficients")
+    w = None
+    if coefficients is not None:
+        w = weigh(coefficients, [effective_travel(card) for card in experts.cards]).w
+    at_base = [
+        _objective(
+            task.name, {**experts.base, **_statistics(experts, backbone, task)}, moving, calibration
+        )
+        for task in tasks
+    ]
+    at_merge = [
+        _objective(task.name, merged.for_task(task.name), moving, calibration) for task in tasks
+    ]
+    base = {name: experts.base[name].float() for name in moving}
+    weights = {name: merged.shared[name].float() for name in moving}
+    scores = {
+        split: evaluate_models(backbone, {"merged": merged}, tasks, split=split)["merged"]["tasks"]
+        for split in ("train", "test")
+    }
+    return Measured(
+        base=measure_point(at_base, base, calibration, p=p, w=w, effort=effort),
+        merged=measure_point(at_merge, weights, calibration, p=p, w=w, effort=effort),
+        smoothness=measure_smoothness(at_merge, base, weights, experts, calibration, effort=effort),
+        sample_gradient2=measure_sample_gradients(
+            at_merge, weights, calibration, p=p, effort=effort
+        ),
+        test=_losses(scores["test"]),
+        train=_losses(scores["train"]),
+    )
+
+
+def effective_travel(card: Card) -> float | None:
+    """Return eta ||a||_1, or for an adaptive optimizer what stands in for it.
+
+    Steps that the data change have no weights of their own: there it is the length of the path over
+    the mean norm of the gradients, which is the same for plain SGD. Whatever is derived from it is
+    called effective.
+    """
+    if card.travel is not None or card.path_length is None or not card.gradient_norm:
+        return card.travel
+    return card.path_length / card.gradient_norm
+
+
+def symptoms_of(experts: Experts, measured: Measured) -> Symptoms:
+    """Return what the signatures of failure are looked for in."""
+    train, test = measured.train, measured.test
+    return Symptoms(
+        lr=max((card.lr for card in experts.cards if card.lr is not None), default=None),
+        eigenvalue=measured.smoothness.eigenvalue.value,
+        base_loss=measured.base.losses,
+        merged_loss={name: row["loss"] for name, row in train.items()},
+        expert_loss={
+            name: card.train_loss for name, card in zip(experts.names, experts.cards, strict=True)
+        },
+        gap={name: test[name]["loss"] - row["loss"] for name, row in train.items()},
+        gradient2=measured.merged.gradient2.value,
+        zeta2={name: estimate.value for name, estimate in measured.merged.zeta2.items()},
+    )
+
+
+def _objective(
+    task: str, params: Params, moving: Sequence[str], calibration: Calibration
+) -> Objective:
+    """Return a task's loss under what of `params` does not move."""
+    fixed = {name: tensor for name, tensor in params.items() if name not in set(moving)}
+    return Objective(task, calibration, fixed)
+
+
+def _statistics(experts: Experts, backbone: Backbone, task: TaskData) -> dict[str, Any]:
+    """Return the statistics of the base on a task, as its head was fitted under them."""
+    module = copy.deepcopy(backbone).eval()
+    module.load_state_dict(dict(experts.base))
+    return task_statistics(module, task)
+
+
+def _losses(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    return {task: {"loss": row["loss"], "accuracy": row["accuracy"]} for task, row in rows.items()}
