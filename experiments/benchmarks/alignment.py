@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.03, help="of SGD with momentum 0.9, cosine")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--images", type=int, default=256, help="of each task, that methods see")
+    parser.add_argument("--until", nargs="*", default=[], help="stages to zip in part up to")
     parser.add_argument("--out", type=Path, help=f"record; by default in {FOLDER}")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,14 +113,22 @@ def measured(
     }
     aligned = git_rebasin(experts)
     keeps = has_statistics(experts.structure)
-    ways = [("average", experts, "average"), ("git_rebasin", aligned, "average")]
-    ways += [("zipit", experts, "zipit")]
+    ways = [("average", experts, "average", {}), ("git_rebasin", aligned, "average", {})]
+    ways += [("zipit", experts, "zipit", {})]
+    ways += [
+        (f"zipit until {stage}", experts, "zipit", {"until": stage}) for stage in options.until
+    ]
     # Where there is BatchNorm, `recalibrate` is what REPAIR does.
-    ways += [] if keeps else [("git_rebasin, repair", aligned, "repair")]
+    ways += [] if keeps else [("git_rebasin, repair", aligned, "repair", {})]
     for policy in POLICIES[keeps]:
-        for label, given, method in ways:
+        for label, given, method, config in ways:
             merged = merge_calibrated(
-                given, method, {"train": images}, backbone=backbone, batch_norm=policy
+                given,
+                method,
+                {"train": images},
+                backbone=backbone,
+                config=config,
+                batch_norm=policy,
             )
             yield row(label, policy, halves(backbone, merged, data), alone)
 
