@@ -1,0 +1,93 @@
+"""Coefficients that minimise the computable part of the bound, against brute force."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mergekit_lit.theory.optimal import Landscape, best_shares, optimum
+
+LEVEL = Landscape(
+    p=np.full(3, 1 / 3),
+    travel=np.array([1.0, 1.0, 1.0]),
+    start=np.array([1.0, 1.0, 1.0]),
+    d2=np.array([0.1, 0.1, 0.1]),
+    noise=np.array([0.2, 0.2, 0.2]),
+    eps2=np.array([0.01, 0.01, 0.01]),
+    smoothness=1.0,
+    gradient2=2.0,
+    sample_gradient2=1.0,
+)
+ROUGH = replace(
+    LEVEL,
+    travel=np.array([1.0, 3.0, 0.5]),
+    start=np.array([1.0, 2.0, 1.5]),
+    d2=np.array([0.1, 0.9, 0.05]),
+    noise=np.array([0.2, 0.6, 0.1]),
+    eps2=np.array([0.01, 0.2, 0.02]),
+)
+
+
+def simplex(steps):
+    """All shares of three experts on a grid, without the border."""
+    for i in range(1, steps):
+        for j in range(1, steps - i):
+            yield np.array([i, j, steps - i - j]) / steps
+
+
+@pytest.mark.parametrize("travel", [0.05, 0.3, 1.0, 3.0])
+def test_shares_are_the_best_of_a_grid(travel):
+    found = ROUGH.value(best_shares(ROUGH, travel), travel)
+    assert found <= min(ROUGH.value(w, travel) for w in simplex(60)) + 1e-9
+
+
+def test_equal_experts_have_equal_shares():
+    assert best_shares(LEVEL, 0.5) == pytest.approx(LEVEL.p, abs=1e-6)
+
+
+def test_where_only_divergence_counts_travel_normalised_coefficients_are_best():
+    only = replace(
+        ROUGH,
+        start=np.array([1.0, 1.001, 0.999]),
+        d2=np.zeros(3),
+        noise=np.zeros(3),
+        eps2=np.zeros(3),
+    )
+    # Losses that differ a little leave sqrt(chi2) against a tilt too weak to move the kink.
+    found = optimum(only, travel=0.7, most=1.0)
+    assert found.shares == pytest.approx(only.p, abs=1e-4)
+    assert found.coefficients == pytest.approx(0.7 / 3 / only.travel, rel=1e-3)
+
+
+def test_the_value_is_convex_in_the_shares():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        one, two = draw.dirichlet(np.ones(3)) + 1e-3, draw.dirichlet(np.ones(3)) + 1e-3
+        one, two = one / one.sum(), two / two.sum()
+        middle = ROUGH.value((one + two) / 2, 0.8)
+        assert middle <= (ROUGH.value(one, 0.8) + ROUGH.value(two, 0.8)) / 2 + 1e-9
+
+
+def test_the_search_over_the_travel_finds_its_minimum():
+    found = optimum(ROUGH, travel=None, most=4.0)
+    tried = [optimum(ROUGH, travel=a, most=4.0).value for a in np.linspace(0.01, 4.0, 80)]
+    assert found.value <= min(tried) + 1e-6
+    assert found.value < found.at_base
+    assert found.coefficients == pytest.approx(found.travel * found.shares / ROUGH.travel)
+
+
+def test_drift_that_outweighs_progress_leaves_the_base():
+    far = replace(ROUGH, d2=np.array([9.0, 9.0, 9.0]))
+    found = optimum(far, travel=None, most=4.0)
+    assert found.coefficients.tolist() == [0.0, 0.0, 0.0]
+    assert found.value == found.at_base == pytest.approx(1.5)
+
+
+def test_one_expert_has_the_whole_share():
+    alone = Landscape(
+        **{
+            name: value[:1] if isinstance(value, np.ndarray) else value
+            for name, value in vars(replace(LEVEL, p=np.ones(3))).items()
+        }
+    )
+    assert best_shares(alone, 1.0).tolist() == [1.0]
