@@ -61,13 +61,25 @@ def test_the_exact_solution_has_no_gradient(shape):
 def test_the_declared_rates_reach_the_solution_of_larger_deltas_than_the_papers():
     tensor = a_slice((16, 24), size=4e-3)
     start = loss(tensor.deltas.sum(dim=0), tensor.deltas)
-    least = loss(wudi(tensor, solver="exact"), tensor.deltas)
+    least = loss(wudi(tensor, solver="exact", ridge=1e-10), tensor.deltas)
     _, high = MERGE_METHODS.get("wudi").facts["search"]["lr"]
     left = [
         float((loss(wudi(tensor, lr=lr), tensor.deltas) - least) / (start - least))
         for lr in (1e-5, high)
     ]
     assert left[1] < 0.01 < 0.1 < left[0]
+
+
+def test_the_exact_solution_does_not_blow_up_where_deltas_hardly_look():
+    # Two experts of one direction, and a column that moved a thousandth as far, and oppositely.
+    u = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    row = torch.tensor([[1.0, 1e-3]], dtype=torch.float64)
+    other = torch.tensor([[1.0, -1e-3]], dtype=torch.float64)
+    deltas = torch.stack([u @ row, u.flip(0) @ other])
+    whole = wudi(a_slice(deltas=deltas), solver="exact")
+    assert whole.abs().max() < 2 * deltas.abs().max()
+    nearly = wudi(a_slice(deltas=deltas), solver="exact", ridge=1e-10)
+    assert nearly.abs().max() > 100 * deltas.abs().max()
 
 
 def test_the_exact_solution_is_regmean_of_the_deltas_second_moments():

@@ -30,7 +30,7 @@ def wudi(
     solver: Literal["adam", "exact"] = "adam",
     lr: float = 1e-5,
     steps: int = 300,
-    ridge: float = 1e-6,
+    ridge: float = 0.1,
     rest: Literal["base", "mean"] = "base",
     scale: float = 1.0,
 ) -> Tensor:
@@ -48,7 +48,8 @@ def wudi(
         lr: learning rate of `adam`, in the units of the weights, > 0. No entry moves further than
             about lr * steps: where deltas are larger than the paper's, so must this be.
         steps: number of steps of `adam`, >= 0.
-        ridge: of `exact`, in units of A's mean eigenvalue T/n, > 0.
+        ridge: of `exact`, in units of A's mean eigenvalue T/n, > 0. Where deltas hardly look, less
+            lets the solution grow without bound: convolutions above all.
         rest: other tensors stay the `base`'s, or take the `mean` of the deltas.
         scale: length of the step, unitless, >= 0; 1 is the paper's.
 
