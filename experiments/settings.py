@@ -34,9 +34,13 @@ SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "sce": {"density": (0.1, 0.5, 1.0), "scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
     "consensus": {"threshold": (0.2, 0.4), "scale": (0.105, 0.195, 0.3, 0.45, 0.675)},
     "breadcrumbs": {"drop": (0.5, 0.85), "scale": (0.105, 0.195, 0.3, 0.45, 0.675)},
-    "nearswap": {"reach": (1e-3, 3e-3, 1e-2), "scale": (0.9, 1.5, 2.5, 4.0, 6.0, 8.0)},
+    "nearswap": {"reach": (1e-3, 3e-3, 1e-2), "scale": (0.9, 1.35, 2.1, 4.0, 6.0, 8.0)},
     "wudi": {"lr": (1e-5, 1e-4, 1e-3), "scale": (0.195, 0.3, 0.45, 0.675, 1.05)},
-    "wudi, exact": {"solver": ("exact",), "scale": (0.195, 0.3, 0.45, 0.675, 1.05)},
+    "wudi, exact": {
+        "solver": ("exact",),
+        "ridge": (1e-6, 1e-2, 1e-1),
+        "scale": (0.195, 0.3, 0.45, 0.675, 1.05),
+    },
 }
 
 
