@@ -13,7 +13,7 @@ from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.recalibration import images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
-from mergekit_lit.stages.constants import Measured, effective_travel, measure_merge, symptoms_of
+from mergekit_lit.stages.constants import Measured, measure_merge, symptoms_of
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
@@ -23,7 +23,7 @@ from mergekit_lit.theory.coefficients import weigh
 from mergekit_lit.theory.constants import (
     Effort,
 )
-from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
+from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
 from mergekit_lit.theory.signatures import signatures
 
 

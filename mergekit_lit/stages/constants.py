@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lit.core.calibration import Calibration
-from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
 from mergekit_lit.data.splits import TaskData
@@ -23,6 +22,7 @@ from mergekit_lit.theory.constants import (
     measure_sample_gradients,
     measure_smoothness,
 )
+from mergekit_lit.theory.facts import effective_travel
 from mergekit_lit.theory.heterogeneity import Estimate
 from mergekit_lit.theory.objective import Objective
 from mergekit_lit.theory.signatures import Symptoms
@@ -108,18 +108,6 @@ def measure_merge(
         test=_losses(scores["test"]),
         train=_losses(scores["train"]),
     )
-
-
-def effective_travel(card: Card) -> float | None:
-    """Return eta ||a||_1, or for an adaptive optimizer what stands in for it.
-
-    Steps that the data change have no weights of their own: there it is the length of the path over
-    the mean norm of the gradients, which is the same for plain SGD. Whatever is derived from it is
-    called effective.
-    """
-    if card.travel is not None or card.path_length is None or not card.gradient_norm:
-        return card.travel
-    return card.path_length / card.gradient_norm
 
 
 def symptoms_of(experts: Experts, measured: Measured) -> Symptoms:

@@ -93,12 +93,12 @@ class Smoothness:
         secant: 95th percentile of ||grad F_S(x) - grad F_S(y)|| / ||x - y|| over base, merge,
             experts and the points halfway to them: the L that the bound takes.
         eigenvalue: the dominant eigenvalue of the Hessian at the merge.
-        along: tau_i^T H tau_i / ||tau_i||^2 at the merge, by task.
+        along: tau_i^T H tau_i / ||tau_i||^2 at the merge, by task; None where tau_i is 0.
     """
 
     secant: float
     eigenvalue: Eigenvalue
-    along: Mapping[str, float]
+    along: Mapping[str, float | None]
 
 
 def measure_point(
@@ -185,24 +185,52 @@ def measure_smoothness(
         effort: how much is looked at.
     """
     batches = _fixed_batches(objectives, calibration, effort)
-    ends = [{name: params[name].to(base[name]) for name in base} for params in experts.tuned]
+    product = hessian_product(objectives, batches, merged)
+    start = random_direction(_flat(merged), effort.seed)
+    origin = _flat(base)
+    moved = {
+        name: _flat(end) - origin
+        for name, end in zip(experts.names, _ends(experts, base), strict=True)
+    }
+    return Smoothness(
+        secant=measure_secant(objectives, base, merged, experts, calibration, effort=effort),
+        eigenvalue=top_eigenvalue(product, start, steps=effort.lanczos_steps),
+        along={
+            name: rayleigh(product, delta) if bool(delta.any()) else None
+            for name, delta in moved.items()
+        },
+    )
+
+
+def measure_secant(
+    objectives: Sequence[Objective],
+    base: Params,
+    merged: Params,
+    experts: Experts,
+    calibration: Calibration,
+    *,
+    effort: Effort,
+) -> float:
+    """Return the 95th percentile of the secants of F_S around a merge; 0 where nothing moved.
+
+    The points are the base, the merge, the experts, and halfway to each. The arguments are those of
+    `measure_smoothness`.
+    """
+    batches = _fixed_batches(objectives, calibration, effort)
+    ends = _ends(experts, base)
     halfway = [{name: (base[name] + end[name]) / 2 for name in base} for end in ends]
     points = [base, merged, *ends, *halfway]
+    if all(bool((point[name] == base[name]).all()) for point in points for name in base):
+        return 0.0
     gradients = [
         torch.stack([o.gradient(point, batches[o.task]) for o in objectives]).mean(0)
         for point in points
     ]
-    product = hessian_product(objectives, batches, merged)
-    start = random_direction(_flat(merged), effort.seed)
-    origin = _flat(base)
-    return Smoothness(
-        secant=secant_smoothness([_flat(point) for point in points], gradients),
-        eigenvalue=top_eigenvalue(product, start, steps=effort.lanczos_steps),
-        along={
-            name: rayleigh(product, _flat(end) - origin)
-            for name, end in zip(experts.names, ends, strict=True)
-        },
-    )
+    return secant_smoothness([_flat(point) for point in points], gradients)
+
+
+def _ends(experts: Experts, base: Params) -> list[dict[str, Tensor]]:
+    return [{name: params[name].to(base[name]) for name in base} for params in experts.tuned]
 
 
 def measure_sample_gradients(

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mergekit_lit.core.cards import Card
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertFacts:
@@ -80,3 +82,15 @@ def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
                 continue
             if not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, but is {value!r}.")
+
+
+def effective_travel(card: Card) -> float | None:
+    """Return eta ||a||_1, or for an adaptive optimizer what stands in for it.
+
+    Steps that the data change have no weights of their own: there it is the length of the path over
+    the mean norm of the gradients, which is the same for plain SGD. Whatever is derived from it is
+    called effective.
+    """
+    if card.travel is not None or card.path_length is None or not card.gradient_norm:
+        return card.travel
+    return card.path_length / card.gradient_norm

@@ -57,7 +57,7 @@ class Objective:
         # Only the plain attention has a rule for the gradients of each image.
         with sdpa_kernel(SDPBackend.MATH):
             found = gradients(dict(weights), batch.inputs, labels_of(batch, self.task))
-        squares = [part.double().flatten(1).square().sum(1) for part in found.values()]
+        squares = [part.double().reshape(len(part), -1).square().sum(1) for part in found.values()]
         return torch.stack(squares).sum(0)
 
 

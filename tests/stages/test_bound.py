@@ -21,6 +21,7 @@ from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.merge import merge_files
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import TOTAL
@@ -175,6 +176,17 @@ def test_the_command_tells_cards_alone(experts, capsys):
     out = capsys.readouterr().out
     assert "chi2_w" in out
     assert "does not hold: Coefficients sum to 0.6" in out
+
+
+def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite, tmp_path):
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    recipe = Recipe(method="bound_optimal", config={"images": 8, "batch": 4})
+    result = merge_files(experts, out=tmp_path / "m.safetensors", recipe=recipe, calibration=where)
+    coefficients = result.record.metrics["merged"]["coefficients"]
+    travels = [load_expert(path).card.travel for path in experts]
+    moved = sum(a * b for a, b in zip(coefficients, travels, strict=True))
+    assert moved == pytest.approx(sum(travels) / 2)
+    assert min(coefficients) >= 0
 
 
 @pytest.mark.parametrize(
