@@ -20,8 +20,8 @@ from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.opening import load_base_of
 from mergekit_lit.stages.merge import merge_files
+from mergekit_lit.stages.opening import load_base_of
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import TOTAL
