@@ -100,7 +100,7 @@ def _inside(
 ) -> Tensor | None:
     """Return the values of the ranks, (T, R), or None where one lies outside its bracket."""
     below = np.zeros((len(brackets), len(wanted)), dtype=np.int64)
-    found: list[list[list[np.ndarray]]] = [[[] for _ in wanted] for _ in brackets]
+    found = [[_Growing() for _ in wanted] for _ in brackets]
     for values in chunks():
         for t, row in enumerate(values.numpy()):
             for r, (low, high) in enumerate(brackets[t]):
@@ -110,13 +110,40 @@ def _inside(
                 found[t][r].append(row[inside])
     result = torch.full(below.shape, -torch.inf, dtype=torch.float64)
     for t, r in np.ndindex(below.shape):
-        collected = np.concatenate(found[t][r])
+        collected = found[t][r].values
         rank = wanted[r] - int(below[t, r])
         if wanted[r] >= 1 and not 1 <= rank <= len(collected):
             return None
         if wanted[r] >= 1:
             result[t, r] = float(np.partition(collected, rank - 1)[rank - 1])
     return result
+
+
+class _Growing:
+    """Values in one array that doubles when it is full.
+
+    Many small arrays, kept among large ones that come and go, would tear the heap into pieces too
+    small for the next large one, until it is several times as large as what it holds.
+    """
+
+    def __init__(self) -> None:
+        self._held = np.empty(0)
+        self._count = 0
+
+    @property
+    def values(self) -> np.ndarray:
+        """What was appended so far."""
+        return self._held[: self._count]
+
+    def append(self, values: np.ndarray) -> None:
+        """Copy values to the end."""
+        count = self._count + len(values)
+        if count > len(self._held):
+            grown = np.empty(2 * count, dtype=values.dtype)
+            grown[: self._count] = self.values
+            self._held = grown
+        self._held[self._count : count] = values
+        self._count = count
 
 
 def _by_counting(chunks: Chunks, wanted: Sequence[int]) -> Tensor:
