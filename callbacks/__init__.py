@@ -1,5 +1,6 @@
 """Observers of training and merging. Name one by its class path to add it to a run."""
 
+from mergekit_lit.callbacks.bound_terms import BoundTerms
 from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
 from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.callbacks.gradient_noise import GradientNoise
@@ -11,6 +12,7 @@ from mergekit_lit.callbacks.progress import Progress
 from mergekit_lit.callbacks.stability_twins import StabilityTwins
 
 __all__ = [
+    "BoundTerms",
     "DeltaGeometry",
     "ExpertExport",
     "GradientNoise",

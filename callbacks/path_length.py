@@ -123,7 +123,7 @@ class PathLength(Callback):
 
     def card_facts(self) -> dict[str, float | None]:
         """Return the facts of the path; None where unknown or not followed from the first step."""
-        facts = self._facts()
+        facts = self.facts()
         return {name: None if self._first_step else facts.get(name) for name in _CARD}
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,9 +209,15 @@ class PathLength(Callback):
 
     def _metrics(self) -> dict[str, float]:
         """Return the facts by the names of metrics."""
-        return {_METRICS.get(name, f"path/{name}"): value for name, value in self._facts().items()}
+        return {_METRICS.get(name, f"path/{name}"): value for name, value in self.facts().items()}
 
-    def _facts(self) -> dict[str, float]:
+    @property
+    def noise(self) -> float | None:
+        """The latest estimate of tr Sigma of one sample; None where nobody measures it."""
+        moments = self._meter.latest if self._meter else None
+        return None if moments is None else moments.trace
+
+    def facts(self) -> dict[str, float]:
         """Return what is known of the path, read back from the device at once."""
         travel = self._travel
         drift = travel.drift.total if travel else self._even_drift

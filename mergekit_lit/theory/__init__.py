@@ -1,4 +1,17 @@
-"""The mathematics of merging: travel, gradient noise, stability."""
+"""The mathematics of merging: travel, noise, stability, and the bound on a merge's excess error.
+
+What comes from where:
+
+- *The source*, arXiv 2601.21690: that the excess error of a merge splits into stability and
+  optimization; that heterogeneity and a chi-square divergence of the coefficients enter it; the
+  merged gradient norm as optimization error; the three signatures of failure. Its theorems' texts
+  were not at hand: nothing here is its theorem.
+- *Cited*: l2 on-average model stability (Lei & Ying 2020), effective step vectors and the surrogate
+  objective (Wang et al. 2020), the scale of gradient noise (McCandlish et al. 2018).
+- *Our reconstruction of the bound*: the terms of `terms` and their sum in `bound`, proved from what
+  is cited and checked on quadratics (tests/theory/test_bound.py); the second divergence chi2_w; the
+  path estimate of stability; `bound_optimal` and `travel_normalised`.
+"""
 
 from mergekit_lit.theory.noise import (
     GradientMoments,

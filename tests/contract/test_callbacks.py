@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mergekit_lit.callbacks
 from mergekit_lit.callbacks import (
+    BoundTerms,
     DeltaGeometry,
     GradientNoise,
     GradientNorm,
@@ -20,8 +21,9 @@ from mergekit_lit.callbacks import (
     Progress,
 )
 
-# How each is made; a watcher of noise stands beside the path, which needs it.
+# How each is made; beside those that it reads.
 CALLBACKS = {
+    "BoundTerms": lambda _: [PathLength(), GradientNoise(every=2), BoundTerms(smoothness=0.1)],
     "DeltaGeometry": lambda _: [DeltaGeometry()],
     "GradientNoise": lambda _: [GradientNoise(every=2)],
     "GradientNorm": lambda _: [GradientNorm(per_parameter=True)],
