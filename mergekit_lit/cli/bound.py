@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.merge import add_method, calibration, method_named, veneers
 from mergekit_lit.cli.output import print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     chosen = MERGE_METHODS.get(method_named(argv))
     flags = list(parameters(chosen.function))
     parser = _parser(chosen.function, flags)
-    made = parser.instantiate(parse(parser, argv, positional="experts"))
+    made = instantiated(parser, parse(parser, argv, positional="experts"))
     recipe = Recipe(
         method=made.method,
         config={flag: made[flag] for flag in flags},

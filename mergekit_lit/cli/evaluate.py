@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import is_first_process, print_json, print_table
-from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
 from mergekit_lit.core.records import Record
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     namespace = parse(parser, argv, positional="models")
     texts = config_texts(parser, argv, namespace, positional="models")
-    made = vars(parser.instantiate(namespace))
+    made = vars(instantiated(parser, namespace))
     json = made.pop("json")
     trainer, callbacks = explicit(vars(made.pop("trainer")))
     with misconfiguration_told():

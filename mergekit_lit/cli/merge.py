@@ -13,7 +13,14 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, load_yaml, parse, values_of
+from mergekit_lit.cli.parsing import (
+    add_parameters,
+    command_parser,
+    instantiated,
+    load_yaml,
+    parse,
+    values_of,
+)
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS
@@ -151,7 +158,7 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser(chosen.function, flags)
     namespace = parse(parser, argv, positional="experts")
     texts = config_texts(parser, argv, namespace, positional="experts")
-    made = parser.instantiate(namespace)
+    made = instantiated(parser, namespace)
     recipe = _recipe(made, flags)
     if made.dry_run:
         _print_plan(_planned(made, recipe), as_json=made.json)

@@ -21,6 +21,9 @@ _WORDS = {
     "<class 'float'>": "a finite number",
     "<class 'int'>": "a whole number",
 }
+# What a class of ours says of its arguments, among the ways in which the parser could not read it.
+_OWN = re.compile(r"- (?P<why>`\w+` must [^\n]*?\.)(?=\s+- |\s*$)", re.MULTILINE)
+_NESTED = re.compile(r"NestedArg\(key='(?P<key>[^']+)', val='(?P<value>[^']*)'\)")
 _PROBLEM = re.compile(r"Problem with given class_path '[^']+':\s*(?P<why>[^\n]+)")
 
 
@@ -49,11 +52,24 @@ def told(parser: ArgumentParser, message: str) -> str:
         keys = "`, `".join(required[1].split(", "))
         return f"`{keys}` must be given, as a flag or in a file. See: {parser.prog} --help"
     found = _KEY.match(message)
+    own = _OWN.search(message)
+    if own:
+        return f"`{found['key']}`: {own['why']}" if found else own["why"]
     if not found:
         return " ".join(message.split())
-    key, rest = found["key"], found["rest"]
+    return _of_key(found["key"], found["rest"])
+
+
+def _of_key(key: str, rest: str) -> str:
+    """Return what is wrong with the value of one key."""
     value = _VALUE.search(rest)
     came = " ".join(value["value"].split()) if value else "something else"
+    nested = _NESTED.search(rest)
+    if nested:
+        return (
+            f"`{key}.{nested['key']}` must be an argument of the class named before it, and of its "
+            f"type, but is {nested['value']!r}. See what that class takes."
+        )
     problem = _PROBLEM.search(rest)
     if problem:
         return f"`{key}` must name classes by their path, but {came}: {problem['why'].strip()}."

@@ -291,3 +291,16 @@ def _positional(parser: ArgumentParser, key: str | None, words: list[str]) -> st
     if len(words) > 1:
         raise ValueError(f"`{key}` must be one argument, but {len(words)} came: {words}.")
     return f"--{key}={words[0]}"
+
+
+def instantiated(parser: ArgumentParser, namespace: Namespace) -> Namespace:
+    """Return the namespace with objects in place of the classes that it names.
+
+    Raises:
+        ValueError: a class refuses its arguments, in its own words.
+    """
+    try:
+        made: Namespace = parser.instantiate(namespace)
+    except ValueError as error:
+        raise ValueError(told(parser, str(error))) from error
+    return made

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import is_first_process, print_json, print_table
-from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
 from mergekit_lit.core.experts import load_expert
@@ -119,7 +119,7 @@ def _train_one(
     chosen.data.task = task
     if chosen.seed is not None:
         chosen.model.seed = chosen.seed
-    made = parser.instantiate(chosen)
+    made = instantiated(parser, chosen)
     trainer, callbacks = explicit(vars(made.trainer))
     # A bar is for people; it would fill a log file.
     trainer.setdefault("enable_progress_bar", sys.stderr.isatty() and made.jobs == 1)

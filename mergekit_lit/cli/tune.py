@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.merge import calibration, veneers
 from mergekit_lit.cli.output import print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, parse
+from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.wandb_runs import LoggerKind
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser()
     namespace = parse(parser, argv, positional="experts")
     texts = config_texts(parser, argv, namespace, positional="experts")
-    given = dict(vars(parser.instantiate(namespace)))
+    given = dict(vars(instantiated(parser, namespace)))
     json, images = given.pop("json"), calibration(**vars(given.pop("data")))
     if images is None:
         raise ValueError("`data.suite` must name the suite of the experts' tasks, but does not.")
