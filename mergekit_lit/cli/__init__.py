@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "merge": "Merge experts of one base into one model.",
     "tune": "Choose methods and their parameters on validation images.",
     "bound": "Tell what bounds the excess error of a merge, term by term.",
+    "constants": "Measure what the bound takes: noise, heterogeneity, smoothness, with intervals.",
     "evaluate": "Score base, experts and merged models on the tasks of a suite.",
     "report": "Write the page of a run folder: tables and figures from its records.",
     "card": "Print what a file holds: kind, card, structure, method.",

@@ -178,6 +178,17 @@ def test_the_command_tells_cards_alone(experts, capsys):
     assert "does not hold: Coefficients sum to 0.6" in out
 
 
+def test_constants_are_told_with_their_intervals(experts, tiny_suite, capsys):
+    words = ["constants", *map(str, experts), "--data.suite", tiny_suite, "--data.reserve", "8"]
+    little = [f"--effort.{name}={value}" for name, value in vars(LITTLE).items()]
+    assert main([*words, *little]) == 0
+    out = capsys.readouterr().out
+    for name in ("sigma^2, dots", "zeta^2, stripes", "dominant eigenvalue", " to "):
+        assert name in out
+    assert main(["constants", *map(str, experts)]) == 2
+    assert "`data.suite` must name the suite" in capsys.readouterr().err
+
+
 def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite, tmp_path):
     where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
     recipe = Recipe(method="bound_optimal", config={"images": 8, "batch": 4})
