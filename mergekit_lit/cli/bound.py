@@ -35,6 +35,7 @@ def options(  # noqa: PLR0913
     base: str | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    refits: bool = False,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -50,6 +51,8 @@ def options(  # noqa: PLR0913
         base: the base, if not the one that the first card names.
         include: patterns of the tensors to merge; all by default.
         exclude: patterns of the tensors that stay the base's.
+        refits: whether to merge the refits that `StabilityTwins` exported beside the experts: the
+            stability of any merge, linear or not.
         out: file of the record, ending in .json; nothing is written without one.
         json: whether to print the record as JSON.
     """
@@ -76,6 +79,7 @@ def run(argv: Sequence[str]) -> int:
         base=made.base,
         calibration=calibration(**vars(made.data)),
         effort=made.effort,
+        refits=made.refits,
         out=made.out,
     )
     if made.json:

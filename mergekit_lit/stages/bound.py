@@ -18,6 +18,7 @@ from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
 from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
+from mergekit_lit.stages.refits import delta2_by_refits, refits_of
 from mergekit_lit.theory.bound import Bound, bound
 from mergekit_lit.theory.coefficients import weigh
 from mergekit_lit.theory.constants import (
@@ -34,6 +35,7 @@ def bound_files(
     base: str | None = None,
     calibration: Calibration | None = None,
     effort: Effort | None = None,
+    refits: bool = False,
     out: Path | None = None,
 ) -> Record:
     """Tell every term of the bound for a merge of expert files, with its provenance.
@@ -48,6 +50,8 @@ def bound_files(
         base: spec of the base, if not the one that the first card names.
         calibration: where the training and test images come from; None for cards alone.
         effort: how much is looked at.
+        refits: whether to merge the refits that twins left beside the experts, for the stability of
+            any merge, linear or not.
         out: the record's file, ending in `.json`; None writes nothing.
 
     Raises:
@@ -75,7 +79,11 @@ def bound_files(
     if tasks:
         measured = measure_merge(gathered, merged, backbone, tasks, effort=effort)
     stability = [read_measurements(path).get("stability") for path in paths]
-    result = bound_of(gathered, merged, measured, stability)
+    delta2 = None
+    if refits:
+        found_refits = [refits_of(path) for path in paths]
+        delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
+    result = bound_of(gathered, merged, measured, stability, delta2=delta2)
     record = Record(
         stage="bound",
         name=recipe.method,
@@ -106,6 +114,8 @@ def bound_of(
     merged: Merged,
     measured: Measured | None,
     stability: Sequence[Mapping[str, Any] | None],
+    *,
+    delta2: float | None = None,
 ) -> Bound:
     """Return the bound of a merge from cards and measurements.
 
@@ -117,6 +127,7 @@ def bound_of(
         merged: their merge.
         measured: what images tell; None for cards alone.
         stability: what `StabilityTwins` left for each expert, or None.
+        delta2: Delta_M^2 of the merge, from its refits; None where nobody merged them.
     """
     coefficients = merged.facts.get("coefficients")
     linear = coefficients is not None
@@ -125,7 +136,7 @@ def bound_of(
         for card, name, twins in zip(experts.cards, experts.names, stability, strict=True)
     ]
     chosen = coefficients if coefficients is not None else [1 / len(experts)] * len(experts)
-    return bound(facts, _merge_facts(facts, chosen, measured, linear=linear), chosen)
+    return bound(facts, _merge_facts(facts, chosen, measured, linear=linear, delta2=delta2), chosen)
 
 
 def expert_facts(
@@ -174,9 +185,10 @@ def _merge_facts(
     measured: Measured | None,
     *,
     linear: bool,
+    delta2: float | None,
 ) -> MergeFacts:
     if measured is None:
-        return MergeFacts(linear=linear)
+        return MergeFacts(linear=linear, delta2_of_merge=delta2)
     w = weigh(coefficients, [one.travel for one in facts]).w
     surrogate = measured.base.surrogate2
     losses = list(measured.base.losses.values())
@@ -187,6 +199,7 @@ def _merge_facts(
         merged_gradient2=measured.merged.gradient2.value,
         sample_gradient2=measured.sample_gradient2.value,
         linear=linear,
+        delta2_of_merge=delta2,
     )
 
 

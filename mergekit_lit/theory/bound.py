@@ -11,6 +11,7 @@ from mergekit_lit.theory.terms import (
     Term,
     delta,
     delta_by_path,
+    delta_by_refits,
     divergence,
     drift,
     drift_in_closed_form,
@@ -89,6 +90,7 @@ def bound(
         merged_gradient(merge),
         divergence(weighing, experts),
         delta(weighing, experts, merge),
+        delta_by_refits(merge),
         delta_by_path(weighing, experts),
     ]
     named = {term.name: term for term in terms}

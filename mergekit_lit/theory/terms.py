@@ -144,8 +144,9 @@ def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
 def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits."""
     if not merge.linear:
-        note = "the merge is not linear: merge the refits"
-        return _term("delta2", {"Delta_M^2": merge.delta2_of_merge}, lambda d: d, note)
+        heads = _sum([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
+        needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
+        return _term("delta2", needs, lambda d, h: d + h, "by the merge of the refits")
     parts = [
         None
         if expert.eps2 is None or expert.eps2_head is None
@@ -153,6 +154,15 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
         for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
     ]
     return _term("delta2", {"eps^2": _sum(parts)}, lambda d: d)
+
+
+def _head(p: float, expert: ExpertFacts) -> float | None:
+    return None if expert.eps2_head is None else p * expert.eps2_head
+
+
+def delta_by_refits(merge: MergeFacts) -> Term:
+    """Return Delta_M^2 of the backbone, from the merge of the refits, linear or not."""
+    return _term("delta2_by_refits", {"refits": merge.delta2_of_merge}, lambda d: d)
 
 
 def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:

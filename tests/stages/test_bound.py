@@ -46,7 +46,9 @@ def experts(tiny_suite, tmp_path_factory):
             steps=[12],
             out=out,
             trainer={"accelerator": "cpu"},
-            callbacks=[StabilityTwins(twins=1, replaced=[4], null=False, rounding=False)],
+            callbacks=[
+                StabilityTwins(twins=1, replaced=[4], null=False, rounding=False, export=True)
+            ],
         )
         files.extend(result.experts)
     return files
@@ -162,8 +164,27 @@ def test_all_terms_of_a_merge_are_told(experts, tiny_suite, tmp_path):
 def test_a_merge_that_is_not_linear_asks_for_its_own_stability(experts):
     record = bound_files(experts, recipe=Recipe(method="ties"))
     term = record.metrics["bound"]["terms"]["delta2"]
-    assert (term["value"], term["note"]) == (None, "needs Delta_M^2")
+    assert (term["value"], term["note"]) == (None, "needs Delta_M^2 of refits")
     assert record.metrics["constants"] is None
+
+
+def test_refits_of_a_linear_merge_give_its_formula(experts):
+    """Delta_M^2 = sum_i p_i lambda_i^2 eps_i^2, with eps from the twins as they were trained."""
+    for scale in (1.0, 0.3):
+        recipe = Recipe(method="task_arithmetic", config={"scale": scale})
+        terms = bound_files(experts, recipe=recipe, refits=True).metrics["bound"]["terms"]
+        assert terms["delta2_by_refits"]["value"] == pytest.approx(
+            terms["delta2"]["value"], rel=1e-3
+        )
+
+
+def test_refits_of_any_merge_give_its_stability(experts, tmp_path):
+    record = bound_files(experts, recipe=Recipe(method="ties"), refits=True)
+    assert record.metrics["bound"]["terms"]["delta2"]["value"] > 0
+    alone = tmp_path / experts[0].name
+    alone.write_bytes(experts[0].read_bytes())
+    with pytest.raises(FileNotFoundError, match="No refits of"):
+        bound_files([alone, experts[1]], refits=True)
 
 
 def test_the_command_tells_cards_alone(experts, capsys):

@@ -1,0 +1,92 @@
+"""This file is the stability of any merge: what merging refits in place of experts changes."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mergekit_lit.core.experts import Experts, Merged, load_expert
+from mergekit_lit.core.params import Params
+from mergekit_lit.lit.recalibration import ImagesBySplit
+from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
+from mergekit_lit.theory.norms import squared_norm
+
+_NAME = re.compile(r"m(?P<m>\d+)-(?P<seed>\d+)")
+
+
+@dataclass(frozen=True)
+class Refit:
+    """An expert trained again with a few samples replaced, as `StabilityTwins` exports it.
+
+    Attributes:
+        replaced: m, samples replaced.
+        backbone: its tensors.
+    """
+
+    replaced: int
+    backbone: Params
+
+
+def refits_of(expert: Path) -> list[Refit]:
+    """Return the refits that `StabilityTwins(export=True)` left beside an expert, in order.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: one is damaged, or of another base than the expert.
+    """
+    folder = Path(expert).with_suffix(".twins")
+    files = {path: _NAME.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
+    found = [
+        _checked(path, int(name["m"]), expert) for path, name in files.items() if name is not None
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"No refits of {str(expert)!r} in {str(folder)!r}. Train it with "
+            "mergekit_lit.callbacks.StabilityTwins and `export` true."
+        )
+    return found
+
+
+def delta2_by_refits(
+    experts: Experts,
+    merged: Merged,
+    refits: Sequence[Sequence[Refit]],
+    recipe: Recipe,
+    backbone: Backbone,
+    images: ImagesBySplit,
+) -> float:
+    """Return Delta_M^2 = sum_i p_i E_j ||M(.., x_i^(j), ..) - M(.., x_i, ..)||^2 / m, p_i = 1/T.
+
+    Masks, thresholds and whatever else the method takes from the experts are found anew for each
+    refit. For a linear merge with fixed coefficients it is sum_i p_i lambda_i^2 eps_i^2.
+
+    Args:
+        experts: T experts, in memory.
+        merged: their merge by the recipe.
+        refits: of each expert, at least one.
+        recipe: what is merged how.
+        backbone: a module of the architecture; never changed.
+        images: what the recipe looks at.
+    """
+    names = experts.merged_names()
+    total = 0.0
+    for i, own in enumerate(refits):
+        apart = 0.0
+        for refit in own:
+            tuned = [*experts.tuned[:i], refit.backbone, *experts.tuned[i + 1 :]]
+            other = merge_recipe(replace(experts, tuned=tuned), recipe, backbone, images)
+            steps = [other.shared[name] - merged.shared[name] for name in names]
+            apart += float(squared_norm(steps)) / refit.replaced
+        total += apart / len(own)
+    return total / len(experts)
+
+
+def _checked(path: Path, m: int, expert: Path) -> Refit:
+    refit, original = load_expert(path), load_expert(expert)
+    if refit.card.base_hash != original.card.base_hash or refit.card.steps != original.card.steps:
+        raise ValueError(
+            f"{str(path)!r} must be a refit of {str(expert)!r}, but has another base or number of "
+            "steps. Remove its folder, and train again with `export`."
+        )
+    return Refit(m, refit.backbone)
