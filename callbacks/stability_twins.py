@@ -1,7 +1,7 @@
 """This file measures stability: twins of a training that differ from it in a few samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mergekit_lit.callbacks.expert_export import ExpertExport, expert_of
+from mergekit_lit.callbacks.twin_distances import Place, squared_distances
 from mergekit_lit.callbacks.view import log_metrics, step_ended
 from mergekit_lit.core.experts import save_expert
 from mergekit_lit.core.measurements import add_measurements
@@ -19,27 +20,10 @@ from mergekit_lit.data.splits import neighbour, replacement
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.twins import Twin, settings_of
-from mergekit_lit.theory.norms import tensor_norms
 from mergekit_lit.theory.stability import twin_spread
 
-_STATISTICS = ("statistic", "counter")
 # A distance counts only where it is so many times what rounding alone makes of two equal runs.
 _ABOVE_ROUNDING = 10.0
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Which twin: m samples replaced, the seed of the neighbour; and whether its x0 is rounded."""
-
-    m: int
-    seed: int = 0
-    rounded: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.m == 0:
-            return "rounding" if self.rounded else "null"
-        return f"m{self.m}/{self.seed}"
 
 
 class StabilityTwins(Callback):
@@ -93,8 +77,8 @@ class StabilityTwins(Callback):
         _check(twins=twins, every=every)
         for m in replaced:
             _check(replaced=m)
-        places = [_Place(m, j) for m in replaced for j in range(twins)]
-        controls = [_Place(0)] * null + [_Place(0, rounded=True)] * rounding
+        places = [Place(m, j) for m in replaced for j in range(twins)]
+        controls = [Place(0)] * null + [Place(0, rounded=True)] * rounding
         self.places = [*dict.fromkeys(places), *controls]
         self.every, self.export, self.seed = every, export, seed
         self._twins: list[Twin] = []
@@ -160,7 +144,7 @@ class StabilityTwins(Callback):
         path = export.path_after(trainer, batch_idx) if export else None
         if step % self.every and path is None:
             return
-        columns, table = self._distances(_expert(pl_module))
+        columns, table = squared_distances(_expert(pl_module), self._twins)
         if step % self.every == 0:
             log_metrics(trainer, self._metrics(columns, table))
         if path is not None:
@@ -237,18 +221,6 @@ class StabilityTwins(Callback):
             self._handle.remove()
         self._handle = None
 
-    @torch.no_grad()
-    def _distances(self, module: ExpertModule) -> tuple[list[str], Tensor]:
-        """Return ||x - x'||^2 of each twin (rows), by part (columns), read back at once."""
-        here = _moved(module)
-        columns, parts = _columns(module, list(here))
-        rows = []
-        for twin in self._twins:
-            apart = torch._foreach_sub(list(_moved(twin.module).values()), list(here.values()))
-            squares = tensor_norms(apart).square()
-            rows.append(squares @ parts.to(squares))
-        return columns, torch.stack(rows).cpu()
-
     def _metrics(self, columns: Sequence[str], table: Tensor) -> dict[str, float]:
         """Return what is logged after a step."""
         metrics: dict[str, float] = {}
@@ -316,28 +288,3 @@ def _check(**numbers: int) -> None:
 def _export_of(trainer: Trainer) -> ExpertExport | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it untyped
     return next((c for c in callbacks if isinstance(c, ExpertExport)), None)
-
-
-def _moved(module: ExpertModule) -> dict[str, Tensor]:
-    """Return what the distance is taken over: weights, without statistics, and the head's."""
-    weights = {
-        f"backbone.{name}": tensor
-        for name, tensor in module.tuned().items()
-        if module.structure[name].kind not in _STATISTICS
-    }
-    return weights | {f"head.{name}": tensor for name, tensor in module.head.state_dict().items()}
-
-
-def _columns(module: ExpertModule, names: Sequence[str]) -> tuple[list[str], Tensor]:
-    """Return the parts by name, and indicators (tensors, parts) of what belongs to which."""
-    homes = []
-    for name in names:
-        part, _, below = name.partition(".")
-        homes.append("head" if part == "head" else f"group/{module.structure[below].group}")
-    columns = ["backbone", "head", *dict.fromkeys(home for home in homes if home != "head")]
-    table = torch.zeros(len(names), len(columns), dtype=torch.float64)
-    for row, home in enumerate(homes):
-        table[row, columns.index(home)] = 1.0
-        if home != "head":
-            table[row, 0] = 1.0
-    return columns, table
