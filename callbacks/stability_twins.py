@@ -149,9 +149,10 @@ class StabilityTwins(Callback):
             log_metrics(trainer, self._metrics(columns, table))
         if path is not None:
             self._measured[str(path)] = self._summary(columns, table, step)
-            if self.export and trainer.is_global_zero:
-                self._write_twins(trainer, path)
-        trainer.strategy.barrier("StabilityTwins")
+            if self.export:
+                if trainer.is_global_zero:
+                    self._write_twins(trainer, path)
+                trainer.strategy.barrier("StabilityTwins")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was measured beside the experts, and leave the optimizer as it was."""

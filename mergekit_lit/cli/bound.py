@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import add_method, calibration, method_named, veneers
+from mergekit_lit.cli.merge import add_method, calibration, method_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.merging import BatchNormPolicy
@@ -18,7 +18,6 @@ from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.stages.bound import bound_files
-from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.constants import Effort
 
 _USAGE = "EXPERT ... [--method NAME [its flags]] [--data.suite SUITE] [options]"
@@ -64,18 +63,9 @@ def run(argv: Sequence[str]) -> int:
     flags = list(parameters(chosen.function))
     parser = _parser(chosen.function, flags)
     made = instantiated(parser, parse(parser, argv, positional="experts"))
-    recipe = Recipe(
-        method=made.method,
-        config={flag: made[flag] for flag in flags},
-        veneers=veneers(made.then),
-        batch_norm=made.batch_norm,
-        include=made.include or (),
-        exclude=made.exclude or (),
-        seed=made.seed,
-    )
     record = bound_files(
         made.experts,
-        recipe=recipe,
+        recipe=recipe_of(made, flags),
         base=made.base,
         calibration=calibration(**vars(made.data)),
         effort=made.effort,

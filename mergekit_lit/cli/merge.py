@@ -159,7 +159,7 @@ def run(argv: Sequence[str]) -> int:
     namespace = parse(parser, argv, positional="experts")
     texts = config_texts(parser, argv, namespace, positional="experts")
     made = instantiated(parser, namespace)
-    recipe = _recipe(made, flags)
+    recipe = recipe_of(made, flags)
     if made.dry_run:
         _print_plan(_planned(made, recipe), as_json=made.json)
         return 0
@@ -217,7 +217,8 @@ def _by_tensor(annotation: Any) -> Any:
     return Union[(annotation, *gradient, dict[str, Any], list[dict[str, Any]])]
 
 
-def _recipe(made: Namespace, flags: Sequence[str]) -> Recipe:
+def recipe_of(made: Namespace, flags: Sequence[str]) -> Recipe:
+    """Return what the flags say of the merge itself; number types where the command has them."""
     return Recipe(
         method=made.method,
         config={flag: made[flag] for flag in flags},
@@ -225,8 +226,8 @@ def _recipe(made: Namespace, flags: Sequence[str]) -> Recipe:
         batch_norm=made.batch_norm,
         include=made.include or (),
         exclude=made.exclude or (),
-        dtype=made.dtype,
-        out_dtype=made.out_dtype,
+        dtype=made.get("dtype"),
+        out_dtype=made.get("out_dtype", "base"),
         seed=made.seed,
     )
 

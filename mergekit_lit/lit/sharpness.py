@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mergekit_lit.lit.sync import means_over_processes
 from mergekit_lit.theory.norms import squared_norm
 
 
@@ -31,11 +31,7 @@ class Ascent:
         Every process goes up the same way, so that all are at one point.
         """
         found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        # One message for all of them.
-        flat = torch.cat([gradient.flatten() for gradient in found])
-        mean = cast("Tensor", strategy.reduce(flat, reduce_op="mean"))
-        parts = torch.split(mean, [gradient.numel() for gradient in found])
-        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        return means_over_processes(found, strategy)
 
     @torch.no_grad()
     def up(self, gradients: Sequence[Tensor], radius: float) -> Tensor:

@@ -1,11 +1,12 @@
-"""This file is BatchNorm over all processes, on any device and for any BatchNorm layer."""
+"""This file is what processes share: BatchNorm over all of them, for any layer, and means."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,6 +31,14 @@ class SyncedBatchNorm(LayerSync):
             if isinstance(layer, _BatchNorm):
                 vars(layer).pop("forward", None)
         return model
+
+
+def means_over_processes(tensors: Sequence[Tensor], strategy: Strategy) -> list[Tensor]:
+    """Return the mean of each tensor over all processes, in one message for all of them."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    mean = cast("Tensor", strategy.reduce(flat, reduce_op="mean"))
+    parts = torch.split(mean, [tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _synced(layer: _BatchNorm, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from mergekit_lit.core.seeds import generator
 from mergekit_lit.data.batches import Batch
 from mergekit_lit.data.splits import Images
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.lit.sync import SyncedBatchNorm
+from mergekit_lit.lit.sync import SyncedBatchNorm, means_over_processes
 
 
 class Twin:
@@ -127,12 +127,7 @@ class Twin:
             if p.grad is not None
         ]
         if self._trainer.world_size > 1:
-            # One message for all of them.
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            mean = self._trainer.strategy.reduce(flat, reduce_op="mean")
-            parts = mean.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            torch._foreach_copy_(gradients, means_over_processes(gradients, self._trainer.strategy))
         if self._scale != 1.0:
             torch._foreach_div_(gradients, self._scale)
 

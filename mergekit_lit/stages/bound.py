@@ -21,9 +21,7 @@ from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
 from mergekit_lit.stages.refits import delta2_by_refits, refits_of
 from mergekit_lit.theory.bound import Bound, bound
 from mergekit_lit.theory.coefficients import weigh
-from mergekit_lit.theory.constants import (
-    Effort,
-)
+from mergekit_lit.theory.constants import Effort
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
 from mergekit_lit.theory.signatures import signatures
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Experts, Merged, load_expert
 from mergekit_lit.core.params import Params
 from mergekit_lit.lit.recalibration import ImagesBySplit
@@ -37,8 +38,11 @@ def refits_of(expert: Path) -> list[Refit]:
     """
     folder = Path(expert).with_suffix(".twins")
     files = {path: _NAME.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
+    card = load_expert(expert).card
     found = [
-        _checked(path, int(name["m"]), expert) for path, name in files.items() if name is not None
+        _checked(path, int(name["m"]), expert, card)
+        for path, name in files.items()
+        if name is not None
     ]
     if not found:
         raise FileNotFoundError(
@@ -82,9 +86,9 @@ def delta2_by_refits(
     return total / len(experts)
 
 
-def _checked(path: Path, m: int, expert: Path) -> Refit:
-    refit, original = load_expert(path), load_expert(expert)
-    if refit.card.base_hash != original.card.base_hash or refit.card.steps != original.card.steps:
+def _checked(path: Path, m: int, expert: Path, card: Card) -> Refit:
+    refit = load_expert(path)
+    if (refit.card.base_hash, refit.card.steps) != (card.base_hash, card.steps):
         raise ValueError(
             f"{str(path)!r} must be a refit of {str(expert)!r}, but has another base or number of "
             "steps. Remove its folder, and train again with `export`."

@@ -1,5 +1,7 @@
 """This file is bound-aware merging: the method whose coefficients make the bound least."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,13 +67,9 @@ def bound_optimal(
     """
     if travel is not None and not 0 < travel < float("inf"):
         raise ValueError(f"`travel` must be positive and finite, or null, but is {travel!r}.")
+    asked = Effort(micro_batches=micro_batches, batch=batch, hessian_images=images, seed=seed)
     fewest = min(len(calibration.samples[task]) for task in experts.names)
-    effort = Effort(
-        micro_batches=micro_batches,
-        batch=max(1, min(batch, fewest // max(1, micro_batches))) if batch > 0 else batch,
-        hessian_images=images,
-        seed=seed,
-    )
+    effort = replace(asked, batch=max(1, min(batch, fewest // micro_batches)))
     travels = np.array([_known(experts, t) for t in range(len(experts))])
     average = float(travels.mean())
     landscape = _landscape(experts, calibration, travels, effort)

@@ -188,12 +188,10 @@ def measure_smoothness(
     product = hessian_product(objectives, batches, merged)
     start = random_direction(_flat(merged), effort.seed)
     origin = _flat(base)
-    moved = {
-        name: _flat(end) - origin
-        for name, end in zip(experts.names, _ends(experts, base), strict=True)
-    }
+    ends = _ends(experts, base)
+    moved = {name: _flat(end) - origin for name, end in zip(experts.names, ends, strict=True)}
     return Smoothness(
-        secant=measure_secant(objectives, base, merged, experts, calibration, effort=effort),
+        secant=_secant(objectives, base, merged, ends, batches),
         eigenvalue=top_eigenvalue(product, start, steps=effort.lanczos_steps),
         along={
             name: rayleigh(product, delta) if bool(delta.any()) else None
@@ -217,7 +215,16 @@ def measure_secant(
     `measure_smoothness`.
     """
     batches = _fixed_batches(objectives, calibration, effort)
-    ends = _ends(experts, base)
+    return _secant(objectives, base, merged, _ends(experts, base), batches)
+
+
+def _secant(
+    objectives: Sequence[Objective],
+    base: Params,
+    merged: Params,
+    ends: Sequence[Params],
+    batches: Mapping[str, Batch],
+) -> float:
     halfway = [{name: (base[name] + end[name]) / 2 for name in base} for end in ends]
     points = [base, merged, *ends, *halfway]
     if all(bool((point[name] == base[name]).all()) for point in points for name in base):
