@@ -71,7 +71,9 @@ def bound_files(
     tasks = list(calibration.tasks(gathered.names)) if calibration else []
     _check_same_images(gathered, tasks)
     needed = splits_needed(recipe.method, recipe.batch_norm, gathered.structure, recipe.veneers)
-    images = images_by_split(tasks, needed, seed=recipe.seed) if needed else {}
+    images = {}
+    if calibration and needed:
+        images = images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
     merged = merge_recipe(gathered, recipe, backbone, images)
     measured = None
     if tasks:
