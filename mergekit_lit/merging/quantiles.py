@@ -54,7 +54,8 @@ def smallest(pairs: Pairs, function: Function, ranks: Callable[[int], Sequence[i
     if entries == 0:
         return torch.zeros(0, len(wanted), dtype=torch.float64)
     brackets = [[_bracket(row, rank / entries) for rank in wanted] for row in sample]
-    found = _inside(chunks, brackets, wanted)
+    del sample
+    found = _inside(chunks, brackets, wanted, entries)
     return _by_counting(chunks, wanted) if found is None else found
 
 
@@ -69,25 +70,29 @@ def threshold(values: Tensor, density: float) -> Tensor:
 def _sample(pairs: Pairs, function: Function, chunks: Chunks) -> tuple[np.ndarray, int]:
     """Return evenly spaced entries of each expert, sorted, (T, m); and how many it has in all."""
     if isinstance(pairs, Sampled):
-        deltas, entries = pairs.sample(_SAMPLE)
-        return np.sort(function(deltas).numpy(), axis=1), entries
+        taken, entries = pairs.sample(_SAMPLE)
+        ranked = function(taken).numpy()
+        # In place: what was taken is nobody else's.
+        ranked.sort(axis=1)
+        return ranked, entries
     parts: list[np.ndarray] = []
-    stride, taken, entries = 1, 0, 0
+    stride, count, entries = 1, 0, 0
     for values in chunks():
         entries += values.shape[1]
         # A view would keep the whole chunk in memory.
         parts.append(values.numpy()[:, ::stride].copy())
-        taken += parts[-1].shape[1]
-        if taken > _SAMPLE:
+        count += parts[-1].shape[1]
+        if count > _SAMPLE:
             parts = [np.concatenate(parts, axis=1)[:, ::2].copy()]
-            taken, stride = parts[0].shape[1], 2 * stride
+            count, stride = parts[0].shape[1], 2 * stride
     return np.sort(np.concatenate(parts, axis=1), axis=1) if parts else np.zeros((0, 0)), entries
 
 
 def _bracket(ordered: np.ndarray, share: float) -> tuple[float, float]:
     """Return bounds that a share of all entries lies below, by a sample in order."""
-    # At least 6 standard deviations of a share, if the sample were drawn at random.
-    place, slack = share * len(ordered), 3 * math.sqrt(len(ordered))
+    # 6 standard deviations of a share, if the sample were drawn at random, and a few entries.
+    place = share * len(ordered)
+    slack = 6 * math.sqrt(place * (1 - share)) + 6
     low, high = math.floor(place - slack), math.ceil(place + slack)
     return (
         float(ordered[low]) if low >= 0 else -math.inf,
@@ -96,11 +101,16 @@ def _bracket(ordered: np.ndarray, share: float) -> tuple[float, float]:
 
 
 def _inside(
-    chunks: Chunks, brackets: list[list[tuple[float, float]]], wanted: Sequence[int]
+    chunks: Chunks,
+    brackets: list[list[tuple[float, float]]],
+    wanted: Sequence[int],
+    entries: int,
 ) -> Tensor | None:
     """Return the values of the ranks, (T, R), or None where one lies outside its bracket."""
     below = np.zeros((len(brackets), len(wanted)), dtype=np.int64)
-    found = [[_Growing() for _ in wanted] for _ in brackets]
+    # Twice what a bracket of a random sample holds at most: memory that is not written costs none.
+    expected = math.ceil(entries * 12 / math.sqrt(min(entries, _SAMPLE)))
+    found = [[_Growing(min(entries, expected)) for _ in wanted] for _ in brackets]
     for values in chunks():
         for t, row in enumerate(values.numpy()):
             for r, (low, high) in enumerate(brackets[t]):
@@ -120,13 +130,14 @@ def _inside(
 
 
 class _Growing:
-    """Values in one array that doubles when it is full.
+    """Values in one array, as large as expected, that doubles when it is full.
 
     Many small arrays, kept among large ones that come and go, would tear the heap into pieces too
     small for the next large one, until it is several times as large as what it holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
         self._held = np.empty(0)
         self._count = 0
 
@@ -139,7 +150,7 @@ class _Growing:
         """Copy values to the end."""
         count = self._count + len(values)
         if count > len(self._held):
-            grown = np.empty(2 * count, dtype=values.dtype)
+            grown = np.empty(max(self._expected, 2 * count), dtype=values.dtype)
             grown[: self._count] = self.values
             self._held = grown
         self._held[self._count : count] = values
