@@ -83,15 +83,8 @@ def measure_merge(
     w = None
     if coefficients is not None:
         w = weigh(coefficients, [effective_travel(card) for card in experts.cards]).w
-    at_base = [
-        _objective(
-            task.name, {**experts.base, **_statistics(experts, backbone, task)}, moving, calibration
-        )
-        for task in tasks
-    ]
-    at_merge = [
-        _objective(task.name, merged.for_task(task.name), moving, calibration) for task in tasks
-    ]
+    at_base = objectives_at_base(experts, backbone, tasks, calibration)
+    at_merge = objectives_at_merge(experts, merged, calibration)
     base = {name: experts.base[name].float() for name in moving}
     weights = {name: merged.shared[name].float() for name in moving}
     scores = {
@@ -108,6 +101,27 @@ def measure_merge(
         test=_losses(scores["test"]),
         train=_losses(scores["train"]),
     )
+
+
+def objectives_at_base(
+    experts: Experts, backbone: Backbone, tasks: Sequence[TaskData], calibration: Calibration
+) -> list[Objective]:
+    """Return each task's loss around x0, under the statistics that its head was fitted under."""
+    moving = experts.merged_names()
+    return [
+        _objective(
+            task.name, {**experts.base, **_statistics(experts, backbone, task)}, moving, calibration
+        )
+        for task in tasks
+    ]
+
+
+def objectives_at_merge(
+    experts: Experts, merged: Merged, calibration: Calibration
+) -> list[Objective]:
+    """Return each task's loss around x_avg, under the merge's own statistics."""
+    moving = experts.merged_names()
+    return [_objective(name, merged.for_task(name), moving, calibration) for name in experts.names]
 
 
 def symptoms_of(experts: Experts, measured: Measured) -> Symptoms:

@@ -123,6 +123,27 @@ def measure_point(
     Raises:
         ValueError: too few images for the micro-batches, or too many numbers for the memory.
     """
+    gradients = task_gradients(objectives, weights, calibration, effort=effort)
+    tasks = [objective.task for objective in objectives]
+    return AtPoint(
+        losses={o.task: mean_loss(o, weights, calibration, effort) for o in objectives},
+        noise={task: task_noise(gradients, i) for i, task in enumerate(tasks)},
+        zeta2={task: heterogeneity(gradients, i, p) for i, task in enumerate(tasks)},
+        gradient2=mean_gradient_square(gradients, p),
+        surrogate2=None if w is None else mean_gradient_square(gradients, w),
+    )
+
+
+def task_gradients(
+    objectives: Sequence[Objective], weights: Params, calibration: Calibration, *, effort: Effort
+) -> TaskGradients:
+    """Return gradients of each task's loss over micro-batches drawn from its images.
+
+    The arguments are those of `measure_point`.
+
+    Raises:
+        ValueError: too few images for the micro-batches, or too many numbers for the memory.
+    """
     _check_memory(weights, len(objectives), effort)
     rows, sizes = [], []
     for objective in objectives:
@@ -139,15 +160,7 @@ def measure_point(
         batches = [samples.take(part) for part in torch.split(picked, effort.batch)]
         rows.append(torch.stack([objective.gradient(weights, batch) for batch in batches]))
         sizes.append(len(samples))
-    gradients = TaskGradients(rows, effort.batch, sizes)
-    tasks = [objective.task for objective in objectives]
-    return AtPoint(
-        losses={o.task: mean_loss(o, weights, calibration, effort) for o in objectives},
-        noise={task: task_noise(gradients, i) for i, task in enumerate(tasks)},
-        zeta2={task: heterogeneity(gradients, i, p) for i, task in enumerate(tasks)},
-        gradient2=mean_gradient_square(gradients, p),
-        surrogate2=None if w is None else mean_gradient_square(gradients, w),
-    )
+    return TaskGradients(rows, effort.batch, sizes)
 
 
 def mean_loss(
