@@ -41,8 +41,25 @@ def sole_writer(lock: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def this_process() -> str:
+    """Return what says which process this is, for a file that outlives it."""
+    return json.dumps({**_here(), "pid": os.getpid(), "started": _started(os.getpid())})
+
+
+def is_of_dead(text: str) -> bool:
+    """Return whether a process, as `this_process` tells it, is dead for sure.
+
+    It is if it ran on this machine, and runs there no more; of others nobody here can tell.
+    """
+    holder = _read(text)
+    if holder is None or any(holder.get(key) != value for key, value in _here().items()):
+        return False
+    started = _started(holder["pid"])
+    return started is None or bool(started and holder["started"] and started != holder["started"])
+
+
 def _take(lock: Path) -> None:
-    mine = json.dumps({**_here(), "pid": os.getpid(), "started": _started(os.getpid())})
+    mine = this_process()
     while True:
         try:
             create_text(lock, mine)
@@ -58,7 +75,7 @@ def _take(lock: Path) -> None:
 def _take_over(lock: Path, mine: str) -> None:
     """Put this process in the place of a dead one of this machine."""
     text = lock.read_text(encoding="utf-8", errors="replace")
-    if not _is_of_dead(text):
+    if not is_of_dead(text):
         raise _held(lock, text)
     with lock.open("r+", encoding="utf-8") as file:
         try:
@@ -81,15 +98,6 @@ def _held(lock: Path, text: str) -> ValueError:
         f"{str(lock.parent)!r} must be written by one process at a time, but {who} is at it. Wait "
         f"for it, or choose another folder; if it is no more, delete {str(lock)!r}."
     )
-
-
-def _is_of_dead(text: str) -> bool:
-    """Return whether the holder of a lock ran on this machine, and surely does so no more."""
-    holder = _read(text)
-    if holder is None or any(holder.get(key) != value for key, value in _here().items()):
-        return False
-    started = _started(holder["pid"])
-    return started is None or bool(started and holder["started"] and started != holder["started"])
 
 
 def _read(text: str) -> Mapping[str, Any] | None:

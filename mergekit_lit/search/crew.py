@@ -4,11 +4,12 @@ import atexit
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from threading import Thread
 from time import monotonic
 from types import TracebackType
@@ -106,7 +107,7 @@ class Crew:
     def _run_apart(
         self, pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]
     ) -> list[Result]:
-        with _interrupts_held():
+        with interrupts_held():
             # The pool starts its processes as work comes in.
             futures = [pool.submit(_work, work, item) for item in items]
         pending: set[Future[Result]] = set(futures)
@@ -127,21 +128,31 @@ class Crew:
 
     def _end(self) -> None:
         """End the workers: let them put their files away, but not for long."""
-        workers = set(active_children()) - set(self._strangers)
-        for worker in workers:
-            worker.terminate()
-        latest = monotonic() + _LEAVE_S
-        for worker in workers:
-            worker.join(max(0.0, latest - monotonic()))
-            worker.kill()
+        end_processes(set(active_children()) - set(self._strangers))
 
     def _hear(self) -> None:
         while not self._queue.empty():
             self._listen(self._queue.get())
 
 
+def end_processes(processes: Iterable[BaseProcess], *, within_s: float = _LEAVE_S) -> None:
+    """Tell processes to leave, and kill those that have not after a while.
+
+    Args:
+        processes: workers.
+        within_s: how long they have to put their files away, in seconds.
+    """
+    workers = list(processes)
+    for worker in workers:
+        worker.terminate()
+    latest = monotonic() + within_s
+    for worker in workers:
+        worker.join(max(0.0, latest - monotonic()))
+        worker.kill()
+
+
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Start processes that leave Ctrl-C to this one, even while they import; it is not lost here.
 
     What is blocked stays blocked in the processes that are started meanwhile.
@@ -153,14 +164,19 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _join(queue: Any) -> None:
-    """Make a new process a member of the crew: one thread, messages into the queue."""
+def become_worker() -> None:
+    """Make this process a worker: of one thread, and of no longer life than its parent."""
     torch.set_num_threads(1)
     # The last search for garbage among all of torch takes seconds.
     atexit.register(gc.freeze)
-    _Outlet.send = queue.put
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     Thread(target=_leave_after_parent, daemon=True).start()
+
+
+def _join(queue: Any) -> None:
+    """Make a new process a member of the crew: messages go into the queue."""
+    become_worker()
+    _Outlet.send = queue.put
 
 
 def _work(work: Callable[[Item], Result], item: Item) -> Result:
@@ -172,7 +188,7 @@ def _work(work: Callable[[Item], Result], item: Item) -> Result:
         os._exit(_ENDED)
 
 
-def _leave(*_: Any) -> None:
+def leave(*_: Any) -> None:
     """Leave from wherever the process is: files that are being written are removed on the way."""
     raise SystemExit(_ENDED)
 
