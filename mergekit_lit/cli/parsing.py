@@ -110,6 +110,26 @@ def parse(
     return namespace
 
 
+def parse_mapping(parser: ArgumentParser, values: dict[str, Any], *, source: str = "") -> Namespace:
+    """Return the typed parameters of what a file of parameters would hold.
+
+    Args:
+        parser: the command's parser.
+        values: nested values by key.
+        source: where they come from, with its own punctuation.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, a missing one; in one line.
+    """
+    check_keys(parser, values, source=source)
+    try:
+        namespace: Namespace = parser.parse_object(_with_lists(parser, values))
+    except ArgumentError as error:
+        raise ValueError(source + told(parser, str(error))) from None
+    namespace.pop("config", None)
+    return namespace
+
+
 def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
     """Sort the words of a command line into flags, files and the rest.
 

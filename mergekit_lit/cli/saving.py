@@ -51,24 +51,24 @@ def _as_written(
     given = read(parser, argv)
     written: dict[str, Any] = {}
     for path in given.configs:
-        written = _merged(written, load_yaml(path))
+        written = merged_values(written, load_yaml(path))
     for key, text in given.options:
         nested: Any = text
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        written = _merged(written, nested)
+        written = merged_values(written, nested)
     if positional and given.positionals:
         written[positional] = given.positionals
     return written
 
 
-def _merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+def merged_values(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     """Return `left` with `right` over it; mappings are merged, everything else is replaced."""
     merged = dict(left)
     for key, value in right.items():
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
-            merged[key] = _merged(below, value)
+            merged[key] = merged_values(below, value)
         else:
             merged[key] = value
     return merged

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,10 +53,10 @@ def options(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = _parser()
+    parser = train_parser()
     namespace = parse(parser, argv)
     _check_jobs(namespace)
-    tasks = _tasks(namespace)
+    tasks = tasks_of(namespace.data.suite, namespace.data.task, root=namespace.data.root)
     texts = config_texts(parser, argv, namespace)
     if namespace.jobs > 1 and len(tasks) > 1:
         files = _side_by_side(argv, tasks, texts, jobs=min(namespace.jobs, len(tasks)))
@@ -66,7 +67,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def train_parser() -> ArgumentParser:
+    """Return the parser of `train`."""
     parser = command_parser("train", COMMANDS["train"], usage="--out FOLDER --steps K [options]")
     task = "a task of the suite, several after commas (mnist,letters), or `all`, one expert each."
     add_group(parser, TaskDataModule, "data", task=task)
@@ -93,10 +95,9 @@ def _check_jobs(namespace: Namespace) -> None:
         )
 
 
-def _tasks(namespace: Namespace) -> tuple[str, ...]:
+def tasks_of(suite_name: str, named: str, *, root: Path | None = None) -> tuple[str, ...]:
     """Return the tasks that `data.task` names: one, several after commas, or `all`."""
-    suite = load_suite(namespace.data.suite, root=namespace.data.root)
-    named = namespace.data.task
+    suite = load_suite(suite_name, root=root)
     return suite.chosen(None if named == "all" else _split(named, suite.names))
 
 
@@ -119,7 +120,17 @@ def _train_one(
     chosen.data.task = task
     if chosen.seed is not None:
         chosen.model.seed = chosen.seed
-    made = instantiated(parser, chosen)
+    return train_made(instantiated(parser, chosen), texts)
+
+
+def train_made(made: Namespace, texts: dict[str, str], **changed: Any) -> list[Path]:
+    """Train the expert, or experts, that objects describe, and return the files.
+
+    Args:
+        made: what the parser made of the flags.
+        texts: the configuration, to be saved with the run.
+        changed: other values for arguments of `train_expert`.
+    """
     trainer, callbacks = explicit(vars(made.trainer))
     # A bar is for people; it would fill a log file.
     trainer.setdefault("enable_progress_bar", sys.stderr.isatty() and made.jobs == 1)
@@ -128,6 +139,7 @@ def _train_one(
         "trainer": trainer,
         "callbacks": [*callbacks, SaveConfig(texts, Path(made.out) / "config")],
         "loggers": made.logger,
+        **changed,
     }
     with misconfiguration_told():
         return list(train_expert(**stage).experts)
@@ -144,7 +156,7 @@ def _side_by_side(
 
 def _train_in_worker(job: tuple[list[str], str, dict[str, str]]) -> list[Path]:
     argv, task, texts = job
-    parser = _parser()
+    parser = train_parser()
     return _train_one(parser, parse(parser, argv), task, texts)
 
 

@@ -1,0 +1,48 @@
+"""This file says what a sweep must know of the job that it repeats; the command line has them."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+Config: TypeAlias = dict[str, Any]
+"""A complete configuration by dotted key, such as `model.lr`."""
+
+
+class Job(Protocol):
+    """One stage as a sweep sees it; sent to worker processes, so it can be pickled.
+
+    A run is named by the hash of what decides its results, which `identity` tells. `steps` are the
+    counts K after which a run leaves an expert; empty for jobs without.
+    """
+
+    @property
+    def stage(self) -> str:
+        """The stage's name: `train`, `merge` or `evaluate`."""
+
+    def kind(self, point: Mapping[str, Any]) -> Hashable:
+        """Return what decides which keys a configuration has, such as the merge method."""
+
+    def complete(self, point: Mapping[str, Any]) -> Config:
+        """Return the file's configuration with a point set, typed, and with every default.
+
+        Raises:
+            ValueError: an unknown key, or a wrong or missing value.
+        """
+
+    def separate(self, config: Config) -> Sequence[Config]:
+        """Return the configurations of one run each: a configuration may name several tasks."""
+
+    def identity(self, config: Config) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        """Return what decides the trajectory of a run, and its steps.
+
+        Configurations that agree in the first share one run, whose steps are those of all.
+        """
+
+    def is_done(self, folder: Path, steps: Sequence[int]) -> bool:
+        """Return whether the records in a run's folder say that all of it is done."""
+
+    def execute(self, config: Config, folder: Path, steps: Sequence[int]) -> None:
+        """Do what is not done yet, from the last checkpoint on if there is one."""
+
+    def rows(self, folder: Path) -> list[dict[str, Any]]:
+        """Return the results in a run's folder: one row an expert or model, with its `file`."""

@@ -1,0 +1,137 @@
+"""This file runs a sweep on this machine: warm worker processes, each on a core or GPU of its own.
+
+A worker is one process of one thread that imports once and keeps what it has loaded; two threads
+that share busy cores were seen to be 20 times slower. One that is killed is started again, and
+another goes on with its run meanwhile.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from mergekit_lit.search.crew import become_worker, end_processes, interrupts_held
+from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
+
+# Training puts its files away, and makes a checkpoint where it can.
+_LEAVE_S = 10.0
+_GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+def run_local(sweep: Sweep, listen: Listen, *, jobs: int) -> None:
+    """Run a sweep in worker processes of this machine; with one job in this process.
+
+    Args:
+        sweep: what to do.
+        listen: is told of each run, in this process.
+        jobs: number of workers, at least 1.
+
+    Raises:
+        ChildProcessError: workers die before they begin a run.
+    """
+    if jobs == 1:
+        with _one_thread():
+            work(sweep, listen)
+        return
+    crew = _Workers(sweep, listen, jobs)
+    try:
+        crew.run()
+    except BaseException:
+        end_processes(crew.processes(), within_s=_LEAVE_S)
+        raise
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as workers do, so that results do not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Workers:
+    """Worker processes, each with a pipe of its own: a lock in common could die with its holder."""
+
+    def __init__(self, sweep: Sweep, listen: Listen, jobs: int) -> None:
+        self._sweep, self._listen, self._jobs = sweep, listen, jobs
+        self._context = get_context("spawn")
+        self._at: dict[Connection, tuple[int, BaseProcess]] = {}
+        self._idle_deaths = 0
+
+    def processes(self) -> list[BaseProcess]:
+        """Return the processes that run."""
+        return [process for _, process in self._at.values()]
+
+    def run(self) -> None:
+        """Start the workers, hear them out, and start those again that are killed."""
+        for place in range(self._jobs):
+            self._start(place)
+        while self._at:
+            for pipe in wait(list(self._at)):
+                self._hear(pipe)  # type: ignore[arg-type] # only pipes are waited for
+
+    def _start(self, place: int) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_worker, args=(self._sweep, theirs, place, self._jobs), name=f"worker {place}"
+        )
+        with interrupts_held():
+            process.start()
+        # So that the pipe ends when the worker does.
+        theirs.close()
+        self._at[ours] = (place, process)
+
+    def _hear(self, pipe: Connection) -> None:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            self._ended(pipe)
+            return
+        self._idle_deaths = 0
+        self._listen(*message)
+
+    def _ended(self, pipe: Connection) -> None:
+        place, process = self._at.pop(pipe)
+        pipe.close()
+        process.join()
+        if process.exitcode == 0:
+            return
+        self._idle_deaths += 1
+        if self._idle_deaths > 2 * self._jobs:
+            raise ChildProcessError(
+                f"Worker processes must live, but {self._idle_deaths} ended before they began a "
+                f"run, the last with exit code {process.exitcode}. Their words are above."
+            )
+        self._start(place)
+
+
+def _worker(sweep: Sweep, pipe: Connection, place: int, workers: int) -> None:
+    """Be one worker process."""
+    become_worker()
+    _pin(place)
+    work(sweep, lambda *message: pipe.send(message), place=place, workers=workers)
+
+
+def _pin(place: int) -> None:
+    """Keep this process to one core, and to one of the GPUs that it may use."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[place % len(cores)]})
+    gpus = [gpu for gpu in os.environ.get(_GPUS, "").split(",") if gpu] or _all_gpus()
+    if gpus:
+        # Read when CUDA is first used, which is later.
+        os.environ[_GPUS] = gpus[place % len(gpus)]
+
+
+def _all_gpus() -> list[str]:
+    """Return the GPUs of this machine; none where they are hidden from this process."""
+    if _GPUS in os.environ:
+        return []
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
