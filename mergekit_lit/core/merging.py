@@ -14,7 +14,8 @@ from mergekit_lit.core.structure import TensorInfo
 Form = Literal["linear", "kernel", "whole", "experts"]
 """How a method is written.
 
-`linear`: f(experts, *, config) -> coefficients lambda, (T,); the step is sum_t lambda_t tau_t.
+`linear`: f(experts, *, config) -> coefficients lambda, (T,), or such a row for each tensor by name;
+    the step is sum_t lambda_t tau_t.
 `kernel`: f(slice, *, config) -> the step of one tensor, (*s). It may declare `prepare`, a function
     g(pairs of name and deltas, *, some of the config) -> stats, which sees every tensor
     first, in as many passes as it likes. A kernel whose entries do not depend on one another

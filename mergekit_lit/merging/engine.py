@@ -22,6 +22,7 @@ from mergekit_lit.merging.precision import compute_dtype, computing_in, output_d
 from mergekit_lit.merging.steps import moved
 
 _POSITIONS = ("after", "before")
+_NO_COEFFICIENTS = {"coefficients": None, "coefficients_by_tensor": None}
 
 
 # Each argument is one choice of the merge, hence so many.
@@ -67,7 +68,8 @@ def merge(  # noqa: PLR0913
 
     Returns:
         The merged model. Its `facts` hold method, resolved config, tasks, coefficients lambda (T,)
-        for linear methods without veneers, veneers with resolved configs, base and base_hash,
+        of sums of deltas without veneers (`coefficients_by_tensor` where they differ by tensor),
+        veneers with resolved configs, base and base_hash,
         backbone, image_size, batch_norm, data, seed, dtype, out_dtype and the tensors kept.
 
     Raises:
@@ -261,7 +263,7 @@ def _layer(name: str, given: Mapping[str, Any], seed: int) -> Layer:
 def _veneer_facts(job: _Job) -> dict[str, Any]:
     named = [{"name": layer.veneer.name, "config": dict(layer.config)} for layer in job.layers]
     # With a veneer, the method's coefficients are no longer those of the experts' own deltas.
-    return {"veneers": named} | ({"coefficients": None} if named else {})
+    return {"veneers": named} | (_NO_COEFFICIENTS if named else {})
 
 
 def check_request(entry: Registered[Any], configs: Sequence[Config], experts: Experts) -> None:
@@ -317,7 +319,7 @@ def _facts(job: _Job, experts: Experts, config: Config) -> dict[str, Any]:
         "config": to_json(config),
         "data": job.entry.facts.get("data"),
         "tasks": list(experts.names),
-        "coefficients": None,
+        **_NO_COEFFICIENTS,
         "base": experts.base_name,
         "base_hash": experts.base_hash,
         "backbone": experts.backbone,

@@ -35,12 +35,19 @@ class Setting:
     scales: Mapping[str, float]
     direction: str
 
-    def scaled(self, coefficients: list[float] | None) -> list[float] | None:
-        """Return the coefficients of the direction times the scale, where one holds everywhere."""
-        found = set(self.scales.values()) or {1.0}
-        if coefficients is None or len(found) > 1:
-            return None
-        return [found.copy().pop() * coefficient for coefficient in coefficients]
+    def told(self, rows: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Return a merge's facts of lambda: one row (T,) for all tensors, or a row for each.
+
+        Args:
+            rows: lambda of the direction by tensor; None where the method is not linear.
+        """
+        if rows is None:
+            return {"coefficients": None}
+        scaled = {name: (self.scales.get(name, 1.0) * row).tolist() for name, row in rows.items()}
+        first = next(iter(scaled.values()))
+        if all(row == first for row in scaled.values()):
+            return {"coefficients": first}
+        return {"coefficients": None, "coefficients_by_tensor": scaled}
 
 
 def setting(entry: Registered[Any], config: Config, experts: Experts) -> Setting:
@@ -105,8 +112,8 @@ class Steps:
         self._kernels = form(entry, experts, [setting.values for setting in settings])
 
     @property
-    def coefficients(self) -> list[list[float] | None]:
-        """Of each setting, lambda (T,) of a linear method, if it is that of all tensors."""
+    def coefficients(self) -> list[Mapping[str, Tensor] | None]:
+        """Of each setting, lambda (T,) of a linear method by tensor; None of another."""
         return [kernel.coefficients for kernel in self._kernels]
 
     def of(self, name: str, ends: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> list[Tensor]:
@@ -162,27 +169,26 @@ class _Kernel:
     step: Callable[[Slice], Tensor]
     elementwise: Callable[[str], bool]
     stats: Callable[[str], Mapping[str, Any]]
-    coefficients: list[float] | None = None
+    coefficients: Mapping[str, Tensor] | None = None
 
 
 def _linear(
     entry: Registered[Any], experts: Experts, settings: Sequence[Mapping[str, Config]]
 ) -> list[_Kernel]:
     """Return of each setting the weighted sum of the deltas, by every tensor's coefficients."""
-    known: dict[str, Tensor] = {}
+    known: dict[str, Mapping[str, Tensor]] = {}
 
     def kernel(values: Mapping[str, Config]) -> _Kernel:
         keys = {name: repr(sorted(config.items())) for name, config in values.items()}
         for name, key in keys.items():
             if key not in known:
                 known[key] = _coefficients(entry, experts, values[name])
-        own = {name: known[key] for name, key in keys.items()}
-        alike = next(iter(own.values())).tolist() if len(set(keys.values())) == 1 else None
+        own = {name: known[key][name] for name, key in keys.items()}
         return _Kernel(
             step=lambda tensor: _combination(own[tensor.name], tensor.deltas),
             elementwise=lambda _: True,
             stats=lambda _: {},
-            coefficients=alike,
+            coefficients=own,
         )
 
     return [kernel(values) for values in settings]
@@ -195,14 +201,17 @@ def _combination(coefficients: Tensor, deltas: Tensor) -> Tensor:
     return weighted_sum(coefficients, deltas)
 
 
-def _coefficients(entry: Registered[Any], experts: Experts, config: Config) -> Tensor:
-    coefficients: Tensor = entry.function(experts, **config)
-    if coefficients.shape != (len(experts),):
+def _coefficients(entry: Registered[Any], experts: Experts, config: Config) -> Mapping[str, Tensor]:
+    """Return lambda (T,) by tensor, whether the method gave one row or a row for each."""
+    found: Tensor | Mapping[str, Tensor] = entry.function(experts, **config)
+    rows = dict.fromkeys(experts.merged_names(), found) if isinstance(found, Tensor) else found
+    wrong = next((row for row in rows.values() if row.shape != (len(experts),)), None)
+    if wrong is not None:
         raise ValueError(
             f"{entry.name!r} must return {len(experts)} coefficients, one per expert, but "
-            f"returned a tensor of shape {tuple(coefficients.shape)}."
+            f"returned a tensor of shape {tuple(wrong.shape)}."
         )
-    return coefficients
+    return rows
 
 
 def _kernels(

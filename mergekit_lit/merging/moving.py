@@ -17,7 +17,7 @@ def streamed_model(entry: Registered[Any], experts: Experts, one: Setting, seed:
     steps = Steps(entry, experts, [one], seed)
     specs = {name: spec_of(experts.base, name) for name in experts.merged_names()}
     shared = Computed(specs, lambda name: steps.of(name, [base_plus(one.scales.get(name))])[0])
-    facts = {"coefficients": one.scaled(steps.coefficients[0])}
+    facts = one.told(steps.coefficients[0])
     return Merged(shared=shared, structure=experts.structure, facts=facts)
 
 
@@ -48,7 +48,7 @@ def stepped(
         if one.direction not in alone:
             tensors = {n: base_plus(one.scales.get(n))(base[n], tensors[n]) for n in tensors}
         shared = {name: tensors[name] if name in tensors else base[name] for name in base}
-        facts = {"coefficients": one.scaled(found[one.direction])}
+        facts = one.told(found[one.direction])
         yield Merged(shared=shared, structure=experts.structure, facts=facts)
 
 

@@ -130,7 +130,7 @@ def test_the_entropy_falls_and_the_coefficients_are_told(granularity):
     merged = merge(experts, "adamerging", config=config, calibration=calibration)
     before, after = merged.facts["entropy"]
     assert after < before - 0.01
-    learned = merged.facts["learned"]
+    learned = merged.facts["coefficients_by_tensor"]
     assert list(learned) == experts.merged_names()
     assert (len({tuple(row) for row in learned.values()}) == 1) == (granularity == "task")
     for name, row in learned.items():
@@ -150,7 +150,8 @@ def test_no_steps_is_task_arithmetic_and_the_batches_follow_the_seed():
         merge(experts, "adamerging", config=config, calibration=calibration, seed=seed)
         for seed in (0, 1)
     )
-    assert one.facts["learned"] != other.facts["learned"]
+    name = "coefficients_by_tensor"
+    assert one.facts[name] != other.facts[name]
 
 
 def test_plus_plus_combines_what_ties_keeps():

@@ -109,7 +109,12 @@ def lines(experts: Experts, *, alpha: float | None = None, beta: float = 0.3) ->
         (name, scales[name] * reduced(experts, name, lambda deltas: deltas.sum(dim=0)))
         for name in experts.merged_names()
     )
-    return Merged(shared=moved(experts.base, steps), structure=experts.structure)
+    rows = {name: [scales[name]] * len(experts) for name in experts.merged_names()}
+    return Merged(
+        shared=moved(experts.base, steps),
+        structure=experts.structure,
+        facts={"coefficients_by_tensor": rows},
+    )
 
 
 def depth_scales(structure: Structure, alpha: float, beta: float) -> Mapping[str, float]:

@@ -86,11 +86,13 @@ def adamerging(  # noqa: PLR0913
     learned, course = descend(combination, begin, entropy, steps=steps, lr=lr)
     by_tensor = dict(zip(deltas, learned.expand(len(deltas), -1), strict=True))
     changes = ((name, weighted_sum(by_tensor[name], of_each)) for name, of_each in deltas.items())
+    # Coefficients of trimmed deltas are not those of the experts' own.
+    told = "learned" if plus_plus else "coefficients_by_tensor"
     return Merged(
         shared=moved(experts.base, changes),
         structure=experts.structure,
         facts={
-            "learned": {name: row.tolist() for name, row in by_tensor.items()},
+            told: {name: row.tolist() for name, row in by_tensor.items()},
             "entropy": [course[0], course[-1]] if course else None,
         },
     )
