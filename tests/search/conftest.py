@@ -1,7 +1,11 @@
-"""What tests of searches share: a tiny ViT and a tiny ResNet, each with two tuned experts."""
+"""What tests of searches share: two tiny experts of a ViT and a ResNet, and the experiments."""
 
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -11,7 +15,20 @@ from mergekit_lit.lit.passes import features_of
 from mergekit_lit.models.heads import fit_ncm
 from mergekit_lit.stages.images import Calibration
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPLIT = SplitOptions(reserve=8, val_share=0.4)
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of experiments/, which may import its neighbours, and forgets them again."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXPERIMENTS))
+    yield importlib.import_module
+    sys.path.remove(str(EXPERIMENTS))
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == EXPERIMENTS:
+            del sys.modules[name]
 
 
 @dataclass

@@ -1,0 +1,319 @@
+"""This file measures what each hyperparameter of the experts does to their merge.
+
+    cd experiments
+    python hyperparameters.py hyperparameters.yaml --backbones resnet --seeds 0 --jobs 1
+    python hyperparameters.py hyperparameters_cosine.yaml --backbones resnet --seeds 0 --jobs 1
+
+Trains an expert of every task in each configuration, merges random groups of them by the simple
+average at each step count, and measures losses and the terms of the bound. Each configuration ends
+in one record; what is there is not made again, and a training that was killed goes on. The rows of
+all records of the file are written to `<out>/<file>.csv`, which
+`experiments/hyperparameters_report.py` reads.
+
+How it is measured: losses and accuracies on at most `images` images of each task and split, those
+of merges, experts and base under BatchNorm statistics that are estimated again on these training
+images of the task; heads are frozen nearest class means. L, G^2 and the merged gradient are
+measured at the merge of the first group at each step count, L as the 95th percentile of the secants
+between base, merge, experts and halfway to them, and stand for all groups. Delta is the path
+estimate of the cards, which no twins have calibrated: what is derived from it is named `..._path`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from omegaconf import OmegaConf
+from testbed import POLICY, Around, Place, Slopes, Testbed, groups_of, testbed_of
+
+from mergekit_lit.core.experts import Experts, load_expert
+from mergekit_lit.core.files import read_json, write_text
+from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.reports.results import csv_text
+from mergekit_lit.search.crew import Crew
+from mergekit_lit.stages.bound import expert_facts
+from mergekit_lit.stages.recipes import Recipe
+from mergekit_lit.stages.train import train_expert
+from mergekit_lit.theory.bound import bound
+from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.facts import MergeFacts
+
+Losses: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Scores by task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One configuration of one backbone and seed, for all tasks and step counts."""
+
+    backbone: str
+    suite: str
+    tasks: tuple[str, ...]
+    seed: int
+    schedule: str
+    warmup_steps: int
+    lr: float
+    batch: int
+    train_share: float
+    steps: tuple[int, ...]
+    images: int
+    effort: Effort
+    groups: tuple[tuple[str, ...], ...]
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the configuration."""
+        return f"{self.schedule}-lr{self.lr:g}-b{self.batch}-share{self.train_share:g}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its experts lie."""
+        return self.out / f"{self.backbone.replace('/', '-')}-{self.seed}" / self.name
+
+    @property
+    def record(self) -> Path:
+        """Where its record lies, once it is made."""
+        return self.folder / "hyperparameters.json"
+
+    @property
+    def testbed(self) -> Testbed:
+        """Base and images."""
+        return testbed_of(
+            Place(
+                backbone=self.backbone,
+                suite=self.suite,
+                seed=self.seed,
+                train_share=self.train_share,
+                images=self.images,
+            )
+        )
+
+
+def main() -> None:
+    """Make what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="YAML: suite, configurations, steps, groups ...")
+    parser.add_argument("--suite", help="in place of the file's, such as your own folder")
+    parser.add_argument("--backbones", nargs="+", help="some of the file's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the file's")
+    parser.add_argument("--out", type=Path, default=Path("runs/hyperparameters"))
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
+    settings |= {k: v for k in ("suite", "seeds") if (v := getattr(given, k))}
+    runs = runs_of(settings, given.out)
+    chosen = [run for run in runs if given.backbones is None or run.backbone in given.backbones]
+    with Crew(given.jobs) as crew:
+        crew.run(make, chosen)
+    # Of all runs, so that one backbone or seed after the other ends in the table of all.
+    made = [run.record for run in runs if run.record.is_file()]
+    rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
+    table = given.out / f"{given.file.stem}.csv"
+    write_text(table, csv_of(rows))
+    print(f"{len(rows)} rows in {table}", flush=True)
+
+
+def runs_of(settings: Mapping[str, Any], out: Path) -> list[Run]:
+    """Return every run of a file: seed by seed, the centre first."""
+    suite = settings["suite"]
+    tasks = tuple(settings.get("tasks") or load_suite(suite).names)
+    found = []
+    for seed in settings["seeds"]:
+        for backbone, (centre, *others) in settings["configurations"].items():
+            for index, changed in enumerate([{}, *others]):
+                sizes = settings["groups"] | ({} if index else settings["more_groups"])
+                groups = [g for size, n in sizes.items() for g in groups_of(tasks, size, n)]
+                chosen = {**centre, **changed}
+                run = Run(
+                    backbone=backbone,
+                    suite=suite,
+                    tasks=tasks,
+                    seed=seed,
+                    schedule=settings["schedule"],
+                    warmup_steps=settings["warmup_steps"],
+                    images=settings["images"],
+                    effort=Effort(**settings["effort"]),
+                    groups=tuple(groups),
+                    out=out,
+                    **{**chosen, "steps": tuple(chosen["steps"])},
+                )
+                found.append(run)
+    return found
+
+
+def make(run: Run) -> Path:
+    """Train and measure one configuration, and write its record; a finished one is left."""
+    if run.record.is_file():
+        return run.record
+    watch = Stopwatch()
+    record = Record(
+        stage="hyperparameters",
+        name=run.name,
+        config={**asdict(run), "batch_norm": POLICY},
+        seeds={"seed": run.seed},
+        metrics={"rows": list(rows_of(run))},
+    )
+    watch.finish(record).write(run.record)
+    print(f"{run.record}: {record.cpu_seconds:.0f} CPU-seconds", flush=True)
+    return run.record
+
+
+def experts_of(run: Run) -> dict[int, list[Path]]:
+    """Return the experts of each step count in the order of the tasks; train what is missing."""
+    # Under a schedule with a horizon each length is a training of its own.
+    trainings = [run.steps] if run.schedule == "constant" else [(steps,) for steps in run.steps]
+    found: dict[int, list[Path]] = {steps: [] for steps in run.steps}
+    for task in run.tasks:
+        for steps in trainings:
+            result = train_expert(
+                data=TaskDataModule(
+                    run.suite,
+                    task,
+                    batch=run.batch,
+                    train_share=run.train_share,
+                    split_seed=run.seed,
+                ),
+                model=ExpertModule(
+                    run.backbone,
+                    lr=run.lr,
+                    schedule=run.schedule,  # type: ignore[arg-type] # checked there
+                    warmup_steps=run.warmup_steps,
+                    seed=run.seed,
+                ),
+                steps=steps,
+                out=run.folder,
+                trainer={"accelerator": "cpu", "devices": 1},
+                resume=True,
+                name=task if len(steps) > 1 else f"{task}-step{steps[0]}",
+            )
+            for count, path in zip(steps, result.experts, strict=True):
+                found[count].append(path)
+    return found
+
+
+def rows_of(run: Run) -> Iterator[dict[str, Any]]:
+    """Yield one row for each step count and group: what was merged, losses and terms."""
+    bed, base, slopes = run.testbed, None, None
+    for steps, files in experts_of(run).items():
+        everyone = bed.experts(files)
+        # Of the heads and the base alone, which all step counts share.
+        base = base or _losses(bed, bed.base, everyone)
+        slopes = slopes or bed.slopes(everyone, run.effort)
+        alone = _losses(bed, [load_expert(path) for path in files], everyone)
+        around = None
+        for group in run.groups:
+            experts = bed.experts([files[run.tasks.index(task)] for task in group])
+            merged = bed.merged(experts, Recipe(batch_norm=POLICY))
+            # Once for all groups, at the first.
+            around = around or bed.around(experts, merged, run.effort)
+            found = _losses(bed, merged, experts)
+            yield {
+                **{name: getattr(run, name) for name in _SETTINGS},
+                "steps": steps,
+                "size": len(group),
+                "group": "+".join(group),
+                **path_of(experts),
+                **_means(found, group),
+                **{f"experts_{name}": value for name, value in _means(alone, group).items()},
+                **{f"base_{name}": value for name, value in _means(base, group).items()},
+                **terms_of(experts, found["train"], base["train"], slopes, around),
+            }
+
+
+_SETTINGS = ("backbone", "seed", "schedule", "lr", "batch", "train_share")
+
+
+def path_of(experts: Experts) -> dict[str, float]:
+    """Return means over a group of what its cards tell of the ways."""
+    cards = experts.cards
+    return {
+        "n": statistics.fmean(card.n or 0 for card in cards),
+        "travel": statistics.fmean(card.travel or 0.0 for card in cards),
+        "displacement": statistics.fmean(card.displacement or 0.0 for card in cards),
+        "noise": statistics.fmean(card.gradient_noise or 0.0 for card in cards),
+        "eps_path": statistics.fmean((card.eps_path or 0.0) ** 2 for card in cards) ** 0.5,
+    }
+
+
+def terms_of(
+    experts: Experts, merged: Losses, base: Losses, slopes: Slopes, around: Around
+) -> dict[str, float | None]:
+    """Return the terms of the bound of a simple average, with the path estimate for Delta.
+
+    Args:
+        experts: the group.
+        merged: loss of the merge on training images, by task.
+        base: of the base, of all tasks.
+        slopes: gradients at the base.
+        around: L, G^2 and the merged gradient, of this or another group of the configuration.
+    """
+    group = experts.names
+    zeta2 = slopes.zeta2(group)
+    facts = [
+        replace(
+            expert_facts(card, task, None, None),
+            eps2=None if card.eps_path is None else card.eps_path**2,
+            zeta2=apart,
+            train_loss=merged[task]["loss"],
+        )
+        for card, task, apart in zip(experts.cards, group, zeta2, strict=True)
+    ]
+    merge = MergeFacts(
+        smoothness=around.smoothness,
+        # Experts of one configuration travelled alike: w_i = 1/N.
+        surrogate_at_base=statistics.fmean(base[task]["loss"] for task in group),
+        surrogate_gradient2=slopes.gradient2(group),
+        merged_gradient2=around.gradient2,
+        sample_gradient2=around.sample_gradient2,
+    )
+    found = bound(facts, merge, [1 / len(group)] * len(group))
+    terms = {name: found.terms[name].value for name in ("progress", "drift", "merged_noise")}
+    return {
+        "smoothness": around.smoothness,
+        "merged_gradient": around.gradient2,
+        "sample_gradient2": around.sample_gradient2,
+        "zeta2": statistics.fmean(zeta2),
+        **terms,
+        "delta2_path": found.terms["delta2_by_path"].value,
+        "generalization_path": found.terms["generalization"].value,
+        "total_path": found.total,
+    }
+
+
+def _losses(bed: Testbed, model: Any, experts: Experts) -> dict[str, dict[str, Any]]:
+    """Return loss and accuracy of a model by split and task."""
+    return {
+        split: bed.scores({"model": model}, experts, split=split)["model"]
+        for split in ("train", "test")
+    }
+
+
+def _means(scores: Mapping[str, Losses], group: Sequence[str]) -> dict[str, float]:
+    """Return the losses, their gap and the test accuracy, each a plain mean over a group."""
+    train, test = ([scores[split][task]["loss"] for task in group] for split in ("train", "test"))
+    return {
+        "train_loss": statistics.fmean(train),
+        "test_loss": statistics.fmean(test),
+        "gap": statistics.fmean(test) - statistics.fmean(train),
+        "accuracy": statistics.fmean(scores["test"][task]["accuracy"] for task in group),
+    }
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a table: what was chosen first, numbers to five digits."""
+    first = (*_SETTINGS, "steps", "size", "group")
+    columns = [*first, *sorted(set(rows[0]) - set(first))] if rows else []
+    cells = [{name: row[name] for name in columns} for row in rows]
+    return csv_text(
+        [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in c.items()} for c in cells]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""This file is what experiments share: groups of tasks, and merges scored on a few images of each.
+
+It is a module, not a command.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergekit_lit.core.calibration import Calibration
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.params import Params
+from mergekit_lit.data.splits import SplitOptions, TaskData
+from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.calibration import calibration_on
+from mergekit_lit.lit.evaluation import Model
+from mergekit_lit.lit.recalibration import calibration_images, images_by_split, splits_needed
+from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.models.backbones import load_base
+from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merge
+from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
+from mergekit_lit.theory.constants import (
+    Effort,
+    measure_sample_gradients,
+    measure_secant,
+    task_gradients,
+)
+from mergekit_lit.theory.heterogeneity import mean_gradient_square
+
+Matrix: TypeAlias = NDArray[np.float64]
+
+POLICY = "recalibrate-per-task"
+"""BatchNorm statistics of every merge: estimated again on the task's own (few) training images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a testbed is made of.
+
+    Attributes:
+        backbone: spec of the base.
+        suite: name or folder of the suite.
+        seed: seed of the split.
+        train_share: share of the training images that the experts were trained on.
+        images: largest number of images of a task and split that losses are measured on.
+    """
+
+    backbone: str
+    suite: str
+    seed: int
+    train_share: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Around:
+    """The loss of a group around its merge.
+
+    Attributes:
+        smoothness: L, the 95th percentile of the secants between base, merge and experts.
+        gradient2: ||grad F_S(x_avg)||^2.
+        sample_gradient2: G^2 at x_avg.
+    """
+
+    smoothness: float
+    gradient2: float
+    sample_gradient2: float
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """How the losses of T tasks fall at the base.
+
+    Attributes:
+        tasks: their names.
+        products: <grad F_Si(x0), grad F_Sj(x0)>, without bias, (T, T).
+    """
+
+    tasks: tuple[str, ...]
+    products: Matrix
+
+    def gradient2(self, group: Sequence[str]) -> float:
+        """Return ||grad F_S(x0)||^2 of the mean loss of a group."""
+        return float(self._of(group).mean())
+
+    def zeta2(self, group: Sequence[str]) -> list[float]:
+        """Return ||grad F_Si - grad F_S||^2 at x0 of each task of a group."""
+        products = self._of(group)
+        apart = products.diagonal() - 2 * products.mean(1) + products.mean()
+        return [float(value) for value in apart]
+
+    def _of(self, group: Sequence[str]) -> Matrix:
+        places = [self.tasks.index(task) for task in group]
+        return self.products[np.ix_(places, places)]
+
+
+class Testbed:
+    """Base and images, loaded once in each process.
+
+    Training images are those that the experts saw; losses are measured on a few images of each
+    split, always the same, gradients on images drawn from all training images.
+    """
+
+    def __init__(self, place: Place) -> None:
+        """Load what stays the same."""
+        self.backbone, self.base = load_base(place.backbone)
+        self._suite = load_suite(place.suite)
+        self._options = SplitOptions(seed=place.seed, train_share=place.train_share)
+        self._few = place.images
+        self._data: dict[str, TaskData] = {}
+        self._kept: dict[str, TaskData] = {}
+
+    def data(self, tasks: Iterable[str]) -> list[TaskData]:
+        """Return the few images of each of the tasks."""
+        for task in self._whole(tasks):
+            few = {
+                split: calibration_images(getattr(task, split), task.name, count=self._few)
+                for split in ("train", "val", "test")
+            }
+            self._kept.setdefault(task.name, replace(task, **few))
+        return [self._kept[task] for task in tasks]
+
+    def experts(self, files: Sequence[Path]) -> Experts:
+        """Return experts of the base, in memory."""
+        return in_memory(load_experts(files, base=self.base))
+
+    def merged(self, experts: Experts, recipe: Recipe) -> Merged:
+        """Return a merge under the recipe, with the few images where it looks at some."""
+        needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure)
+        images = images_by_split(self.data(experts.names), needed)
+        return merge_recipe(experts, recipe, self.backbone, images)
+
+    def scores(
+        self, models: Mapping[str, Model], experts: Experts, *, split: str
+    ) -> dict[str, dict[str, Any]]:
+        """Return loss and accuracy of models on the experts' tasks, by model and task."""
+        heads = dict(zip(experts.names, experts.heads, strict=True))
+        table = evaluate_models(
+            self.backbone, models, self.data(experts.names), split=split, heads=heads
+        )
+        return {name: entry["tasks"] for name, entry in table.items()}
+
+    def slopes(self, experts: Experts, effort: Effort) -> Slopes:
+        """Return the inner products of the tasks' gradients at x0.
+
+        Args:
+            experts: whose heads the losses are taken with.
+            effort: how much is looked at.
+        """
+        calibration, tasks = self._calibration(experts), self._whole(experts.names)
+        objectives = objectives_at_base(experts, self.backbone, tasks, calibration)
+        start = _moving(experts, experts.base)
+        found = task_gradients(objectives, start, calibration, effort=effort)
+        return Slopes(tuple(experts.names), inner_products(found.rows))
+
+    def around(self, experts: Experts, merged: Merged, effort: Effort) -> Around:
+        """Return what the loss is like around a merge; secants are taken to two of its experts."""
+        calibration = self._calibration(experts)
+        objectives = objectives_at_merge(experts, merged, calibration)
+        base, weights = _moving(experts, experts.base), _moving(experts, merged.shared)
+        p = [1 / len(experts)] * len(experts)
+        gradients = task_gradients(objectives, weights, calibration, effort=effort)
+        few = replace(experts, **{name: getattr(experts, name)[:2] for name in _BY_EXPERT})
+        each = measure_sample_gradients(objectives, weights, calibration, p=p, effort=effort)
+        return Around(
+            measure_secant(objectives, base, weights, few, calibration, effort=effort),
+            mean_gradient_square(gradients, p).value,
+            each.value,
+        )
+
+    def _whole(self, tasks: Iterable[str]) -> list[TaskData]:
+        for task in tasks:
+            if task not in self._data:
+                self._data[task] = self._suite.task(task).load(self._options)
+        return [self._data[task] for task in tasks]
+
+    def _calibration(self, experts: Experts) -> Calibration:
+        images = {task.name: task.train for task in self._whole(experts.names)}
+        return calibration_on(images, experts, backbone=self.backbone, split="train")
+
+
+_BY_EXPERT = ("tuned", "cards", "heads", "names")
+
+
+def _moving(experts: Experts, params: Params) -> dict[str, Tensor]:
+    return {name: params[name].float() for name in experts.merged_names()}
+
+
+@lru_cache(maxsize=1)
+def testbed_of(place: Place) -> Testbed:
+    """Return the testbed of a place, loaded once in each process."""
+    return Testbed(place)
+
+
+def inner_products(rows: Sequence[Tensor]) -> Matrix:
+    """Return <g_i, g_j> of the mean gradients of T tasks, without the noise of the samples.
+
+    g_i is the mean of K micro-batch gradients; tasks draw independently, and of one task only
+    different micro-batches are paired.
+
+    Args:
+        rows: K micro-batch gradients of each task, (K, P).
+    """
+    means = torch.stack([row.mean(0) for row in rows])
+    products = (means @ means.T).double()
+    for place, row in enumerate(rows):
+        count = len(row)
+        squares = float(row.double().square().sum())
+        own = float(products[place, place])
+        products[place, place] = (count**2 * own - squares) / (count * (count - 1))
+    return products.numpy()
+
+
+def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ...]]:
+    """Return random groups of tasks, drawn as the source draws them.
+
+    `random.seed(s); random.sample(tasks, size)` for s = 0, 1, ..., until `count` groups differ.
+
+    Args:
+        tasks: the suite's, in its order, which the draws depend on.
+        size: tasks in a group.
+        count: number of groups; all that there are where they are fewer.
+    """
+    distinct: dict[frozenset[str], tuple[str, ...]] = {}
+    seeds = itertools.count()
+    while len(distinct) < min(count, math.comb(len(tasks), size)):
+        group = tuple(random.Random(next(seeds)).sample(list(tasks), size))
+        distinct.setdefault(frozenset(group), group)
+    return list(distinct.values())
