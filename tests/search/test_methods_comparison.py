@@ -1,7 +1,5 @@
 """Tests of the comparison of methods in `experiments/methods.py`, and of its YAML files."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,8 @@ FILES = sorted(FOLDER.glob("methods_*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("methods", FOLDER / "methods.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["methods"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["methods"]
+def script(experiment):
+    return experiment("methods")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,19 +1,11 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from mergekit_lit.core.records import Record
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "quickstart_seeds.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("quickstart_seeds", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(experiment):
+    return experiment("quickstart_seeds")
 
 
 def record(seed, *, base, merged, experts):

@@ -1,6 +1,5 @@
 """The stability experiment runs on a tiny suite, goes on where it stopped, and tells its tables."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,13 +10,8 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("stability", FOLDER / "stability.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stability"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["stability"]
+def script(experiment):
+    return experiment("stability")
 
 
 def test_the_file_covers_below_one_epoch_and_many(script):
