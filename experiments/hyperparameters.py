@@ -1,9 +1,9 @@
 """This file measures what each hyperparameter of the experts does to their merge.
 
-    cd experiments
-    python hyperparameters.py hyperparameters.yaml --backbones resnet --seeds 0 --jobs 1
-    python hyperparameters.py hyperparameters_cosine.yaml --backbones resnet --seeds 0 --jobs 1
+    python experiments/hyperparameters.py experiments/hyperparameters.yaml --seeds 0 --jobs 1
+    python experiments/hyperparameters.py experiments/hyperparameters_cosine.yaml --seeds 0 --jobs 1
 
+`--backbones resnet` makes those of one backbone.
 Trains an expert of every task in each configuration, merges random groups of them by the simple
 average at each step count, and measures losses and the terms of the bound. Each configuration ends
 in one record; what is there is not made again, and a training that was killed goes on. The rows of
