@@ -19,8 +19,9 @@ from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
 from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
 from mergekit_lit.stages.refits import delta2_by_refits, refits_of
+from mergekit_lit.theory.blocks import blocks_of
 from mergekit_lit.theory.bound import Bound, bound
-from mergekit_lit.theory.coefficients import weigh
+from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.constants import Effort
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
 from mergekit_lit.theory.signatures import signatures
@@ -75,15 +76,17 @@ def bound_files(
     if calibration and needed:
         images = images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
     merged = merge_recipe(gathered, recipe, backbone, images)
+    coefficients = coefficients_of(gathered, merged)
     measured = None
     if tasks:
-        measured = measure_merge(gathered, merged, backbone, tasks, effort=effort)
+        blocks = [each for each in coefficients or () if isinstance(each, Block)]
+        measured = measure_merge(gathered, merged, backbone, tasks, effort=effort, blocks=blocks)
     stability = [read_measurements(path).get("stability") for path in paths]
     delta2 = None
     if refits:
         found_refits = [refits_of(path) for path in paths]
         delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
-    result = bound_of(gathered, merged, measured, stability, delta2=delta2)
+    result = bound_of(gathered, coefficients, measured, stability, delta2=delta2)
     record = Record(
         stage="bound",
         name=recipe.method,
@@ -109,9 +112,18 @@ def bound_files(
     return record
 
 
+def coefficients_of(experts: Experts, merged: Merged) -> Sequence[float] | Sequence[Block] | None:
+    """Return lambda of a merge, or by block where it differs; None if it is no sum of deltas."""
+    rows = merged.facts.get("coefficients_by_tensor")
+    if rows is not None:
+        return blocks_of(experts, rows)
+    found: Sequence[float] | None = merged.facts.get("coefficients")
+    return found
+
+
 def bound_of(
     experts: Experts,
-    merged: Merged,
+    coefficients: Sequence[float] | Sequence[Block] | None,
     measured: Measured | None,
     stability: Sequence[Mapping[str, Any] | None],
     *,
@@ -124,19 +136,19 @@ def bound_of(
 
     Args:
         experts: T experts.
-        merged: their merge.
+        coefficients: of their merge, as `coefficients_of` tells them.
         measured: what images tell; None for cards alone.
         stability: what `StabilityTwins` left for each expert, or None.
         delta2: Delta_M^2 of the merge, from its refits; None where nobody merged them.
     """
-    coefficients = merged.facts.get("coefficients")
     linear = coefficients is not None
     facts = [
         expert_facts(card, name, measured, twins)
         for card, name, twins in zip(experts.cards, experts.names, stability, strict=True)
     ]
-    chosen = coefficients if coefficients is not None else [1 / len(experts)] * len(experts)
-    return bound(facts, _merge_facts(facts, chosen, measured, linear=linear, delta2=delta2), chosen)
+    chosen = coefficients or [1 / len(experts)] * len(experts)
+    merge = _merge_facts(measured, linear=linear, delta2=delta2)
+    return bound(facts, merge, chosen)
 
 
 def expert_facts(
@@ -162,6 +174,7 @@ def expert_facts(
         eps2=eps2,
         eps2_path=None if card.eps_path is None else card.eps_path**2,
         eps2_head=eps2_head,
+        base_loss=measured.base.losses[name] if measured else None,
         train_loss=measured.train[name]["loss"] if measured else None,
         lr=card.lr,
         adaptive=card.optimizer not in (None, "sgd"),
@@ -179,23 +192,12 @@ def _stability(card: Card, twins: Mapping[str, Any] | None) -> tuple[float | Non
     return None, head
 
 
-def _merge_facts(
-    facts: Sequence[ExpertFacts],
-    coefficients: Sequence[float],
-    measured: Measured | None,
-    *,
-    linear: bool,
-    delta2: float | None,
-) -> MergeFacts:
+def _merge_facts(measured: Measured | None, *, linear: bool, delta2: float | None) -> MergeFacts:
     if measured is None:
         return MergeFacts(linear=linear, delta2_of_merge=delta2)
-    w = weigh(coefficients, [one.travel for one in facts]).w
-    surrogate = measured.base.surrogate2
-    losses = list(measured.base.losses.values())
     return MergeFacts(
         smoothness=measured.smoothness.secant,
-        surrogate_at_base=sum(a * b for a, b in zip(w, losses, strict=True)) if w else None,
-        surrogate_gradient2=surrogate.value if surrogate else None,
+        gram=measured.base.gram,
         merged_gradient2=measured.merged.gradient2.value,
         sample_gradient2=measured.sample_gradient2.value,
         linear=linear,

@@ -13,7 +13,7 @@ from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.recalibration import task_statistics
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.stages.evaluate import evaluate_models
-from mergekit_lit.theory.coefficients import weigh
+from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.constants import (
     AtPoint,
     Effort,
@@ -22,7 +22,6 @@ from mergekit_lit.theory.constants import (
     measure_sample_gradients,
     measure_smoothness,
 )
-from mergekit_lit.theory.facts import effective_travel
 from mergekit_lit.theory.heterogeneity import Estimate
 from mergekit_lit.theory.objective import Objective
 from mergekit_lit.theory.signatures import Symptoms
@@ -56,6 +55,7 @@ def measure_merge(
     tasks: Sequence[TaskData],
     *,
     effort: Effort,
+    blocks: Sequence[Block] = (),
 ) -> Measured:
     """Measure losses, gradients and curvature at the base and at the merge.
 
@@ -65,6 +65,7 @@ def measure_merge(
         backbone: a module of the architecture; never changed.
         tasks: the images of each, as the experts saw them.
         effort: how much is looked at.
+        blocks: of the parameters, where the merge's coefficients differ.
 
     Raises:
         ValueError: the merge makes each task a model of its own.
@@ -79,27 +80,27 @@ def measure_merge(
     calibration = calibration_on(images, experts, backbone=backbone, split="train")
     moving = experts.merged_names()
     p = [1 / len(experts)] * len(experts)
-    coefficients = merged.facts.get("coefficients")
-    w = None
-    if coefficients is not None:
-        w = weigh(coefficients, [effective_travel(card) for card in experts.cards]).w
     at_base = objectives_at_base(experts, backbone, tasks, calibration)
     at_merge = objectives_at_merge(experts, merged, calibration)
     base = {name: experts.base[name].float() for name in moving}
     weights = {name: merged.shared[name].float() for name in moving}
-    scores = {
-        split: evaluate_models(backbone, {"merged": merged}, tasks, split=split)["merged"]["tasks"]
+    train, test = (
+        _losses(
+            evaluate_models(backbone, {"merged": merged}, tasks, split=split)["merged"]["tasks"]
+        )
         for split in ("train", "test")
-    }
+    )
+    names = {block.name: block.tensors for block in blocks}
+    losses = {task: row["loss"] for task, row in train.items()}
     return Measured(
-        base=measure_point(at_base, base, calibration, p=p, w=w, effort=effort),
-        merged=measure_point(at_merge, weights, calibration, p=p, w=w, effort=effort),
+        base=measure_point(at_base, base, calibration, p=p, effort=effort, blocks=names),
+        merged=measure_point(at_merge, weights, calibration, p=p, effort=effort, losses=losses),
         smoothness=measure_smoothness(at_merge, base, weights, experts, calibration, effort=effort),
         sample_gradient2=measure_sample_gradients(
             at_merge, weights, calibration, p=p, effort=effort
         ),
-        test=_losses(scores["test"]),
-        train=_losses(scores["train"]),
+        test=test,
+        train=train,
     )
 
 

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mergekit_lit.theory.coefficients import Weighing, weigh
+from mergekit_lit.theory.coefficients import Block, Weighing, weigh, weigh_blocks
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, check_facts
 from mergekit_lit.theory.terms import (
     LARGEST_TRAVEL,
@@ -18,10 +18,11 @@ from mergekit_lit.theory.terms import (
     generalization,
     merged_gradient,
     merged_noise,
+    mismatch,
     progress,
 )
 
-TOTAL = ("progress", "drift", "merged_noise", "divergence", "generalization")
+TOTAL = ("progress", "drift", "mismatch", "merged_noise", "divergence", "generalization")
 """The terms that add up to the total."""
 
 
@@ -47,13 +48,13 @@ class Bound:
 def bound(
     experts: Sequence[ExpertFacts],
     merge: MergeFacts,
-    coefficients: Sequence[float],
+    coefficients: Sequence[float] | Sequence[Block],
     *,
     p: Sequence[float] | None = None,
 ) -> Bound:
     """Return every term of the excess-error bound of a merge, each with its provenance.
 
-    E[F(x_avg) - F*] <= progress + drift + merged noise + divergence + generalization, with
+    E[F(x_avg) - F*] <= progress + drift + mismatch + merged noise + divergence + generalization
 
         progress        F~_S(x0) - (A_eff / 4) ||grad F~_S(x0)||^2
         drift           (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the measured
@@ -67,11 +68,25 @@ def bound(
     vacuous elsewhere. ||grad F_S(x_avg)||^2, the source's own optimization error, is a term by
     itself. A total is given only if each of its terms is known.
 
+    Coefficients lambda_i^l that differ by block l of the parameters: block l moves by A_l =
+    sum_i lambda_i^l s_i down the objective with shares w_i^l = lambda_i^l s_i / A_l. The descent
+    lemma, block by block (A_l L <= 1/2), gives
+
+        progress        F~_S(x0) - sum_l (A_l / 4) ||grad^l F~_S(x0)||^2, F~ by the mean lambda_i
+        mismatch        sum_l (A_l / 2) (2 sqrt(D_l) M_l + M_l^2), M_l the gradient's difference
+                        between the block's own objective and F~; 0 where all blocks agree
+
+    and in the other terms the mean of lambda_i^l over the blocks in the place of lambda_i, the mean
+    of its square in that of lambda_i^2. That is proved for a Hessian without entries between blocks
+    and for each block's own d_i^2, sigma_i^2 and eps_i^2; that a block's part of these is its part
+    m_i^l of ||tau_i||^2 is our assumption. Without either, those terms are at most what the largest
+    lambda_i^l gives, which their notes tell.
+
     Args:
         experts: T experts.
         merge: of the merge and the loss.
-        coefficients: lambda_i. Theory takes them to be at least 0 with sum 1; other merges are our
-            extension, and said so.
+        coefficients: lambda_i, or blocks with theirs. Theory takes them to be at least 0 with sum
+            1; other merges are our extension, and said so.
         p: weights of the tasks in the target; None for 1/T each.
 
     Raises:
@@ -81,11 +96,12 @@ def bound(
     (arXiv:2006.08157) and Wang et al. 2020 (arXiv:2007.07481).
     """
     check_facts(experts, merge)
-    weighing = weigh(coefficients, [expert.travel for expert in experts], p=p)
+    weighing = _weighing(coefficients, [expert.travel for expert in experts], p)
     terms = [
-        progress(weighing, merge),
+        progress(weighing, experts, merge),
         drift(weighing, experts, merge),
         drift_in_closed_form(weighing, experts, merge),
+        mismatch(weighing, experts, merge),
         merged_noise(weighing, experts, merge),
         merged_gradient(merge),
         divergence(weighing, experts),
@@ -93,7 +109,7 @@ def bound(
         delta_by_refits(merge),
         delta_by_path(weighing, experts),
     ]
-    named = {term.name: term for term in terms}
+    named = {term.name: term for term in terms} | _limited(terms, weighing, experts, merge)
     named |= generalization(weighing, experts, merge, named["delta2"])
     parts = [named[name].value for name in TOTAL]
     known = [part for part in parts if part is not None]
@@ -106,15 +122,46 @@ def bound(
     )
 
 
+def _weighing(
+    coefficients: Sequence[float] | Sequence[Block],
+    travels: Sequence[float | None],
+    p: Sequence[float] | None,
+) -> Weighing:
+    blocks = [each for each in coefficients if isinstance(each, Block)]
+    if blocks:
+        return weigh_blocks(blocks, travels, p=p)
+    return weigh([each for each in coefficients if not isinstance(each, Block)], travels, p=p)
+
+
+def _limited(
+    terms: Sequence[Term], weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts
+) -> dict[str, Term]:
+    """Return the terms that take means over blocks, with what they are at most in their notes."""
+    if not weighing.blocks:
+        return {}
+    most = weigh(weighing.largest, [expert.travel for expert in experts], p=weighing.p)
+    largest = [of(most, experts, merge) for of in (drift, merged_noise, delta)]
+    limits = {term.name: term.value for term in largest if term.value is not None}
+    return {
+        term.name: replace(
+            term, note=f"by parts of the displacement; at most {limits[term.name]:.3g}"
+        )
+        for term in terms
+        if term.name in limits and merge.linear
+    }
+
+
 def _violated(
     weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts
 ) -> tuple[str, ...]:
     """Return the assumptions that do not hold, one sentence each."""
     found = []
-    total = math.fsum(weighing.coefficients)
-    if min(weighing.coefficients) < 0 or not math.isclose(total, 1.0, rel_tol=1e-6):
+    rows = [each.coefficients for each in (weighing.blocks.values() or [weighing])]
+    sums = [math.fsum(row) for row in rows]
+    off = max(sums, key=lambda total: abs(total - 1.0))
+    if min(map(min, rows)) < 0 or not math.isclose(off, 1.0, rel_tol=1e-6):
         found.append(
-            f"Coefficients sum to {total:.3g}: the source takes them >= 0 with sum 1; this is our "
+            f"Coefficients sum to {off:.3g}: the source takes them >= 0 with sum 1; this is our "
             "extension."
         )
     if merge.smoothness is not None:
@@ -127,10 +174,9 @@ def _violated(
             found.append(
                 f"eta K L = {far * smooth:.3g} exceeds 0.306: the drift has no closed form."
             )
-        if weighing.a_eff is not None and weighing.a_eff * smooth > 0.5:
-            found.append(
-                f"A_eff L = {weighing.a_eff * smooth:.3g} exceeds 0.5: no progress is proved."
-            )
+        farthest = weighing.farthest
+        if farthest is not None and farthest * smooth > 0.5:
+            found.append(f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved.")
     if any(expert.adaptive for expert in experts):
         found.append("An adaptive optimizer has no steps that the data do not change.")
     return tuple(found)

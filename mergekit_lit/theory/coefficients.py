@@ -1,8 +1,26 @@
 """This file is what a merge's coefficients weigh: effective travel, shares, and divergences."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that one row of coefficients moves, where these differ by layer.
+
+    Attributes:
+        name: such as the layer group's.
+        coefficients: lambda_i^l of T experts.
+        moved: m_i^l = ||tau_i^l||^2 / ||tau_i||^2, the part of each expert's displacement that lies
+            here; over the blocks it sums to 1.
+        tensors: names of the parameters.
+    """
+
+    name: str
+    coefficients: Sequence[float]
+    moved: Sequence[float]
+    tensors: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -11,7 +29,8 @@ class Weighing:
 
     Attributes:
         p: weight of each task in the target, sum 1.
-        coefficients: lambda_i.
+        coefficients: lambda_i; where they differ by block their mean, sum_l m_i^l lambda_i^l.
+        squares: lambda_i^2, or sum_l m_i^l (lambda_i^l)^2.
         a_eff: sum_i lambda_i eta_i ||a_i||_1, the merge's own travel; None if a travel is unknown.
         w: lambda_i eta_i ||a_i||_1 / a_eff, the objective that the merge descends; None if unknown
             or if the travels cancel.
@@ -20,16 +39,35 @@ class Weighing:
         chi2_w: the same with q = w. None where it is unknown or a coefficient is not positive.
         tv_lambda: (1/2) sum_i |p_i - q_i| with q = lambda / sum lambda; None if they sum to 0.
         tv_w: the same with q = w.
+        moved: parts m_i of the experts' displacements that these coefficients move: all but for
+            those of a block.
+        blocks: by block the same for its own coefficients; empty where they do not differ.
     """
 
     p: tuple[float, ...]
     coefficients: tuple[float, ...]
+    squares: tuple[float, ...]
     a_eff: float | None
     w: tuple[float, ...] | None
     chi2_lambda: float | None
     chi2_w: float | None
     tv_lambda: float | None
     tv_w: float | None
+    moved: tuple[float, ...]
+    blocks: Mapping[str, "Weighing"] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> tuple[float, ...]:
+        """The largest lambda_i^l of each expert over the blocks."""
+        rows = [block.coefficients for block in self.blocks.values()] or [self.coefficients]
+        return tuple(max(each) for each in zip(*rows, strict=True))
+
+    @property
+    def farthest(self) -> float | None:
+        """A_eff of the block that travels farthest."""
+        each = [block.a_eff for block in (self, *self.blocks.values())]
+        known = [a_eff for a_eff in each if a_eff is not None]
+        return max(known, default=None)
 
 
 def weigh(
@@ -65,12 +103,58 @@ def weigh(
     return Weighing(
         p=target,
         coefficients=tuple(coefficients),
+        squares=tuple(lam**2 for lam in coefficients),
         a_eff=a_eff,
         w=w,
         chi2_lambda=chi_square(target, q),
         chi2_w=chi_square(target, w),
         tv_lambda=total_variation(target, q),
         tv_w=total_variation(target, w),
+        moved=(1.0,) * count,
+    )
+
+
+def weigh_blocks(
+    blocks: Sequence[Block],
+    travels: Sequence[float | None],
+    *,
+    p: Sequence[float] | None = None,
+) -> Weighing:
+    """Return the weighing of a merge whose coefficients differ by block of parameters.
+
+    A_eff, w and the divergences are those of the mean coefficients, with each block's own beside
+    them. Blocks of equal coefficients give what `weigh` gives, however the parameters are cut.
+
+    Args:
+        blocks: whose parameters are all that the merge moves.
+        travels: as of `weigh`.
+        p: as of `weigh`.
+
+    Raises:
+        ValueError: as `weigh`; or parts of a displacement that do not sum to 1.
+
+    Source: our reconstruction.
+    """
+    parts = [math.fsum(each) for each in zip(*(block.moved for block in blocks), strict=True)]
+    if not parts or any(not math.isclose(part, 1.0, rel_tol=1e-6) for part in parts):
+        raise ValueError(
+            f"The blocks' parts of each expert's displacement must sum to 1, but sum to {parts!r}."
+        )
+
+    def mean(power: int) -> tuple[float, ...]:
+        rows = [
+            [m * lam**power for m, lam in zip(block.moved, block.coefficients, strict=True)]
+            for block in blocks
+        ]
+        return tuple(math.fsum(each) for each in zip(*rows, strict=True))
+
+    return replace(
+        weigh(mean(1), travels, p=p),
+        squares=mean(2),
+        blocks={
+            block.name: replace(weigh(block.coefficients, travels, p=p), moved=tuple(block.moved))
+            for block in blocks
+        },
     )
 
 

@@ -16,9 +16,11 @@ from mergekit_lit.theory.curvature import (
     secant_smoothness,
     top_eigenvalue,
 )
+from mergekit_lit.theory.facts import ALL, Gram
 from mergekit_lit.theory.heterogeneity import (
     Estimate,
     TaskGradients,
+    gradient_products,
     heterogeneity,
     mean_gradient_square,
     per_sample_square,
@@ -75,14 +77,14 @@ class AtPoint:
         noise: sigma_i^2, by task.
         zeta2: ||grad F_Si - grad F_S||^2, by task.
         gradient2: ||grad F_S(x)||^2, F_S = sum_i p_i F_Si.
-        surrogate2: ||grad F~_S(x)||^2, F~_S = sum_i w_i F_Si; None without shares w.
+        gram: <grad^l F_Si(x), grad^l F_Sj(x)> by block l of the parameters, (T, T) each.
     """
 
     losses: Mapping[str, float]
     noise: Mapping[str, Estimate]
     zeta2: Mapping[str, Estimate]
     gradient2: Estimate
-    surrogate2: Estimate | None
+    gram: Mapping[str, Gram]
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def measure_point(
     calibration: Calibration,
     *,
     p: Sequence[float],
-    w: Sequence[float] | None = None,
     effort: Effort,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    losses: Mapping[str, float] | None = None,
 ) -> AtPoint:
     """Return losses, gradient norms, noise and heterogeneity at one point.
 
@@ -117,8 +120,9 @@ def measure_point(
         weights: x.
         calibration: training images of each task.
         p: weights of the tasks in the target.
-        w: the merge's own shares; None where unknown.
         effort: how much is looked at.
+        blocks: names of the parameters of each block; None makes one of all.
+        losses: F_Si(x), where they are known already.
 
     Raises:
         ValueError: too few images for the micro-batches, or too many numbers for the memory.
@@ -126,12 +130,24 @@ def measure_point(
     gradients = task_gradients(objectives, weights, calibration, effort=effort)
     tasks = [objective.task for objective in objectives]
     return AtPoint(
-        losses={o.task: mean_loss(o, weights, calibration, effort) for o in objectives},
+        losses=losses or {o.task: mean_loss(o, weights, calibration, effort) for o in objectives},
         noise={task: task_noise(gradients, i) for i, task in enumerate(tasks)},
         zeta2={task: heterogeneity(gradients, i, p) for i, task in enumerate(tasks)},
         gradient2=mean_gradient_square(gradients, p),
-        surrogate2=None if w is None else mean_gradient_square(gradients, w),
+        gram={
+            name: gradient_products(gradients, _columns(weights, names))
+            for name, names in (blocks or {ALL: list(weights)}).items()
+        },
     )
+
+
+def _columns(weights: Params, names: Sequence[str]) -> list[slice]:
+    """Return where parameters lie in a flattened gradient."""
+    found, start = {}, 0
+    for name, tensor in weights.items():
+        found[name] = slice(start, start + tensor.numel())
+        start += tensor.numel()
+    return [found[name] for name in names]
 
 
 def task_gradients(

@@ -1,10 +1,17 @@
 """This file is what the bound takes: facts of each expert, of the merge and of the loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mergekit_lit.core.cards import Card
+
+Gram: TypeAlias = Sequence[Sequence[float]]
+"""Inner products of T vectors, (T, T)."""
+
+ALL = "all"
+"""The block of all parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,7 @@ class ExpertFacts:
         eps2: squared stability of the backbone, per replaced sample.
         eps2_path: its estimate along the path, uncalibrated; enters no total.
         eps2_head: of the head; 0 if frozen.
+        base_loss: F_Si(x0).
         train_loss: F_Si(x_avg), the merged model's on the task's training images.
         lr: peak learning rate, to judge eta L by.
         adaptive: whether the optimizer's steps depend on the data.
@@ -37,6 +45,7 @@ class ExpertFacts:
     eps2: float | None = None
     eps2_path: float | None = None
     eps2_head: float | None = 0.0
+    base_loss: float | None = None
     train_loss: float | None = None
     lr: float | None = None
     adaptive: bool = False
@@ -50,6 +59,8 @@ class MergeFacts:
         smoothness: L, joint over backbone and head.
         surrogate_at_base: F~_S(x0) = sum_i w_i F_Si(x0).
         surrogate_gradient2: ||grad F~_S(x0)||^2.
+        gram: <grad^l F_Si(x0), grad^l F_Sj(x0)> by block l of the parameters; `ALL` is the one
+            block of a merge whose coefficients do not differ.
         gradient_drift: avg over the path of ||grad F_Si(x_k) - grad F_Si(x0)||^2 by expert: the
             drift without L.
         merged_gradient2: ||grad F_S(x_avg)||^2.
@@ -61,6 +72,7 @@ class MergeFacts:
     smoothness: float | None = None
     surrogate_at_base: float | None = None
     surrogate_gradient2: float | None = None
+    gram: Mapping[str, Gram] | None = None
     gradient_drift: Sequence[float] | None = None
     merged_gradient2: float | None = None
     sample_gradient2: float | None = None

@@ -99,6 +99,32 @@ def heterogeneity(
     return mean_gradient_square(gradients, shares, level=level)
 
 
+def gradient_products(gradients: TaskGradients, columns: Sequence[slice]) -> list[list[float]]:
+    """Return <grad F_Si, grad F_Sj> of T tasks over some of the parameters, (T, T).
+
+    The U-statistic that `mean_gradient_square` is: w^T (products) w is its value for the weights w.
+
+    Args:
+        gradients: of T tasks, the same number K of micro-batches of each, at least 2.
+        columns: which of the P parameters.
+    """
+    tasks, count = len(gradients.rows), len(gradients.rows[0])
+    of_sums = torch.zeros(tasks, tasks, dtype=torch.float64)
+    alike = torch.zeros_like(of_sums)
+    # Tensor by tensor: the double of all gradients would not always fit.
+    for part in columns:
+        each = torch.stack([rows[:, part].double() for rows in gradients.rows])
+        of_sums += each.sum(1) @ each.sum(1).T
+        alike += each.flatten(1) @ each.flatten(1).T
+    products = (of_sums - alike) / (count * (count - 1))
+    for i, size in enumerate(gradients.sizes):
+        if size is not None:
+            square, squares = float(of_sums[i, i]), float(alike[i, i])
+            spread = gradient_moments(square, squares, count=count, batch=gradients.batch)
+            products[i, i] += spread.trace / size
+    return [[float(entry) for entry in row] for row in products]
+
+
 def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
     """Return G^2 = (1/n) sum_j ||grad f(x; z_j)||^2 with its normal interval.
 

@@ -3,6 +3,9 @@
 Symbols: T experts from x0; expert i took K_i steps of rate eta_i over batches of b_i from n_i
 samples, with effective step vector a_i; s_i = eta_i ||a_i||_1 is its travel. The merge is
 x_avg = x0 + sum_i lambda_i tau_i. `theory.coefficients.weigh` gives A_eff and w.
+
+Where coefficients differ by block l of the parameters, lambda_i stands for its mean over the
+expert's displacement and lambda_i^2 for the mean square (`weigh_blocks`).
 """
 
 import math
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mergekit_lit.theory.coefficients import Weighing
-from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
+from mergekit_lit.theory.facts import ALL, ExpertFacts, Gram, MergeFacts
 
 Provenance: TypeAlias = Literal["measured", "closed form", "vacuous", "unknown"]
 LARGEST_TRAVEL = 0.306
@@ -35,13 +38,70 @@ class Term:
     note: str = ""
 
 
-def progress(weighing: Weighing, merge: MergeFacts) -> Term:
-    """Return F~_S(x0) - (A_eff / 4) ||grad F~_S(x0)||^2."""
-    start, slope = merge.surrogate_at_base, merge.surrogate_gradient2
-    return _term(
-        "progress",
-        {"A_eff": weighing.a_eff, "F~_S(x0)": start, "||grad F~_S(x0)||^2": slope},
-        lambda a, f, g: f - a / 4 * g,
+def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return F~_S(x0) - sum_l (A_l / 4) ||grad^l F~_S(x0)||^2; without blocks A_l is A_eff."""
+    start = _weighted(weighing.w, [expert.base_loss for expert in experts])
+    # Until its callers give gradients and losses at the base, the two sums.
+    start = merge.surrogate_at_base if start is None else start
+    slope = _slope(weighing, merge)
+    if slope is None and merge.surrogate_gradient2 is not None and weighing.a_eff is not None:
+        slope = weighing.a_eff * merge.surrogate_gradient2
+    needs = {"A_eff": weighing.a_eff, "F_Si(x0)": start, "grad F_Si(x0)": slope}
+    return _term("progress", needs, lambda _, f, g: f - g / 4)
+
+
+def _slope(weighing: Weighing, merge: MergeFacts) -> float | None:
+    """Return sum_l A_l ||grad^l F~_S(x0)||^2."""
+    w, gram = weighing.w, merge.gram
+    if w is None or gram is None:
+        return None
+    blocks = weighing.blocks or {ALL: weighing}
+    return math.fsum((b.a_eff or 0.0) * _square(gram[name], w) for name, b in blocks.items())
+
+
+def mismatch(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return what it costs that each block descends an objective of its own; 0 without blocks.
+
+    sum_l (A_l / 2) (2 sqrt(D_l) M_l + M_l^2),  M_l = ||sum_i (w_i^l - w_i) grad^l F_Si(x0)||,
+    D_l = L^2 sum_i w_i^l m_i^l d_i^2, the drift within the block
+    """
+    if not weighing.blocks:
+        return Term("mismatch", 0.0, "closed form", "one coefficient an expert")
+    if min(min(block.coefficients) for block in weighing.blocks.values()) < 0:
+        return Term("mismatch", None, "unknown", "needs coefficients of at least 0")
+    gram, w, d2 = merge.gram or {}, weighing.w or (), [expert.d2 or 0.0 for expert in experts]
+
+    def of_blocks(smooth: float, *_: float) -> float:
+        return math.fsum(
+            _mismatch_of(block, gram[name], w, [smooth**2 * d for d in d2])
+            for name, block in weighing.blocks.items()
+        )
+
+    known = {
+        "L": merge.smoothness,
+        "A_eff": weighing.a_eff,
+        "d^2": _sum([expert.d2 for expert in experts]),
+        "gradients by block": None if merge.gram is None else 0.0,
+    }
+    return _term("mismatch", known, of_blocks)
+
+
+def _mismatch_of(block: Weighing, gram: Gram, w: Sequence[float], drifts: Sequence[float]) -> float:
+    """Return one block's part; a block that stays at the base has none."""
+    if not block.a_eff or block.w is None:
+        return 0.0
+    # A U-statistic of a squared norm may come out negative.
+    apart = math.sqrt(max(0.0, _square(gram, [a - b for a, b in zip(block.w, w, strict=True)])))
+    within = math.fsum(a * m * d for a, m, d in zip(block.w, block.moved, drifts, strict=True))
+    return block.a_eff / 2 * (2 * math.sqrt(within) * apart + apart**2)
+
+
+def _square(gram: Gram, weights: Sequence[float]) -> float:
+    """Return ||sum_i w_i v_i||^2 from the inner products of the v_i."""
+    return math.fsum(
+        a * b * entry
+        for a, row in zip(weights, gram, strict=True)
+        for b, entry in zip(weights, row, strict=True)
     )
 
 
@@ -71,6 +131,8 @@ def drift_in_closed_form(
     zeta~_i^2 <= 2 zeta_i^2 + 2 sum_j w_j zeta_j^2; for plain SGD the first sum is eta^2 (K - 1).
     """
     name, smooth = "drift_closed_form", merge.smoothness
+    if weighing.blocks:
+        return Term(name, None, "vacuous", "proved for one coefficient an expert")
     zeta = _weighted(weighing.w, [expert.zeta2 for expert in experts])
     parts = [_noise_on_the_way(expert) for expert in experts]
     noise = _weighted(weighing.w, parts)
@@ -109,8 +171,8 @@ def merged_noise(weighing: Weighing, experts: Sequence[ExpertFacts], merge: Merg
     parts = [
         None
         if expert.travel_squared is None or expert.noise is None or expert.batch is None
-        else lam**2 * expert.travel_squared * expert.noise / expert.batch
-        for lam, expert in zip(weighing.coefficients, experts, strict=True)
+        else square * expert.travel_squared * expert.noise / expert.batch
+        for square, expert in zip(weighing.squares, experts, strict=True)
     ]
     return _term(
         "merged_noise",
@@ -150,8 +212,8 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     parts = [
         None
         if expert.eps2 is None or expert.eps2_head is None
-        else p * (lam**2 * expert.eps2 + expert.eps2_head)
-        for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
+        else p * (square * expert.eps2 + expert.eps2_head)
+        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
     ]
     return _term("delta2", {"eps^2": _sum(parts)}, lambda d: d)
 
@@ -168,8 +230,8 @@ def delta_by_refits(merge: MergeFacts) -> Term:
 def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
     """Return Delta^2 with the path estimate of the backbones' stability in place of twins."""
     parts = [
-        None if expert.eps2_path is None else p * lam**2 * expert.eps2_path
-        for p, lam, expert in zip(weighing.p, weighing.coefficients, experts, strict=True)
+        None if expert.eps2_path is None else p * square * expert.eps2_path
+        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
     ]
     note = "an estimate of its size, not calibrated by twins; without the heads"
     return _term("delta2_by_path", {"eps_path": _sum(parts)}, lambda d: d, note)

@@ -80,14 +80,21 @@ def direct_gradients(opened):
 
 def test_gradients_over_all_images_are_exact(opened):
     _, calibration, objectives, weights = opened
+    names = list(weights)
+    blocks = {"first": names[:5], "rest": names[5:]}
     found = measure_point(
-        objectives, weights, calibration, p=[0.5, 0.5], w=[0.2, 0.8], effort=WHOLE
+        objectives, weights, calibration, p=[0.5, 0.5], effort=WHOLE, blocks=blocks
     )
     one, two = direct_gradients(opened)
     mean = (one + two) / 2
     assert found.gradient2.value == pytest.approx(float(mean.square().sum()), rel=1e-4)
-    weighed = 0.2 * one + 0.8 * two
-    assert found.surrogate2.value == pytest.approx(float(weighed.square().sum()), rel=1e-4)
+    size = sum(weights[name].numel() for name in names[:5])
+    for block, part in (("first", slice(0, size)), ("rest", slice(size, None))):
+        rows = torch.stack([one[part], two[part]])
+        gram = torch.tensor(found.gram[block], dtype=torch.float64)
+        torch.testing.assert_close(gram, rows @ rows.T, rtol=1e-3, atol=1e-8)
+    total = sum(torch.tensor(gram).sum() for gram in found.gram.values()) / 4
+    assert float(total) == pytest.approx(found.gradient2.value, rel=1e-6)
     expected = float((one - mean).square().sum())
     assert found.zeta2["dots"].value == pytest.approx(expected, rel=1e-4)
     samples = calibration.samples["dots"]
@@ -166,6 +173,24 @@ def test_a_merge_that_is_not_linear_asks_for_its_own_stability(experts):
     term = record.metrics["bound"]["terms"]["delta2"]
     assert (term["value"], term["note"]) == (None, "needs Delta_M^2 of refits")
     assert record.metrics["constants"] is None
+
+
+def test_coefficients_that_differ_by_layer_are_told_by_block(experts, tiny_suite):
+    """Equal ones by another way, LiNeS without a slope, are those of the average."""
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    plain = bound_files(experts, calibration=where, effort=LITTLE).metrics["bound"]
+    for beta in (0.0, 0.3):
+        recipe = Recipe(method="lines", config={"beta": beta})
+        record = bound_files(experts, recipe=recipe, calibration=where, effort=LITTLE)
+        told = record.metrics["bound"]
+        blocks = told["weighing"]["blocks"]
+        assert {"blocks.0", "blocks.1"} <= set(blocks)
+        rising = blocks["blocks.1"]["a_eff"] > blocks["blocks.0"]["a_eff"]
+        drifts = [one["terms"]["drift"]["value"] for one in (told, plain)]
+        assert (rising, drifts[0] == pytest.approx(drifts[1])) == (beta > 0, beta == 0)
+        if beta == 0:
+            assert told["total"] == pytest.approx(plain["total"], rel=1e-6)
+        assert (told["terms"]["mismatch"]["value"] > 1e-12) == (beta > 0)
 
 
 def test_refits_of_a_linear_merge_give_its_formula(experts):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mergekit_lit.theory.bound import TOTAL, bound
-from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
+from mergekit_lit.theory.coefficients import Block
+from mergekit_lit.theory.facts import ALL, ExpertFacts, MergeFacts
 from mergekit_lit.theory.travel import step_l1, step_l2_squared
 
 EXPERT = ExpertFacts(
@@ -20,12 +21,12 @@ EXPERT = ExpertFacts(
     zeta2=0.7,
     eps2=0.01,
     eps2_head=0.002,
+    base_loss=2.0,
     train_loss=1.5,
     lr=0.02,
 )
 MERGE = MergeFacts(
     smoothness=1.25,
-    surrogate_at_base=2.0,
     surrogate_gradient2=0.9,
     merged_gradient2=0.3,
     sample_gradient2=4.0,
@@ -64,11 +65,12 @@ def test_terms_by_hand():
 
 
 def test_a_total_needs_each_of_its_terms_and_says_what_is_missing():
-    for name in ("smoothness", "surrogate_at_base", "surrogate_gradient2"):
+    for name in ("smoothness", "surrogate_gradient2"):
         found = bound([EXPERT] * 2, dataclasses.replace(MERGE, **{name: None}), [0.5, 0.5])
         assert found.total is None
-    found = bound([dataclasses.replace(EXPERT, eps2=None)] * 2, MERGE, [0.5, 0.5])
-    assert found.total is None
+    for name in ("base_loss", "d2", "noise", "eps2"):
+        found = bound([dataclasses.replace(EXPERT, **{name: None})] * 2, MERGE, [0.5, 0.5])
+        assert found.total is None
     assert found.terms["delta2"].note == "needs eps^2"
     assert found.terms["generalization"].provenance == "unknown"
     assert found.terms["drift"].value is not None
@@ -81,7 +83,7 @@ def test_cards_alone_give_the_closed_forms():
         1 / 9 * 0.25 / (1 / 3) + 1 / 36 / (2 / 3) - 0, abs=1
     )
     known = [name for name, term in found.terms.items() if term.value is not None]
-    assert known == []
+    assert known == ["mismatch"]
     assert found.total is None
 
 
@@ -173,6 +175,101 @@ def test_constants_out_of_range_are_refused(expert, merge, message):
         bound([facts] * 2, dataclasses.replace(MERGE, **merge), [0.5, 0.5])
 
 
+OTHER = dataclasses.replace(EXPERT, travel=0.1, d2=0.2, train_loss=0.5, base_loss=1.0, eps2=0.03)
+GRAM = {"low": [[0.9, 0.2], [0.2, 0.6]], "high": [[0.3, 0.1], [0.1, 0.2]]}
+PARTS = {"low": (0.3, 0.8), "high": (0.7, 0.2)}
+
+
+def by_block(low, high, gram=GRAM):
+    """The bound of two experts whose coefficients are `low` in one block and `high` in another."""
+    rows = {"low": low, "high": high}
+    blocks = [Block(name, row, PARTS[name]) for name, row in rows.items()]
+    facts = dataclasses.replace(MERGE, gram=gram)
+    return bound([EXPERT, OTHER], facts, blocks)
+
+
+def test_equal_coefficients_in_every_block_give_the_global_terms():
+    both = [
+        [sum(pair) for pair in zip(*rows, strict=True)] for rows in zip(*GRAM.values(), strict=True)
+    ]
+    one = bound([EXPERT, OTHER], dataclasses.replace(MERGE, gram={ALL: both}), [0.3, 0.7])
+    many = by_block((0.3, 0.7), (0.3, 0.7))
+    assert many.terms["mismatch"].value == 0
+    for name in set(one.terms) - {"drift_closed_form", "delta2_by_refits", "delta2_by_path"}:
+        assert many.terms[name].value == pytest.approx(one.terms[name].value, rel=1e-12)
+    assert many.total == pytest.approx(one.total, rel=1e-12)
+
+
+def test_cutting_a_block_in_two_changes_nothing():
+    whole = by_block((0.2, 0.3), (0.5, 0.4))
+    rows = [
+        Block("low", (0.2, 0.3), PARTS["low"]),
+        Block("left", (0.5, 0.4), (0.5, 0.05)),
+        Block("right", (0.5, 0.4), (0.2, 0.15)),
+    ]
+    half = [[entry / 2 for entry in row] for row in GRAM["high"]]
+    gram = {"low": GRAM["low"], "left": half, "right": half}
+    cut = bound([EXPERT, OTHER], dataclasses.replace(MERGE, gram=gram), rows)
+    for name in TOTAL:
+        if name != "mismatch":
+            assert cut.terms[name].value == pytest.approx(whole.terms[name].value, rel=1e-12)
+    # The sum of the blocks' products of two norms is at most the product of the norms of the sums.
+    assert cut.terms["mismatch"].value <= whole.terms["mismatch"].value
+
+
+def test_blocks_by_hand():
+    found = by_block((0.2, 0.3), (0.5, 0.4))
+    terms = {name: term.value for name, term in found.terms.items()}
+    mean = [0.3 * 0.2 + 0.7 * 0.5, 0.8 * 0.3 + 0.2 * 0.4]
+    square = [0.3 * 0.2**2 + 0.7 * 0.5**2, 0.8 * 0.3**2 + 0.2 * 0.4**2]
+    a_eff = mean[0] * 0.2 + mean[1] * 0.1
+    assert found.weighing.a_eff == pytest.approx(a_eff)
+    drift = 1.25**2 / 2 * (0.2 * mean[0] * 0.5 + 0.1 * mean[1] * 0.2)
+    assert terms["drift"] == pytest.approx(drift)
+    assert terms["merged_noise"] == pytest.approx(1.25 * sum(square) * 0.004 * 3 / 8)
+    w = torch.tensor([mean[0] * 0.2 / a_eff, mean[1] * 0.1 / a_eff], dtype=torch.float64)
+    slope, apart = 0.0, 0.0
+    for name, row in (("low", (0.2, 0.3)), ("high", (0.5, 0.4))):
+        gram = torch.tensor(GRAM[name], dtype=torch.float64)
+        far = row[0] * 0.2 + row[1] * 0.1
+        own = torch.tensor([row[0] * 0.2 / far, row[1] * 0.1 / far], dtype=torch.float64)
+        slope += far * float(w @ gram @ w)
+        off = float((own - w) @ gram @ (own - w)) ** 0.5
+        inside = (
+            1.25
+            * sum(o * m * d for o, m, d in zip(own, PARTS[name], (0.5, 0.2), strict=True)) ** 0.5
+        )
+        apart += far / 2 * (2 * inside * off + off**2)
+    assert terms["progress"] == pytest.approx(float(2.0 * w[0] + w[1]) - slope / 4)
+    assert terms["mismatch"] == pytest.approx(apart)
+
+
+@pytest.mark.parametrize("name", ["drift", "merged_noise", "delta2"])
+def test_terms_grow_with_every_coefficient_and_stay_below_their_limits(name):
+    before = by_block((0.2, 0.3), (0.5, 0.4))
+    for low, high in (((0.25, 0.3), (0.5, 0.4)), ((0.2, 0.3), (0.5, 0.45))):
+        assert by_block(low, high).terms[name].value > before.terms[name].value
+    limit = bound([EXPERT, OTHER], MERGE, before.weighing.largest).terms[name].value
+    assert before.terms[name].value < limit
+    assert f"at most {limit:.3g}" in before.terms[name].note
+
+
+def test_a_block_that_stays_at_the_base_costs_nothing_and_gains_nothing():
+    found = by_block((0.0, 0.0), (0.5, 0.5))
+    assert found.weighing.blocks["low"].a_eff == 0
+    assert found.weighing.coefficients == pytest.approx((0.35, 0.1))
+    assert found.total is not None
+
+
+def test_blocks_say_what_they_lack():
+    assert by_block((0.2, 0.3), (0.5, 0.4), gram=None).terms["mismatch"].provenance == "unknown"
+    assert by_block((-0.2, 0.3), (0.5, 0.4)).total is None
+    text = " ".join(by_block((0.5, 0.5), (0.9, 0.9)).violated)
+    assert "sum to 1.8" in text
+    with pytest.raises(ValueError, match="must sum to 1, but sum to"):
+        bound([EXPERT], MERGE, [Block("low", (0.5,), (0.4,))])
+
+
 class Quadratics:
     """T tasks, f_i(x; z) = (x - z)^T A_i (x - z) / 2 on n samples z; many runs at once."""
 
@@ -204,15 +301,15 @@ class Quadratics:
     def gradients(self, x, z):
         return torch.einsum("tde,rtne->rtnd", self.a, x[:, :, None] - z)
 
-    def train(self, z, picks, lr, momentum):
-        """SGD from 0; `picks` (steps, runs, tasks, batch). Returns x_K, and the sum of a d^2."""
+    def train(self, z, picks, lr, momentum, part=slice(None)):
+        """SGD from 0; `picks` (steps, runs, tasks, batch). Returns x_K, and ||x_k - x_0||^2."""
         runs, tasks, _, dim = z.shape
         x = torch.zeros(runs, tasks, dim, dtype=torch.float64)
         v = torch.zeros_like(x)
         squares = []
         for at in picks:
             taken = torch.gather(z, 2, at[..., None].expand(-1, -1, -1, dim))
-            squares.append(x.square().sum(2))
+            squares.append(x[:, :, part].square().sum(2))
             v = momentum * v + torch.einsum("tde,rtbe->rtbd", self.a, x[:, :, None] - taken).mean(2)
             x = x - lr * v
         return x, torch.stack(squares)
@@ -284,3 +381,52 @@ def test_it_holds_on_quadratics(seed, momentum):
     assert gap <= terms["generalization_by_loss"]
     assert terms["drift"] <= terms["drift_closed_form"]
     assert float(problem.population(merged).mean()) <= found.total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_holds_on_quadratics_whose_coefficients_differ_by_block(seed):
+    """Optimization alone: E F~_S(x_avg) by what each block is measured to have moved."""
+    problem = Quadratics(seed, apart=1.0 + seed)
+    halves = {"low": slice(0, 2), "high": slice(2, 4)}
+    problem.a[:, 0:2, 2:4] = problem.a[:, 2:4, 0:2] = 0.0
+    steps, batch, tasks = 8, 4, problem.tasks
+    smooth = float(torch.linalg.eigvalsh(problem.a).max())
+    draw = torch.rand(2, tasks, generator=problem.draw, dtype=torch.float64)
+    rows = dict(zip(halves, draw / draw.sum(1, keepdim=True), strict=True))
+    lr = 0.3 / (steps * smooth)
+    z = problem.samples()
+    picks = torch.randint(problem.n, (steps, problem.runs, tasks, batch), generator=problem.draw)
+    x, squares = problem.train(z, picks, lr, 0.0)
+    d2 = squares.mean((0, 1))
+    low = problem.train(z, picks, lr, 0.0, part=halves["low"])[1].mean((0, 1)) / d2
+    parts = {"low": low, "high": 1 - low}
+    merged = torch.cat(
+        [torch.einsum("t,rtd->rd", rows[name], x[:, :, half]) for name, half in halves.items()], 1
+    )
+    start = torch.zeros(problem.runs, 4, dtype=torch.float64)
+    each = problem.gradients(start[:, None].expand(-1, tasks, -1), z)
+    gradients = each.mean(2)
+    noise = (each - gradients[:, :, None]).square().sum(3).mean((0, 2))
+    losses = [problem.loss(at, z).mean(0) for at in (start, merged)]
+    experts = [
+        ExpertFacts(
+            travel=lr * steps,
+            travel_squared=lr**2 * steps,
+            d2=float(d2[i]),
+            batch=batch,
+            noise=float(noise[i]),
+            base_loss=float(losses[0][i]),
+        )
+        for i in range(tasks)
+    ]
+    gram = {
+        name: torch.einsum("rid,rjd->ij", gradients[:, :, half], gradients[:, :, half]).tolist()
+        for name, half in halves.items()
+    }
+    gram = {name: [[e / problem.runs for e in row] for row in rows] for name, rows in gram.items()}
+    blocks = [Block(n, tuple(rows[n].tolist()), tuple(parts[n].tolist())) for n in halves]
+    found = bound(experts, MergeFacts(smoothness=smooth, gram=gram), blocks)
+    w = torch.tensor(found.weighing.w, dtype=torch.float64)
+    terms = [found.terms[n].value for n in ("progress", "drift", "mismatch", "merged_noise")]
+    assert found.terms["mismatch"].value > 0
+    assert float(w @ losses[1]) <= sum(terms)
