@@ -16,6 +16,7 @@ from mergekit_lit.cli.train import tasks_of, train_made, train_parser
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import Start
 from mergekit_lit.lit.optimization import Optimization
 from mergekit_lit.search.sweeping.jobs import Config
 
@@ -44,9 +45,8 @@ class TrainJob:
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        parser = train_parser()
         values = merged_values(dict(self.given), {**nested(point), "out": "."})
-        config = flat(_plain(parser, values))
+        config = flat(_plain(_shared_parser(), values))
         if config["seed"] is not None:
             config["model.seed"] = config["seed"]
         return config
@@ -83,6 +83,7 @@ class TrainJob:
         parser = _shared_parser()
         made = instantiated(parser, parse_mapping(parser, nested(values)))
         made.data.task_data = _loaded(_images(config))
+        made.model.starts = _starts(_images(config))
         made.trainer.enable_progress_bar = False
         texts = {".yaml": yaml.safe_dump(nested(values), sort_keys=False)}
         train_made(made, texts, name=name)
@@ -163,6 +164,12 @@ def _loaded(data: str) -> TaskData:
     module = TaskDataModule(**given, root=Path(root) if root else None)
     module.setup()
     return module.task_data
+
+
+@lru_cache(maxsize=4)
+def _starts(data: str) -> dict[Hashable, Start]:  # noqa: ARG001 (of these images)
+    """Return where the runs of a worker share what they begin with."""
+    return {}
 
 
 def _images(config: Config) -> str:

@@ -1,6 +1,7 @@
 """This file is the fine-tuning of one expert: what a Trainer moves, and how."""
 
-from typing import cast
+from collections.abc import Hashable, MutableMapping
+from typing import TypeAlias, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import Batch
+from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.finetuning import Finetuning, FinetuningName, NormStatistics
 from mergekit_lit.lit.heads import Head, head_at, head_kind
@@ -24,6 +26,9 @@ from mergekit_lit.lit.recalibration import task_statistics
 from mergekit_lit.lit.sharpness import Ascent, check_trainer, statistics_kept
 from mergekit_lit.lit.tangent import Tangent
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base
+
+Start: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""BatchNorm statistics of a base on a task, and the head that was fitted under them."""
 
 
 class ExpertModule(LightningModule):
@@ -47,6 +52,8 @@ class ExpertModule(LightningModule):
         finetuning: what moves, and how.
         tangent: the tangent model of `linearised`, after `setup`; else None.
         adapter: the low-rank factors of `lora`, after `setup`; else None.
+        starts: where other modules of this process found statistics and heads that this one may
+            need too; None to share none.
         seed: the seed of everything random.
     """
 
@@ -132,6 +139,7 @@ class ExpertModule(LightningModule):
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
         self.tangent: Tangent | None = None
         self.adapter: LowRank | None = None
+        self.starts: MutableMapping[Hashable, Start] | None = None
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
         self.finetuning.check_fits(self.structure)
@@ -147,8 +155,8 @@ class ExpertModule(LightningModule):
             return
         data = self.data.task_data.start
         start = self.plain_backbone(self.base.params, self.trainer.strategy.root_device)
-        start.load_state_dict({**start.state_dict(), **task_statistics(start, data)})
-        head = head_at(start, data, self.head_spec, seed=self.seed)
+        statistics, head = self._start(start, data)
+        start.load_state_dict({**start.state_dict(), **statistics})
         self.head = Head(head, trained=self.head_kind == "trained")
         self.backbone.load_state_dict(start.state_dict())
         self.backbone.to(memory_format=self.memory)
@@ -240,6 +248,18 @@ class ExpertModule(LightningModule):
         """Return the optimizer over what is trained, and its schedule over K steps."""
         trained = (p for p in self.parameters() if p.requires_grad)
         return self.optimization.configured(trained, self.trainer.max_steps)
+
+    def _start(self, backbone: Backbone, data: TaskData) -> Start:
+        """Return the statistics of the base on the task and the head under them, found once."""
+        device = next(backbone.parameters()).device.type
+        seed = self.seed if self.head_kind == "trained" else 0
+        key = (self.base.content, data.split_hash, self.head_spec, seed, device)
+        starts = {} if self.starts is None else self.starts
+        if key not in starts:
+            statistics = task_statistics(backbone, data)
+            backbone.load_state_dict({**backbone.state_dict(), **statistics})
+            starts[key] = statistics, head_at(backbone, data, self.head_spec, seed=self.seed)
+        return starts[key]
 
     def _adapted(self, params: Params) -> dict[str, Tensor]:
         """Return tensors of the backbone with low-rank steps, if any, added."""

@@ -12,7 +12,6 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_lit.core.records import plain
 from mergekit_lit.search.sweeping.axes import Axes, Point
 from mergekit_lit.search.sweeping.jobs import Config, Job
 
@@ -115,7 +114,7 @@ class _Typed:
         changed = {key: self._value(kind, point, key) for key in point}
         for config in self._job.separate({**base, **changed}):
             identity, steps = self._job.identity(config)
-            text = json.dumps([self._job.stage, plain(identity)], sort_keys=True)
+            text = json.dumps([self._job.stage, identity], sort_keys=True)
             name = hashlib.sha256(text.encode()).hexdigest()[:_NAME_LENGTH]
             differs = {key: value for key, value in config.items() if value != base.get(key)}
             yield Run(name, place, differs, steps)
