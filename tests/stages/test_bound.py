@@ -186,11 +186,11 @@ def test_coefficients_that_differ_by_layer_are_told_by_block(experts, tiny_suite
         blocks = told["weighing"]["blocks"]
         assert {"blocks.0", "blocks.1"} <= set(blocks)
         rising = blocks["blocks.1"]["a_eff"] > blocks["blocks.0"]["a_eff"]
-        drifts = [one["terms"]["drift"]["value"] for one in (told, plain)]
-        assert (rising, drifts[0] == pytest.approx(drifts[1])) == (beta > 0, beta == 0)
+        noise = [one["terms"]["merged_noise"]["value"] for one in (told, plain)]
+        assert (rising, noise[0] / noise[1] == pytest.approx(1)) == (beta > 0, beta == 0)
         if beta == 0:
             assert told["total"] == pytest.approx(plain["total"], rel=1e-6)
-        assert (told["terms"]["mismatch"]["value"] > 1e-12) == (beta > 0)
+        assert told["terms"]["mismatch"]["provenance"] == "measured"
 
 
 def test_refits_of_a_linear_merge_give_its_formula(experts):
