@@ -41,7 +41,7 @@ from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import bound
 from mergekit_lit.theory.constants import Effort
-from mergekit_lit.theory.facts import MergeFacts
+from mergekit_lit.theory.facts import ALL, MergeFacts
 
 Losses: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Scores by task."""
@@ -260,15 +260,14 @@ def terms_of(
             expert_facts(card, task, None, None),
             eps2=None if card.eps_path is None else card.eps_path**2,
             zeta2=apart,
+            base_loss=base[task]["loss"],
             train_loss=merged[task]["loss"],
         )
         for card, task, apart in zip(experts.cards, group, zeta2, strict=True)
     ]
     merge = MergeFacts(
         smoothness=around.smoothness,
-        # Experts of one configuration travelled alike: w_i = 1/N.
-        surrogate_at_base=statistics.fmean(base[task]["loss"] for task in group),
-        surrogate_gradient2=slopes.gradient2(group),
+        gram={ALL: slopes.of(group).tolist()},
         merged_gradient2=around.gradient2,
         sample_gradient2=around.sample_gradient2,
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from mergekit_lit.theory.constants import (
     measure_secant,
     task_gradients,
 )
-from mergekit_lit.theory.heterogeneity import mean_gradient_square
+from mergekit_lit.theory.heterogeneity import gradient_products, mean_gradient_square
 
 Matrix: TypeAlias = NDArray[np.float64]
 
@@ -84,25 +83,22 @@ class Slopes:
 
     Attributes:
         tasks: their names.
-        products: <grad F_Si(x0), grad F_Sj(x0)>, without bias, (T, T).
+        gram: <grad F_Si(x0), grad F_Sj(x0)>, without bias, (T, T).
     """
 
     tasks: tuple[str, ...]
-    products: Matrix
+    gram: Matrix
 
-    def gradient2(self, group: Sequence[str]) -> float:
-        """Return ||grad F_S(x0)||^2 of the mean loss of a group."""
-        return float(self._of(group).mean())
+    def of(self, group: Sequence[str]) -> Matrix:
+        """Return the products of a group's gradients."""
+        places = [self.tasks.index(task) for task in group]
+        return self.gram[np.ix_(places, places)]
 
     def zeta2(self, group: Sequence[str]) -> list[float]:
         """Return ||grad F_Si - grad F_S||^2 at x0 of each task of a group."""
-        products = self._of(group)
-        apart = products.diagonal() - 2 * products.mean(1) + products.mean()
+        gram = self.of(group)
+        apart = gram.diagonal() - 2 * gram.mean(1) + gram.mean()
         return [float(value) for value in apart]
-
-    def _of(self, group: Sequence[str]) -> Matrix:
-        places = [self.tasks.index(task) for task in group]
-        return self.products[np.ix_(places, places)]
 
 
 class Testbed:
@@ -162,7 +158,8 @@ class Testbed:
         objectives = objectives_at_base(experts, self.backbone, tasks, calibration)
         start = _moving(experts, experts.base)
         found = task_gradients(objectives, start, calibration, effort=effort)
-        return Slopes(tuple(experts.names), inner_products(found.rows))
+        gram = gradient_products(found, [slice(None)])
+        return Slopes(tuple(experts.names), np.array(gram))
 
     def around(self, experts: Experts, merged: Merged, effort: Effort) -> Around:
         """Return what the loss is like around a merge; secants are taken to two of its experts."""
@@ -201,25 +198,6 @@ def _moving(experts: Experts, params: Params) -> dict[str, Tensor]:
 def testbed_of(place: Place) -> Testbed:
     """Return the testbed of a place, loaded once in each process."""
     return Testbed(place)
-
-
-def inner_products(rows: Sequence[Tensor]) -> Matrix:
-    """Return <g_i, g_j> of the mean gradients of T tasks, without the noise of the samples.
-
-    g_i is the mean of K micro-batch gradients; tasks draw independently, and of one task only
-    different micro-batches are paired.
-
-    Args:
-        rows: K micro-batch gradients of each task, (K, P).
-    """
-    means = torch.stack([row.mean(0) for row in rows])
-    products = (means @ means.T).double()
-    for place, row in enumerate(rows):
-        count = len(row)
-        squares = float(row.double().square().sum())
-        own = float(products[place, place])
-        products[place, place] = (count**2 * own - squares) / (count * (count - 1))
-    return products.numpy()
 
 
 def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ...]]:
