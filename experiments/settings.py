@@ -1,10 +1,13 @@
 """This file shows what methods reach over their own parameters, beside task arithmetic, on val.
 
     python experiments/settings.py experiments/methods_embedded8.yaml --backbone vit
+    python experiments/settings.py experiments/methods_embedded8.yaml --backbone resnet \
+        --rows ties tsv_m regmean regmean_plus_plus --exclude conv1.weight
 
 Takes the experts of `experiments/methods.py` in `--out`. Every method is tried with each of the
 values below and a grid of scales; a line tells the best by mean normalised accuracy, and how far it
-is from the best task arithmetic, with the standard error of that difference over the images.
+is from the best task arithmetic, with the standard error of that difference over the images. What
+looks at training images has no scale, and is tried with its whole step made longer (`length`).
 """
 
 import argparse
@@ -17,15 +20,24 @@ import torch
 from methods import plan_of
 from omegaconf import OmegaConf
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.experts import Merged, load_expert
+from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.suites import load_suite
-from mergekit_lit.lit.recalibration import calibration_images, recalibrate
+from mergekit_lit.lit.recalibration import (
+    CALIBRATION_IMAGES,
+    calibration_images,
+    images_by_split,
+    recalibrate,
+    splits_needed,
+)
 from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.merging.patterns import select
 from mergekit_lit.search.stations import Plan
 from mergekit_lit.search.tuning.objective import Answers, objective_of
 from mergekit_lit.search.tuning.scores import Scorer, expert_rows
 from mergekit_lit.stages.opening import load_base_of
+from mergekit_lit.stages.recipes import Recipe, merge_recipe
 
 SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "task_arithmetic": {"scale": (0.05, 0.105, 0.15, 0.195, 0.25, 0.3, 0.37, 0.45, 0.6)},
@@ -41,7 +53,14 @@ SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "ridge": (1e-6, 1e-2, 1e-1),
         "scale": (0.195, 0.3, 0.45, 0.675, 1.05),
     },
+    "tsv_m": {"scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
+    "iso_c": {"scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
+    "regmean": {"off_diagonal": (0.0, 0.9), "length": (1.0, 1.5, 2.1)},
+    "regmean_plus_plus": {"off_diagonal": (0.0, 0.9), "length": (1.0, 1.5, 2.1)},
 }
+
+POLICY = "recalibrate-per-task"
+_ALONG = ("scale", "length")
 
 
 def main() -> None:
@@ -51,12 +70,13 @@ def main() -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", default=list(SPACES), choices=list(SPACES))
+    parser.add_argument("--exclude", nargs="+", default=[], help="tensors that stay the base's")
     parser.add_argument("--every", action="store_true", help="tell the best of every setting")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
-    bench = Bench(plan_of(settings, given.backbone, given.seed, given.out))
+    bench = Bench(plan_of(settings, given.backbone, given.seed, given.out), given.exclude)
     print("| method | values | best on val | beside task arithmetic |\n|---|---|---|---|")
     beside: Answers = {}
     for row in dict.fromkeys(["task_arithmetic", *given.rows]):
@@ -71,21 +91,22 @@ def main() -> None:
 
 
 def directions(space: Mapping[str, Sequence[Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the configurations of each combination of values that differ in the scale alone."""
-    own = {name: values for name, values in space.items() if name != "scale"}
+    """Yield the configurations of each combination of values that differ in the size alone."""
+    (size,) = space.keys() & set(_ALONG)
+    own = {name: values for name, values in space.items() if name != size}
     for values in product(*own.values()):
-        yield [{**dict(zip(own, values, strict=True)), "scale": s} for s in space["scale"]]
+        yield [{**dict(zip(own, values, strict=True)), size: s} for s in space[size]]
 
 
 class Bench:
     """The experts of one backbone and seed, and their validation images."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, exclude: Sequence[str]) -> None:
         paths = plan.expert_paths()
         self._backbone, base = load_base_of(paths, plan.backbone)
-        self._experts = in_memory(load_experts(paths, base=base))
+        self._experts = select(in_memory(load_experts(paths, base=base)), exclude=exclude)
         suite = load_suite(plan.suite)
-        tasks = [suite.task(task).load(plan.split) for task in plan.tasks]
+        self._tasks = tasks = [suite.task(task).load(plan.split) for task in plan.tasks]
         # As many as a search spends on a candidate's BatchNorm statistics.
         self._images = {t.name: calibration_images(t.train, t.name, count=128) for t in tasks}
         self._scorer = Scorer(self._backbone, tasks)
@@ -97,14 +118,26 @@ class Bench:
     ) -> tuple[float, dict[str, Any], Answers]:
         """Return the best score of some configurations, which it is of, and its answers."""
         found = []
-        for config, merged in zip(
-            configs, merge_many(self._experts, row.split(",")[0], configs), strict=True
-        ):
+        merges = self._merges(row.split(",")[0], configs)
+        for config, merged in zip(configs, merges, strict=True):
             whole = recalibrate(merged, self._images, backbone=self._backbone, per_task=True)
             outcomes = self._scorer.outcomes(whole)
             answers = {task: self._objective.answers(of) for task, of in outcomes.items()}
             found.append((self._objective.of(outcomes), config, answers))
         return max(found, key=lambda each: each[0])
+
+    def _merges(self, method: str, configs: Sequence[dict[str, Any]]) -> Iterator[Merged]:
+        """Yield the merge of each configuration."""
+        if MERGE_METHODS.get(method).facts["data"] == "none":
+            yield from merge_many(self._experts, method, configs)
+            return
+        needed = splits_needed(method, POLICY, self._experts.structure)
+        images = images_by_split(self._tasks, needed, count=CALIBRATION_IMAGES)
+        for config in configs:
+            own = {name: value for name, value in config.items() if name != "length"}
+            longer = ("lines", {"alpha": config["length"], "beta": 0.0})
+            recipe = Recipe(method=method, config=own, veneers=[longer], batch_norm=POLICY)
+            yield merge_recipe(self._experts, recipe, self._backbone, images)
 
     def difference(self, one: Answers, other: Answers) -> tuple[float, float]:
         """Return how much better the first is, and the standard error over the images."""
