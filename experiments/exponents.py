@@ -1,0 +1,236 @@
+"""This file is exponents of one factor at a time, and what is predicted of them.
+
+It is a module of `experiments/hyperparameters_report.py`, which says what is measured how.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mergekit_lit.reports.intervals import student_half_width
+
+Row: TypeAlias = Mapping[str, Any]
+Prediction: TypeAlias = float | tuple[float, float] | str | None
+"""An exponent, a range of exponents, a sign (`+`, `-`), or nothing."""
+
+TOLERANCE = 0.25
+"""How far an exponent may lie from a predicted one beside its interval, to agree with it."""
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What is predicted below one epoch and beyond it: by the source, and by our reconstruction."""
+
+    source: tuple[Prediction, Prediction] = (None, None)
+    ours: tuple[Prediction, Prediction] = (None, None)
+
+
+def both(value: Prediction) -> tuple[Prediction, Prediction]:
+    """Return the same prediction below one epoch and beyond."""
+    return value, value
+
+
+PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
+    "learning rate": {
+        "test loss": Predicted(both("+"), (None, "+")),
+        "train loss": Predicted(ours=(None, "+")),
+        "gap": Predicted(both("+"), both("+")),
+        "eps_path": Predicted(both(2.0), both(1.0)),
+        "displacement": Predicted(ours=both(1.0)),
+        "drift": Predicted(ours=both(3.0)),
+        "merged noise": Predicted(ours=both(2.0)),
+        "generalization_path": Predicted(both("+"), both(1.0)),
+        "merged gradient": Predicted(),
+    },
+    "batch": {
+        "test loss": Predicted(both("-"), both("-")),
+        "gap": Predicted(both("+"), ("-", None)),
+        "eps_path": Predicted(both(1.0), (-0.5, 0.0)),
+        "displacement": Predicted(),
+        "drift": Predicted(ours=both("-")),
+        "merged noise": Predicted(ours=both(-1.0)),
+        "merged gradient": Predicted(both("-")),
+    },
+    "effective steps": {
+        "train loss": Predicted(),
+        "test loss": Predicted(),
+        "gap": Predicted(both("+"), both("+")),
+        "eps_path": Predicted(both("+"), (0.5, 1.0)),
+        "displacement": Predicted(ours=both((0.5, 1.0))),
+        "drift": Predicted(ours=both((2.0, 3.0))),
+        "merged noise": Predicted(ours=both(1.0)),
+        "generalization_path": Predicted(both("+"), (0.5, 1.0)),
+        "merged gradient": Predicted(both("-")),
+    },
+    "training images": {
+        "test loss": Predicted(both("-"), both("-")),
+        "gap": Predicted(both("-"), both("-")),
+        "eps_path": Predicted(both("-"), (-0.5, -1.0)),
+        "generalization_path": Predicted(both("-"), (-0.5, -1.0)),
+    },
+    "tasks": {
+        "train loss": Predicted(both("+"), both("+")),
+        "test loss": Predicted(both("+"), both("+")),
+        "gap": Predicted(ours=both("-")),
+        "delta_path": Predicted(ours=both(-1.0)),
+        "merged noise": Predicted(ours=both(-1.0)),
+    },
+}
+
+SIGNED = {"gap", "merged gradient"}
+"""Quantities that may be negative."""
+
+ACROSS: Mapping[str, Callable[[Row], float]] = {
+    "learning rate": lambda row: row["lr"],
+    "batch": lambda row: row["batch"],
+    "effective steps": lambda row: row["travel"] / row["lr"],
+    "training images": lambda row: row["n"],
+    "tasks": lambda row: row["size"],
+}
+QUANTITIES: Mapping[str, Callable[[Row], float]] = {
+    "train loss": lambda row: row["train_loss"],
+    "test loss": lambda row: row["test_loss"],
+    "gap": lambda row: row["gap"] - row["base_gap"],
+    "eps_path": lambda row: row["eps_path"],
+    "displacement": lambda row: row["displacement"],
+    "drift": lambda row: row["drift"],
+    "merged noise": lambda row: row["merged_noise"],
+    "generalization_path": lambda row: row["generalization_path"],
+    "delta_path": lambda row: row["delta2_path"] ** 0.5,
+    "merged gradient": lambda row: row["merged_gradient"],
+}
+# What stays at the centre while a factor varies.
+HELD = {
+    "learning rate": ("batch", "train_share"),
+    "batch": ("lr", "train_share"),
+    "effective steps": ("lr", "batch", "train_share"),
+    "training images": ("lr", "batch"),
+    "tasks": ("lr", "batch", "train_share"),
+}
+
+
+def grouped(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows by what they share, in the order in which it first comes."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def varying(rows: Sequence[Row], factor: str) -> list[Row]:
+    """Return the rows where only one factor is off the centre, of the groups that it is seen in."""
+    middle = centre(rows)
+    size = usual_size(rows)
+    return [
+        row
+        for row in rows
+        if all(row[name] == middle[name] for name in HELD[factor])
+        and (factor == "tasks" or row["size"] == size)
+    ]
+
+
+def centre(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the configuration that the others differ from in one factor: what most have."""
+    found = grouped(rows, "lr", "batch", "train_share")
+    names = ("lr", "batch", "train_share")
+    return {name: statistics.mode(key[i] for key in found) for i, name in enumerate(names)}
+
+
+def usual_size(rows: Sequence[Row]) -> float:
+    """Return the number of tasks of the groups that all configurations have."""
+    return statistics.mode(row["size"] for row in rows)
+
+
+def epochs(row: Row) -> float:
+    """Return how often the expert has seen each image."""
+    return float(row["steps"] * row["batch"] / row["n"])
+
+
+def measured(
+    rows: Sequence[Row], factor: str, quantity: str
+) -> tuple[float, tuple[float, float] | None] | None:
+    """Return the slope with its interval; None where the factor does not vary."""
+    kept = [row for row in rows if quantity in SIGNED or QUANTITIES[quantity](row) > 0]
+    seeds = grouped(kept, "seed").values()
+    draws = DRAWS if len(seeds) == 1 else 0
+    by_seed = [_slopes(each, factor, quantity, draws=draws) for each in seeds]
+    by_seed = [slopes for slopes in by_seed if np.isfinite(slopes[0])]
+    if not by_seed:
+        return None
+    first = [slopes[0] for slopes in by_seed]
+    mean = statistics.fmean(first)
+    if len(seeds) > 1 and len(first) > 1:
+        half = student_half_width(first)
+        return mean, (mean - half, mean + half)
+    # The merged gradient is measured once for all groups.
+    if quantity == "merged gradient" or not draws:
+        return mean, None
+    low, high = np.nanquantile(by_seed[0][1:], [0.025, 0.975])
+    return mean, (float(low), float(high))
+
+
+def _slopes(rows: Sequence[Row], factor: str, quantity: str, *, draws: int) -> list[float]:
+    """Return the slope of all groups, and of `draws` resamples of them.
+
+    Least squares with a level of its own for each group and number of steps; groups of one size are
+    resampled together. Of the number of steps itself, a level for each group; of the number of
+    tasks, one for each number of steps.
+    """
+    x = np.log([ACROSS[factor](row) for row in rows])
+    y = np.array([QUANTITIES[quantity](row) for row in rows])
+    y = y if quantity in SIGNED else np.log(y)
+    groups = sorted({(row["size"], row["group"]) for row in rows})
+    of_row = np.array([groups.index((row["size"], row["group"])) for row in rows])
+    levels = {"effective steps": ("group",), "tasks": ("steps",)}.get(factor, ("steps", "group"))
+    keys = sorted({tuple(row[name] for name in levels) for row in rows})
+    level = np.array([keys.index(tuple(row[name] for name in levels)) for row in rows])
+    generator = np.random.default_rng(0)
+    found = []
+    for draw in range(draws + 1):
+        counts = np.ones(len(groups)) if draw == 0 else _resampled(groups, generator)
+        found.append(_slope(x, y, level, counts[of_row]))
+    return found
+
+
+def _resampled(groups: Sequence[tuple[float, str]], generator: np.random.Generator) -> Any:
+    counts: list[float] = []
+    for _, each in groupby(groups, key=lambda group: group[0]):
+        size = len(list(each))
+        counts += list(generator.multinomial(size, np.full(size, 1 / size)))
+    return np.array(counts, dtype=float)
+
+
+def _slope(x: Any, y: Any, level: Any, weights: Any) -> float:
+    """Return the weighted least-squares slope within levels; NaN where x does not vary."""
+    total = np.bincount(level, weights)
+    total[total == 0] = 1.0
+    across = x - (np.bincount(level, weights * x) / total)[level]
+    up = y - (np.bincount(level, weights * y) / total)[level]
+    spread = float((weights * across**2).sum())
+    return float((weights * across * up).sum()) / spread if spread > 1e-9 else float("nan")
+
+
+def verdict(slope: float, bounds: tuple[float, float] | None, prediction: Prediction) -> str:
+    """Return whether a measured slope agrees with a prediction: `agree`, `disagree`, `undecided`.
+
+    A sign is undecided while the interval holds 0. An exponent agrees if it, or a number within
+    `TOLERANCE` of it, lies in the interval, and is undecided if the interval is wider than 1.
+    """
+    if prediction is None:
+        return ""
+    if bounds is None:
+        return "undecided"
+    low, high = bounds
+    if isinstance(prediction, str):
+        if low <= 0 <= high:
+            return "undecided"
+        return "agree" if (slope > 0) == (prediction == "+") else "disagree"
+    least, most = prediction if isinstance(prediction, tuple) else (prediction, prediction)
+    if low - TOLERANCE > most or high + TOLERANCE < least:
+        return "disagree"
+    return "undecided" if high - low > 1 else "agree"

@@ -1,0 +1,154 @@
+"""Tests of exponents, verdicts and tables of the sweep, on rows whose exponents are known."""
+
+import csv
+import math
+import sys
+
+import numpy as np
+import pytest
+
+GROUPS = ("a+b", "a+c", "b+c")
+
+
+@pytest.fixture(scope="module")
+def exponents(experiment):
+    return experiment("exponents")
+
+
+@pytest.fixture(scope="module")
+def script(experiment):
+    return experiment("hyperparameters_report")
+
+
+def row(seed=0, lr=0.01, batch=32.0, share=1.0, steps=10.0, group="a+b", noise=0.0):
+    """Return a row with eps ~ lr^2 steps, displacement ~ lr, and a loss that is U-shaped in lr."""
+    n = 1000.0 * share
+    level = 1.0 + GROUPS.index(group)
+    eps = level * lr**2 * steps * math.exp(noise)
+    return {
+        "backbone": "net",
+        "schedule": "constant",
+        "group": group,
+        "size": 2.0,
+        "seed": seed,
+        "lr": lr,
+        "batch": batch,
+        "train_share": share,
+        "steps": steps,
+        "n": n,
+        "travel": lr * steps,
+        "displacement": lr * level,
+        "eps_path": eps,
+        "drift": lr**3,
+        "merged_noise": lr**2 / batch,
+        "delta2_path": eps**2,
+        "generalization_path": eps,
+        "merged_gradient": -lr,
+        "total_path": lr,
+        "gap": 0.3 + lr,
+        "base_gap": 0.2,
+        "test_loss": 1 + math.log(lr / 0.01) ** 2,
+        "train_loss": 1.0,
+        "accuracy": 0.5,
+        "experts_train_loss": lr,
+        "experts_accuracy": 1 - lr,
+    }
+
+
+def rows_of(seeds=(0,), noise=0.0):
+    draw = np.random.default_rng(0)
+    return [
+        row(seed, lr, batch, share, steps, group, noise * draw.standard_normal())
+        for seed in seeds
+        for lr, batch, share in [
+            *((lr, 32.0, 1.0) for lr in (0.003, 0.01, 0.03)),
+            (0.01, 8.0, 1.0),
+            (0.01, 32.0, 0.5),
+        ]
+        for steps in (10.0, 20.0, 100.0)
+        for group in GROUPS
+    ]
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("factor", "quantity", "slope"),
+    [
+        ("learning rate", "eps_path", 2.0),
+        ("learning rate", "displacement", 1.0),
+        ("effective steps", "eps_path", 1.0),
+        ("batch", "merged noise", -1.0),
+        ("batch", "eps_path", 0.0),
+        ("training images", "eps_path", 0.0),
+    ],
+)
+def test_exponents_of_power_laws_are_exact(exponents, seeds, factor, quantity, slope):
+    rows = exponents.varying(rows_of(seeds), factor)
+    found, (low, high) = exponents.measured(rows, factor, quantity)
+    assert found == pytest.approx(slope, abs=1e-9)
+    assert low == pytest.approx(high, abs=1e-9)
+
+
+def test_the_interval_holds_the_truth_under_noise(exponents):
+    rows = exponents.varying(rows_of((0, 1, 2), noise=0.2), "learning rate")
+    found, (low, high) = exponents.measured(rows, "learning rate", "eps_path")
+    assert low < 2.0 < high
+    assert high - low < 1
+    assert low < found < high
+
+
+def test_a_factor_that_does_not_vary_has_no_exponent(exponents):
+    rows = [one for one in rows_of() if one["lr"] == 0.01]
+    assert (
+        exponents.measured(exponents.varying(rows, "learning rate"), "learning rate", "drift")
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("slope", "bounds", "prediction", "told"),
+    [
+        (1.0, (0.9, 1.1), 1.0, "agree"),
+        (1.0, (0.9, 1.1), 2.0, "disagree"),
+        (1.0, (0.2, 1.8), 1.0, "undecided"),
+        (0.7, (0.6, 0.8), (0.5, 1.0), "agree"),
+        (0.7, (0.6, 0.8), "+", "agree"),
+        (0.7, (0.6, 0.8), "-", "disagree"),
+        (0.7, (-0.6, 1.8), "-", "undecided"),
+        (0.7, None, "-", "undecided"),
+        (0.7, (0.6, 0.8), None, ""),
+    ],
+)
+def test_verdicts(exponents, slope, bounds, prediction, told):
+    assert exponents.verdict(slope, bounds, prediction) == told
+
+
+def test_a_regime_holds_only_what_lies_in_it(exponents):
+    assert exponents.epochs(row(steps=20.0)) == pytest.approx(0.64)
+    assert exponents.epochs(row(steps=20.0, share=0.5)) == pytest.approx(1.28)
+
+
+def test_tables_and_figures(script, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row()))
+        writer.writeheader()
+        writer.writerows(rows_of())
+    words = ["report", str(table), "--figures", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", words)
+    script.main()
+    told = capsys.readouterr().out
+    assert "### net, constant rate" in told
+    cells = ["learning rate", "below one epoch", "eps_path", "2.00 [2.00, 2.00]", "2", "agree"]
+    assert f"| {' | '.join([*cells, '1', 'disagree'])} |" in told
+    # log(0.003 / 0.01)^2 > 0 at both ends.
+    assert told.count("| 0.01 | U |") == 3
+    assert "| displacement (null) | 0.00 |" not in told
+    drawn = (tmp_path / "figures" / "hyperparameters_net_constant.svg").read_text()
+    assert "Merged test loss, by batch" in drawn
+
+
+def test_shapes(script):
+    assert script.shape({1: 3.0, 2: 2.0, 3: 1.0}) == "falls"
+    assert script.shape({1: 1.0, 2: 2.0, 3: 3.0}) == "rises"
+    assert script.shape({1: 3.0, 2: 2.0, 3: 3.0}) == "U"
