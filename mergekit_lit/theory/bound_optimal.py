@@ -1,6 +1,8 @@
 """This file is bound-aware merging: the method whose coefficients make the bound least."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.tensorfiles import floats
+from mergekit_lit.theory.blocks import layer_groups, moved_parts
 from mergekit_lit.theory.constants import (
     Effort,
     measure_point,
@@ -19,6 +22,7 @@ from mergekit_lit.theory.constants import (
 from mergekit_lit.theory.facts import effective_travel
 from mergekit_lit.theory.objective import Objective
 from mergekit_lit.theory.optimal import Landscape, Vector, optimum
+from mergekit_lit.theory.optimal_layers import Layers, best_rows
 
 
 @MERGE_METHODS.add(
@@ -33,12 +37,13 @@ def bound_optimal(
     experts: Experts,
     calibration: Calibration,
     *,
+    granularity: Literal["task", "layer"] = "task",
     travel: float | None = 1.0,
     micro_batches: int = 4,
     batch: int = 8,
     images: int = 32,
     seed: int = 0,
-) -> Tensor:
+) -> Tensor | dict[str, Tensor]:
     """Weigh the deltas so that the computable part of the excess-error bound is least.
 
     lambda = argmin_{lambda >= 0} surrogate loss at the base + drift + merged noise
@@ -51,6 +56,7 @@ def bound_optimal(
     Args:
         experts: T experts of one base, whose cards tell travel, path and noise.
         calibration: labelled training images of each task.
+        granularity: one coefficient for each `task`, or for each task and `layer` group.
         travel: A_eff as a multiple of the plain average's, > 0; null searches it from 0 to twice
             the average's, and returns zeros where no step is better than the base.
         micro_batches: of each task, for the gradient's norm, at least 2.
@@ -59,11 +65,11 @@ def bound_optimal(
         seed: of the choice of images.
 
     Returns:
-        Coefficients lambda, (T,).
+        Coefficients lambda, (T,); by tensor where they differ by layer.
 
     Source: our reconstruction of the bound of arXiv 2601.21690; travels after Wang et al. 2020,
     arXiv:2007.07481 (FedNova).
-    Differs: see `theory.optimal.optimum`.
+    Differs: see `theory.optimal.optimum` and `theory.optimal_layers.best_rows`.
     """
     if travel is not None and not 0 < travel < float("inf"):
         raise ValueError(f"`travel` must be positive and finite, or null, but is {travel!r}.")
@@ -72,16 +78,29 @@ def bound_optimal(
     effort = replace(asked, batch=max(1, min(batch, fewest // micro_batches)))
     travels = np.array([_known(experts, t) for t in range(len(experts))])
     average = float(travels.mean())
-    landscape = _landscape(experts, calibration, travels, effort)
     chosen = None if travel is None else travel * average
-    found = optimum(landscape, travel=chosen, most=2.0 * average)
-    return torch.from_numpy(found.coefficients)
+    groups = layer_groups(experts)
+    landscape, gram = _landscape(experts, calibration, travels, effort, groups)
+    if granularity == "task":
+        found = optimum(landscape, travel=chosen, most=2.0 * average)
+        return torch.from_numpy(found.coefficients)
+    moved = np.array(list(moved_parts(experts, groups).values()))
+    layers = Layers(whole=landscape, moved=moved, gram=gram)
+    rows = torch.from_numpy(best_rows(layers, travel=chosen, most=2.0 * average))
+    return {name: row for names, row in zip(groups.values(), rows, strict=True) for name in names}
 
 
 def _landscape(
-    experts: Experts, calibration: Calibration, travels: Vector, effort: Effort
-) -> Landscape:
-    """Return what the bound is made of, measured at the base and at the plain average."""
+    experts: Experts,
+    calibration: Calibration,
+    travels: Vector,
+    effort: Effort,
+    groups: Mapping[str, Sequence[str]],
+) -> tuple[Landscape, Vector]:
+    """Return what the bound is made of, and the products of the gradients by layer group.
+
+    They are measured at the base and at the plain average.
+    """
     names = experts.merged_names()
     base = {name: tensor.float() for name, tensor in floats(experts.base).items()}
     fixed = {**base, **calibration.statistics}
@@ -90,10 +109,10 @@ def _landscape(
     average = {name: start[name] + experts.deltas(name).mean(0).float() for name in names}
     p = np.full(len(experts), 1.0 / len(experts))
     shares = p.tolist()
-    at_base = measure_point(objectives, start, calibration, p=shares, effort=effort)
+    at_base = measure_point(objectives, start, calibration, p=shares, effort=effort, blocks=groups)
     smooth = measure_secant(objectives, start, average, experts, calibration, effort=effort)
     each = measure_sample_gradients(objectives, average, calibration, p=shares, effort=effort)
-    return Landscape(
+    landscape = Landscape(
         p=p,
         travel=travels,
         start=np.array([at_base.losses[task] for task in experts.names]),
@@ -105,6 +124,7 @@ def _landscape(
         gradient2=max(0.0, at_base.gradient2.value),
         sample_gradient2=each.value,
     )
+    return landscape, np.array([at_base.gram[group] for group in groups])
 
 
 def _known(experts: Experts, t: int) -> float:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.cli import main
 from mergekit_lit.core.calibration import Batch
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.experts import load_expert, load_merged
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.calibration import calibration_on
@@ -175,22 +175,28 @@ def test_a_merge_that_is_not_linear_asks_for_its_own_stability(experts):
     assert record.metrics["constants"] is None
 
 
-def test_coefficients_that_differ_by_layer_are_told_by_block(experts, tiny_suite):
-    """Equal ones by another way, LiNeS without a slope, are those of the average."""
+def test_coefficients_that_differ_by_layer_are_told_by_block(experts):
+    recipe = Recipe(method="lines", config={"beta": 0.3})
+    told = bound_files(experts, recipe=recipe).metrics["bound"]
+    blocks = told["weighing"]["blocks"]
+    assert blocks["blocks.1"]["a_eff"] > blocks["blocks.0"]["a_eff"]
+    assert blocks["blocks.0"]["coefficients"] == (0.5, 0.5)
+    assert told["terms"]["delta2"]["note"].startswith("by parts of the displacement; at most")
+    assert told["terms"]["mismatch"]["note"] == "needs L, gradients by block"
+
+
+@pytest.mark.slow
+def test_equal_coefficients_by_layer_are_bounded_as_the_average(experts, tiny_suite):
     where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
-    plain = bound_files(experts, calibration=where, effort=LITTLE).metrics["bound"]
-    for beta in (0.0, 0.3):
-        recipe = Recipe(method="lines", config={"beta": beta})
-        record = bound_files(experts, recipe=recipe, calibration=where, effort=LITTLE)
-        told = record.metrics["bound"]
-        blocks = told["weighing"]["blocks"]
-        assert {"blocks.0", "blocks.1"} <= set(blocks)
-        rising = blocks["blocks.1"]["a_eff"] > blocks["blocks.0"]["a_eff"]
-        noise = [one["terms"]["merged_noise"]["value"] for one in (told, plain)]
-        assert (rising, noise[0] / noise[1] == pytest.approx(1)) == (beta > 0, beta == 0)
-        if beta == 0:
-            assert told["total"] == pytest.approx(plain["total"], rel=1e-6)
-        assert told["terms"]["mismatch"]["provenance"] == "measured"
+    level = Recipe(method="lines", config={"beta": 0.0})
+    plain, told = (
+        bound_files(experts, recipe=recipe, calibration=where, effort=LITTLE).metrics["bound"]
+        for recipe in (None, level)
+    )
+    assert told["weighing"]["blocks"]
+    assert told["total"] == pytest.approx(plain["total"], rel=1e-6)
+    noise = [one["terms"]["merged_noise"]["value"] for one in (told, plain)]
+    assert noise[0] / noise[1] == pytest.approx(1)
 
 
 def test_refits_of_a_linear_merge_give_its_formula(experts):
@@ -244,6 +250,21 @@ def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite
     moved = sum(a * b for a, b in zip(coefficients, travels, strict=True))
     assert moved == pytest.approx(sum(travels) / 2)
     assert min(coefficients) >= 0
+
+
+def test_the_bound_s_own_merge_by_layer_travels_as_far(experts, tiny_suite, tmp_path):
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    recipe = Recipe(
+        method="bound_optimal", config={"granularity": "layer", "images": 4, "batch": 2}
+    )
+    result = merge_files(experts, out=tmp_path / "m.safetensors", recipe=recipe, calibration=where)
+    merged = load_merged(result.path)
+    rows = merged.facts.get("coefficients_by_tensor") or {"all": merged.facts["coefficients"]}
+    travels = [load_expert(path).card.travel for path in experts]
+    for row in rows.values():
+        assert min(row) >= 0
+    far = [sum(a * b for a, b in zip(row, travels, strict=True)) for row in rows.values()]
+    assert min(far) <= sum(travels) / 2 * (1 + 1e-6) <= max(far) * (1 + 2e-6)
 
 
 @pytest.mark.parametrize(
