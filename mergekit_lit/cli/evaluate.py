@@ -28,14 +28,12 @@ def options(*, json: bool = False) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = _parser()
+    parser = evaluate_parser()
     namespace = parse(parser, argv, positional="models")
     texts = config_texts(parser, argv, namespace, positional="models")
     made = vars(instantiated(parser, namespace))
     json = made.pop("json")
-    trainer, callbacks = explicit(vars(made.pop("trainer")))
-    with misconfiguration_told():
-        record = evaluate_files(**made, callbacks=callbacks, trainer=trainer)
+    record = evaluated(made)
     if is_first_process():
         if made["out"] is not None:
             write_config(texts, Path(made["out"]) / f"{record.name}.config")
@@ -46,7 +44,15 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def evaluated(made: dict[str, Any]) -> Record:
+    """Evaluate as the arguments of `evaluate_files` say, and return the record."""
+    trainer, callbacks = explicit(vars(made.pop("trainer")))
+    with misconfiguration_told():
+        return evaluate_files(**made, callbacks=callbacks, trainer=trainer)
+
+
+def evaluate_parser() -> ArgumentParser:
+    """Return the parser of `evaluate`."""
     parser = command_parser("evaluate", COMMANDS["evaluate"], usage=_USAGE)
     add_parameters(parser, evaluate_files, skip={"data", "trainer", "callbacks"})
     add_group(parser, MergeDataModule, "data")

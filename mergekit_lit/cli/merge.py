@@ -153,9 +153,7 @@ def veneers(given: Sequence[str | dict[str, Any]] | None) -> list[tuple[str, dic
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    chosen = MERGE_METHODS.get(method_named(argv))
-    flags = list(parameters(chosen.function))
-    parser = _parser(chosen.function, flags)
+    parser, flags = merge_parser(method_named(argv))
     namespace = parse(parser, argv, positional="experts")
     texts = config_texts(parser, argv, namespace, positional="experts")
     made = instantiated(parser, namespace)
@@ -163,7 +161,7 @@ def run(argv: Sequence[str]) -> int:
     if made.dry_run:
         _print_plan(_planned(made, recipe), as_json=made.json)
         return 0
-    result = _merged(made, recipe)
+    result = merged_files(made, recipe)
     write_config(texts, result.path.with_suffix(".config"))
     if made.json:
         print_json(vars(result.record))
@@ -180,8 +178,14 @@ def method_named(argv: Sequence[str]) -> str:
     return [name, *values_of(argv, "method")][-1]
 
 
-def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParser:
-    """Return the parser of `merge` with the flags of one method."""
+def merge_parser(method: str) -> tuple[ArgumentParser, list[str]]:
+    """Return the parser of `merge` with the flags of one method, and their names.
+
+    Raises:
+        KeyError: no such method.
+    """
+    function = MERGE_METHODS.get(method).function
+    flags = list(parameters(function))
     parser = command_parser("merge", COMMANDS["merge"], usage=_USAGE)
     ours = add_parameters(parser, merge, skip=set(flags) & {"seed"})
     clash = sorted(set(ours) & set(flags))
@@ -192,7 +196,7 @@ def _parser(function: Callable[..., Any], flags: Sequence[str]) -> ArgumentParse
         )
     add_method(parser, function)
     parser.add_function_arguments(calibration, "data")
-    return parser
+    return parser, flags
 
 
 def add_method(parser: ArgumentParser, function: Callable[..., Any]) -> None:
@@ -232,7 +236,8 @@ def recipe_of(made: Namespace, flags: Sequence[str]) -> Recipe:
     )
 
 
-def _merged(made: Namespace, recipe: Recipe) -> MergeResult:
+def merged_files(made: Namespace, recipe: Recipe) -> MergeResult:
+    """Merge the files that objects describe, as a recipe says."""
     return merge_files(
         made.experts,
         out=made.out,

@@ -10,6 +10,7 @@ import inspect
 import json
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -123,7 +124,8 @@ def parse_mapping(parser: ArgumentParser, values: dict[str, Any], *, source: str
     """
     check_keys(parser, values, source=source)
     try:
-        namespace: Namespace = parser.parse_object(_with_lists(parser, values))
+        # The parser types what lists hold where they are.
+        namespace: Namespace = parser.parse_object(_with_lists(parser, deepcopy(values)))
     except ArgumentError as error:
         raise ValueError(source + told(parser, str(error))) from None
     namespace.pop("config", None)

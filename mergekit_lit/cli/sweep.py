@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.jobs import TrainJob, nested
+from mergekit_lit.cli.dotted import nested
+from mergekit_lit.cli.evaluate import evaluate_parser
+from mergekit_lit.cli.merge import merge_parser
+from mergekit_lit.cli.merge_jobs import EvaluateJob, MergeJob, ScoreSplit
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import (
     add_parameters,
@@ -21,26 +24,32 @@ from mergekit_lit.cli.parsing import (
     load_yaml,
     parse_mapping,
     read,
+    values_of,
 )
 from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train import train_parser
+from mergekit_lit.cli.train_job import TrainJob
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.sweeping.axes import read_axes
+from mergekit_lit.search.sweeping.estimates import Estimate, estimate
+from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, run_sweep
+from mergekit_lit.search.sweeping.worker import Sweep
 
 _USAGE = "FILE.yaml [--out FOLDER] [--jobs N] [--dry_run] [--key VALUE of the job ...]"
-_JOBS = {"train": (TrainJob, train_parser)}
+_JOBS = ("evaluate", "merge", "train")
 _SOME_FAILED = 1
 
 
 # Each argument is one flag of the command line, hence so many.
-def options(
+def options(  # noqa: PLR0913
     *,
     out: Path,
     axes: dict[str, Any] | list[dict[str, Any]],
     job: str = "train",
+    score: ScoreSplit = "none",
     launcher: LauncherName = "local",
     jobs: int | None = None,
     retries: int = 2,
@@ -56,7 +65,9 @@ def options(
             every other), `{list: [...]}` (value by value with other lists), or
             `{random: {low: 1e-4, high: 1e-1, log: true, samples: 20, seed: 0}}`; or several such
             mappings in a list.
-        job: what is done at each point: `train`.
+        job: what is done at each point: `train`, `merge` or `evaluate`.
+        score: images of `data.suite` on which each merged model of `merge` is scored: `val` or
+            `test`; `none` merges alone.
         launcher: where workers run: `local`, on this machine.
         jobs: workers, each of one thread and with a core or GPU of its own; null for one a core.
         retries: how often a run that failed, or whose process died, is tried again; errors of input
@@ -74,17 +85,18 @@ def run(argv: Sequence[str]) -> int:
         return 0
     settings, given = _given(own, argv)
     made = parse_mapping(own, settings)
-    job = _JOBS[made.job][0](given)
+    job = _job(made, given)
     plan = plan_runs(read_axes(settings["axes"]), job)
     if made.dry_run:
-        _print_plan(plan, as_json=made.json)
+        sweep = Sweep(plan=plan, job=job, out=made.out, launch="")
+        _print_plan(estimate(sweep), as_json=made.json)
         return 0
     result = run_sweep(
         plan,
         job,
         out=made.out,
         launcher=made.launcher,
-        jobs=made.jobs or len(os.sched_getaffinity(0)),
+        jobs=len(os.sched_getaffinity(0)) if made.jobs is None else made.jobs,
         retries=made.retries,
         config=merged_values(given, settings),
         quiet=made.json,
@@ -103,6 +115,14 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _job(made: Namespace, given: dict[str, Any]) -> Job:
+    if made.job == "merge":
+        return MergeJob(given, made.score)
+    if made.score != "none":
+        raise ValueError(f"`score` must be left out of a sweep of {made.job!r}: it is of merges.")
+    return EvaluateJob(given) if made.job == "evaluate" else TrainJob(given)
+
+
 def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what file and flags say: the sweep's own values, and those of its job."""
     files = [word for word in argv if word.endswith((".yaml", ".yml"))]
@@ -111,7 +131,9 @@ def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], di
         values = merged_values(values, load_yaml(path.removeprefix("--config=")))
     if not files:
         raise ValueError("A sweep must be given as a YAML file: mergekit-lit sweep FILE.yaml.")
-    given = read(_of_both(own, str(values.get("job", "train"))), argv)
+    job = [str(values.get("job", "train")), *values_of(argv, "job")][-1]
+    method = [str(values.get("method", "average")), *values_of(argv, "method")][-1]
+    given = read(_of_both(own, job, method), argv)
     for word in given.positionals:
         if word not in files:
             raise ValueError(f"A sweep must be given as a YAML file, but {word!r} is none.")
@@ -123,11 +145,14 @@ def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], di
     return mine, {key: value for key, value in values.items() if key not in ours}
 
 
-def _of_both(own: ArgumentParser, job: str) -> ArgumentParser:
+def _of_both(own: ArgumentParser, job: str, method: str) -> ArgumentParser:
     """Return a parser that knows the flags of the job, and those of the sweep."""
     if job not in _JOBS:
         raise ValueError(unknown_name("job", job, _JOBS))
-    both = _JOBS[job][1]()
+    if job == "merge":
+        both, _ = merge_parser(method)
+    else:
+        both = evaluate_parser() if job == "evaluate" else train_parser()
     known = {action.dest for action in both._actions}
     for action in own._actions:
         if action.dest not in known:
@@ -135,12 +160,20 @@ def _of_both(own: ArgumentParser, job: str) -> ArgumentParser:
     return both
 
 
-def _print_plan(plan: Plan, *, as_json: bool) -> None:
-    told = {"runs": len(plan.runs), "results": plan.results, "shared": plan.shared}
+def _print_plan(plan: Estimate, *, as_json: bool) -> None:
     if as_json:
-        print_json(told)
+        print_json(plan.to_json())
         return
-    print_table([told], {name: name for name in told})
+    print(
+        f"{plan.runs:,} runs make {plan.results:,} results; {plan.shared:,} of them are "
+        f"trajectories that several step counts share. {plan.left:,} runs are left to do."
+    )
+    if plan.core_hours is None or plan.disk_mb is None:
+        print("What they cost is told when the first of them is done.")
+        return
+    hours = f"{plan.core_hours:,.2f} core-hours"
+    hours += f", {plan.gpu_hours:,.2f} GPU-hours" if plan.gpu_hours else ""
+    print(f"About {hours} and {plan.disk_mb:,.0f} MB of disk, by {plan.source}.")
 
 
 def _print(plan: Plan, result: SweepResult) -> None:

@@ -1,11 +1,29 @@
 """This file says what a sweep must know of the job that it repeats; the command line has them."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 Config: TypeAlias = dict[str, Any]
 """A complete configuration by dotted key, such as `model.lr`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run costs.
+
+    Attributes:
+        start_s: seconds of one core, whatever the number of steps.
+        step_s: seconds of one step.
+        result_bytes: of one expert or model on disk, with all that lies beside it.
+        on_gpu: whether a GPU is held meanwhile.
+    """
+
+    start_s: float
+    step_s: float = 0.0
+    result_bytes: float
+    on_gpu: bool = False
 
 
 class Job(Protocol):
@@ -46,3 +64,9 @@ class Job(Protocol):
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return the results in a run's folder: one row an expert or model, with its `file`."""
+
+    def cost_kind(self, config: Config) -> Hashable:
+        """Return what decides how long a step, or a run, takes."""
+
+    def trial(self, config: Config, folder: Path) -> Cost | None:
+        """Return what a run costs, measured on a short one; None where only the whole one tells."""

@@ -1,37 +1,42 @@
-"""This file is the jobs that a sweep can repeat: how each one's configuration is read and done."""
+"""This file is `train` as a sweep repeats it: a run is a trajectory, with an expert at each K."""
 
 import json
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from mergekit_lit.cli.dotted import nested, typed
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
-from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train import tasks_of, train_made, train_parser
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import Start
 from mergekit_lit.lit.optimization import Optimization
-from mergekit_lit.search.sweeping.jobs import Config
+from mergekit_lit.search.sweeping.jobs import Config, Cost
 
 # Where results go and how they are told: the sweep decides that, or it changes no result.
 _NOT_IN_NAMES = {
     *("checkpoint_every", "jobs", "json", "logger", "name", "out", "resume", "seed"),
     *("data.download", "data.root"),
 }
-# Groups of parameters of all jobs; the values of other keys may be mappings of their own.
-_GROUPS = ("data", "model", "trainer")
+_COSTLY = (
+    *("model.base", "model.image_size", "model.finetuning", "model.sam_radius", "data.batch"),
+    "trainer.accumulate_grad_batches",
+)
+_TRIAL_STEPS = (2, 8)
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """`train` as a sweep repeats it: a run is one trajectory of one task, with an expert a K.
+    """Trains one expert, or one at each of several K on the way.
 
     Attributes:
         given: what file and flags say, nested, without what is the sweep's own.
@@ -45,8 +50,7 @@ class TrainJob:
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        values = merged_values(dict(self.given), {**nested(point), "out": "."})
-        config = flat(_plain(_shared_parser(), values))
+        config = typed(_shared_parser(), self.given, {**point, "out": "."})
         if config["seed"] is not None:
             config["model.seed"] = config["seed"]
         return config
@@ -96,35 +100,30 @@ class TrainJob:
             for _, (file, card) in sorted(_steps_done(folder).items())
         ]
 
+    def cost_kind(self, config: Config) -> Hashable:
+        """Return network, batch and kind of training."""
+        return repr([config.get(key) for key in _COSTLY])
 
-def flat(values: Mapping[str, Any]) -> Config:
-    """Return nested values by dotted key; only groups of parameters are taken apart."""
-    config: Config = {}
-    for key, value in values.items():
-        if key in _GROUPS and isinstance(value, dict):
-            config |= {f"{key}.{name}": inner for name, inner in value.items()}
-        else:
-            config[key] = value
-    return config
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by dotted key as a file of parameters nests them."""
-    whole: dict[str, Any] = {}
-    for key, value in values.items():
-        *above, last = key.split(".")
-        inner = whole
-        for part in above:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
-    return whole
-
-
-def _plain(parser: ArgumentParser, values: dict[str, Any]) -> dict[str, Any]:
-    """Return typed values as YAML has them."""
-    namespace = parse_mapping(parser, values)
-    plain: dict[str, Any] = yaml.safe_load(parser.dump(namespace, skip_unset=False))
-    return plain
+    def trial(self, config: Config, folder: Path) -> Cost:
+        """Return what a run costs, by the difference of two trainings of a few steps."""
+        on_gpu = torch.cuda.is_available() and config["trainer.accelerator"] != "cpu"
+        clock = time.perf_counter if on_gpu else time.process_time
+        given = {**config, "model.warmup_steps": 0, "logger": "csv", "checkpoint_every": 0}
+        seconds: list[float] = []
+        for steps in (_TRIAL_STEPS[0], *_TRIAL_STEPS):
+            begun = clock()
+            self.execute(given, folder / str(len(seconds)), [steps])
+            seconds.append(clock() - begun)
+        # The first loads what a worker keeps.
+        _, few, many = seconds
+        step = max(0.0, many - few) / (_TRIAL_STEPS[1] - _TRIAL_STEPS[0])
+        size = sum(path.stat().st_size for path in (folder / "2").rglob("*") if path.is_file())
+        return Cost(
+            start_s=max(0.0, few - step * _TRIAL_STEPS[0]),
+            step_s=step,
+            result_bytes=size,
+            on_gpu=on_gpu,
+        )
 
 
 def _steps_done(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
