@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from omegaconf import OmegaConf
-from testbed import POLICY, Around, Place, Slopes, Testbed, groups_of, testbed_of
+from testbed import POLICY, Around, Place, Slopes, Testbed, csv_of, groups_of, testbed_of
 
 from mergekit_lit.core.experts import Experts, load_expert
 from mergekit_lit.core.files import read_json, write_text
@@ -34,7 +34,6 @@ from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound import expert_facts
 from mergekit_lit.stages.recipes import Recipe
@@ -115,7 +114,7 @@ def main() -> None:
     made = [run.record for run in runs if run.record.is_file()]
     rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
     table = given.out / f"{given.file.stem}.csv"
-    write_text(table, csv_of(rows))
+    write_text(table, csv_of(rows, (*_SETTINGS, "steps", "size", "group")))
     print(f"{len(rows)} rows in {table}", flush=True)
 
 
@@ -302,16 +301,6 @@ def _means(scores: Mapping[str, Losses], group: Sequence[str]) -> dict[str, floa
         "gap": statistics.fmean(test) - statistics.fmean(train),
         "accuracy": statistics.fmean(scores["test"][task]["accuracy"] for task in group),
     }
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a table: what was chosen first, numbers to five digits."""
-    first = (*_SETTINGS, "steps", "size", "group")
-    columns = [*first, *sorted(set(rows[0]) - set(first))] if rows else []
-    cells = [{name: row[name] for name in columns} for row in rows]
-    return csv_text(
-        [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in c.items()} for c in cells]
-    )
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from torch import Tensor
 from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
-from mergekit_lit.data.splits import SplitOptions, TaskData
+from mergekit_lit.data.splits import Images, SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.lit.recalibration import calibration_images, images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import load_base
+from mergekit_lit.reports.results import csv_text
 from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merge
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
@@ -120,11 +121,13 @@ class Testbed:
     def data(self, tasks: Iterable[str]) -> list[TaskData]:
         """Return the few images of each of the tasks."""
         for task in self._whole(tasks):
-            few = {
-                split: calibration_images(getattr(task, split), task.name, count=self._few)
-                for split in ("train", "val", "test")
-            }
-            self._kept.setdefault(task.name, replace(task, **few))
+            if task.name not in self._kept:
+                self._kept[task.name] = replace(
+                    task,
+                    train=self._few_of(task.train, task.name),
+                    val=self._few_of(task.val, task.name),
+                    test=self._few_of(task.test, task.name),
+                )
         return [self._kept[task] for task in tasks]
 
     def experts(self, files: Sequence[Path]) -> Experts:
@@ -176,6 +179,9 @@ class Testbed:
             each.value,
         )
 
+    def _few_of(self, images: Images, task: str) -> Images:
+        return calibration_images(images, task, count=self._few)
+
     def _whole(self, tasks: Iterable[str]) -> list[TaskData]:
         for task in tasks:
             if task not in self._data:
@@ -216,3 +222,13 @@ def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ..
         group = tuple(random.Random(next(seeds)).sample(list(tasks), size))
         distinct.setdefault(frozenset(group), group)
     return list(distinct.values())
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
+    """Return rows as a table: some columns first, the others by name, numbers to five digits."""
+    names = {name for row in rows for name in row}
+    columns = [*first, *sorted(names - set(first))]
+    cells = [{name: row.get(name) for name in columns} for row in rows]
+    return csv_text(
+        [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in c.items()} for c in cells]
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from omegaconf import OmegaConf
 
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
@@ -64,3 +65,27 @@ def vits(searched) -> Searched:
 @pytest.fixture(scope="session")
 def resnets(searched) -> Searched:
     return searched("timm/test_resnet@random:0")
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tiny_suite, tmp_path_factory) -> Path:
+    """A YAML of `experiments/hyperparameters.py`: two rates of a ResNet, two step counts."""
+    settings = {
+        "suite": tiny_suite,
+        "seeds": [0],
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "images": 16,
+        "effort": {"micro_batches": 2, "batch": 8, "hessian_images": 8},
+        "groups": {2: 1},
+        "more_groups": {1: 2},
+        "configurations": {
+            "timm/test_resnet@random:0": [
+                {"lr": 0.01, "batch": 8, "train_share": 1.0, "steps": [2, 4]},
+                {"lr": 0.003},
+            ]
+        },
+    }
+    file = tmp_path_factory.mktemp("sweep") / "tiny.yaml"
+    OmegaConf.save(settings, file)
+    return file

@@ -48,36 +48,14 @@ def test_the_file_varies_one_factor_at_a_time(script):
     assert centre.tasks == load_suite("embedded8").names
 
 
-@pytest.fixture
-def tiny(tiny_suite, tmp_path):
-    settings = {
-        "suite": tiny_suite,
-        "seeds": [0],
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "images": 16,
-        "effort": {"micro_batches": 2, "batch": 8, "hessian_images": 8},
-        "groups": {2: 1},
-        "more_groups": {1: 2},
-        "configurations": {
-            "timm/test_resnet@random:0": [
-                {"lr": 0.01, "batch": 8, "train_share": 1.0, "steps": [2, 4]},
-                {"lr": 0.003},
-            ]
-        },
-    }
-    file = tmp_path / "tiny.yaml"
-    OmegaConf.save(settings, file)
-    return file
-
-
 @pytest.mark.slow
-def test_runs_become_a_table(script, tiny, tmp_path, monkeypatch, capsys):
-    words = ["hyperparameters.py", str(tiny), "--out", str(tmp_path / "out"), "--jobs", "1"]
+def test_runs_become_a_table(script, tiny_sweep, monkeypatch, capsys):
+    out = tiny_sweep.parent / "out"
+    words = ["hyperparameters.py", str(tiny_sweep), "--out", str(out), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     assert capsys.readouterr().out.count("hyperparameters.json") == 2
-    table = tmp_path / "out" / "tiny.csv"
+    table = out / "tiny.csv"
     rows = list(csv.DictReader(table.read_text().splitlines()))
     # At the centre one group of two tasks and two of one, else the first alone; two step counts.
     assert [(row["lr"], row["steps"], row["size"]) for row in rows] == [
@@ -101,8 +79,8 @@ def test_runs_become_a_table(script, tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_each_length_of_a_cosine_is_a_training_of_its_own(script, tiny, tmp_path):
-    settings = {**OmegaConf.to_container(OmegaConf.load(tiny)), "schedule": "cosine"}
+def test_each_length_of_a_cosine_is_a_training_of_its_own(script, tiny_sweep, tmp_path):
+    settings = {**OmegaConf.to_container(OmegaConf.load(tiny_sweep)), "schedule": "cosine"}
     run, _ = script.runs_of(settings, tmp_path)
     run = replace(run, tasks=run.tasks[:1])
     found = script.experts_of(run)
