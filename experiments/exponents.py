@@ -73,16 +73,15 @@ PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
         "eps_path": Predicted(both("-"), (-0.5, -1.0)),
         "generalization_path": Predicted(both("-"), (-0.5, -1.0)),
     },
+    # Groups of other sizes hold other tasks: only differences to their own experts compare.
     "tasks": {
-        "train loss": Predicted(both("+"), both("+")),
-        "test loss": Predicted(both("+"), both("+")),
+        "train loss over experts": Predicted(both("+"), both("+")),
+        "test loss over experts": Predicted(both("+"), both("+")),
         "gap": Predicted(ours=both("-")),
-        "delta_path": Predicted(ours=both(-1.0)),
-        "merged noise": Predicted(ours=both(-1.0)),
     },
 }
 
-SIGNED = {"gap", "merged gradient"}
+SIGNED = {"gap", "merged gradient", "train loss over experts", "test loss over experts"}
 """Quantities that may be negative."""
 
 ACROSS: Mapping[str, Callable[[Row], float]] = {
@@ -101,7 +100,8 @@ QUANTITIES: Mapping[str, Callable[[Row], float]] = {
     "drift": lambda row: row["drift"],
     "merged noise": lambda row: row["merged_noise"],
     "generalization_path": lambda row: row["generalization_path"],
-    "delta_path": lambda row: row["delta2_path"] ** 0.5,
+    "train loss over experts": lambda row: row["train_loss"] - row["experts_train_loss"],
+    "test loss over experts": lambda row: row["test_loss"] - row["experts_test_loss"],
     "merged gradient": lambda row: row["merged_gradient"],
 }
 # What stays at the centre while a factor varies.

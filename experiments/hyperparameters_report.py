@@ -5,12 +5,13 @@
 Prints three tables for each schedule and backbone, and draws a sheet of curves. An exponent is the
 slope of log y over log x with the other factors at the centre, within each number of steps; of the
 number of steps itself, over the effective steps ||a||_1 = travel / rate, which make up for momentum
-and warm-up. What may be negative (`gap`, the merge's over the base's; the merged gradient) has a
-slope per factor e instead, of which only the sign is compared. Intervals: Student's over seeds; of
-a single seed, the bootstrap over its groups, which share tasks and one training each and therefore
-vary too little. eps_path, delta_path, drift, merged noise and generalization_path are formulas that
-hold the factors themselves, over measured noise, displacements, losses and smoothness: their
-exponents say how these move, and are no measurement of stability.
+and warm-up but for the first of them. What may be negative (`gap`, the merge's over the base's; the
+merged gradient; losses over the experts') has a slope per factor e instead, of which only the sign
+is compared. Intervals: Student's over seeds; of a single seed, the bootstrap over its groups, which
+share tasks and one training each and therefore vary too little. eps_path, drift, merged noise and
+generalization_path are formulas that hold the factors themselves, over measured noise,
+displacements, losses and smoothness: their exponents say how these move, and are no measurement of
+stability.
 """
 
 import argparse

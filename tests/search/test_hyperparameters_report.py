@@ -51,6 +51,7 @@ def row(seed=0, lr=0.01, batch=32.0, share=1.0, steps=10.0, group="a+b", noise=0
         "train_loss": 1.0,
         "accuracy": 0.5,
         "experts_train_loss": lr,
+        "experts_test_loss": lr,
         "experts_accuracy": 1 - lr,
     }
 
@@ -152,3 +153,14 @@ def test_shapes(script):
     assert script.shape({1: 3.0, 2: 2.0, 3: 1.0}) == "falls"
     assert script.shape({1: 1.0, 2: 2.0, 3: 3.0}) == "rises"
     assert script.shape({1: 3.0, 2: 2.0, 3: 3.0}) == "U"
+
+
+def test_numbers_of_tasks_are_compared_by_what_is_lost_against_the_experts(exponents):
+    # Larger groups hold harder tasks, which says nothing of merging.
+    rows = [
+        row(group=group)
+        | {"size": size, "test_loss": 3 * size + math.log(size), "experts_test_loss": 3 * size}
+        for size in (2.0, 4.0, 8.0)
+        for group in GROUPS
+    ]
+    assert exponents.measured(rows, "tasks", "test loss over experts")[0] == pytest.approx(1.0)
