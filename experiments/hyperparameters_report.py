@@ -17,12 +17,13 @@ stability.
 import argparse
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exponents import (
     PREDICTIONS,
+    QUANTITIES,
     Prediction,
     Row,
     epochs,
@@ -93,22 +94,27 @@ def exponents(rows: Sequence[Row]) -> str:
 
 
 def shapes(rows: Sequence[Row]) -> str:
-    """Return where merged test loss is least, by learning rate and by number of steps."""
+    """Return where merged test loss is least, by learning rate and by number of steps.
+
+    Both predict a U over the number of steps, and we over the learning rate. Step 0 and rate 0 are
+    the base: a curve that is least there says that merging does not help.
+    """
     varied = varying(rows, "learning rate")
     lines = [
-        "| merged test loss | over | least at | shape |",
-        "|---|---|---|---|",
+        "| merged test loss | over | least at | shape | a U is predicted by | |",
+        "|---|---|---|---|---|---|",
     ]
-    for held, over in (("lr", "steps"), ("steps", "lr")):
+    for held, over, by in (("lr", "steps", "both"), ("steps", "lr", "ours")):
         for (value,), each in sorted(grouped(varied, held).items()):
-            curve = {
-                level: statistics.fmean(row["test_loss"] for row in found)
-                for (level,), found in sorted(grouped(each, over).items())
-            }
-            if len(curve) > 2:
-                least = min(curve, key=lambda level: curve[level])
+            curve = {0.0: statistics.fmean(row["base_test_loss"] for row in each)}
+            for (level,), found in sorted(grouped(each, over).items()):
+                curve[level] = statistics.fmean(row["test_loss"] for row in found)
+            if len(curve) > 3:
                 seen = ", ".join(f"{level:g}: {loss:.3f}" for level, loss in curve.items())
-                cells = [f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", shape(curve)]
+                least = min(curve, key=lambda level: curve[level])
+                form = shape(curve)
+                found_u = {"U": "agree", "rises": "disagree", "falls": "undecided"}[form]
+                cells = [f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", form, by, found_u]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -188,30 +194,42 @@ def plots(rows: Sequence[Row]) -> list[Plot]:
     """Return the curves of one schedule and backbone."""
     by_rate = varying(rows, "learning rate")
     found = [
-        _plot("Merged test loss, by learning rate", by_rate, "lr", "test_loss"),
-        _plot("Merged train loss, by learning rate", by_rate, "lr", "train_loss"),
-        _plot("Merged test accuracy, by learning rate", by_rate, "lr", "accuracy"),
-        _plot("Gap of the merge, by learning rate", by_rate, "lr", "gap"),
-        _plot("eps_path, by learning rate", by_rate, "lr", "eps_path", log=True),
+        _plot("Merged test loss, by learning rate", by_rate, "lr", _of("test_loss")),
+        _plot("Merged train loss, by learning rate", by_rate, "lr", _of("train_loss")),
+        _plot("Merged test accuracy, by learning rate", by_rate, "lr", _of("accuracy")),
+        _plot("Gap of the merge, by learning rate", by_rate, "lr", _of("gap")),
+        _plot("eps_path, by learning rate", by_rate, "lr", _of("eps_path"), log=True),
     ]
-    for title, factor, name in (
-        ("Merged test loss, by batch", "batch", "batch"),
-        ("Merged test loss, by share of the images", "training images", "train_share"),
-        ("Merged test loss, by number of tasks", "tasks", "size"),
+    over_experts = QUANTITIES["test loss over experts"]
+    for title, factor, name, value in (
+        ("Merged test loss, by batch", "batch", "batch", _of("test_loss")),
+        (
+            "Merged test loss, by share of images",
+            "training images",
+            "train_share",
+            _of("test_loss"),
+        ),
+        ("Test loss over the experts', by number of tasks", "tasks", "size", over_experts),
     ):
         varied = varying(rows, factor)
         if len({row[name] for row in varied}) > 1:
-            found.append(_plot(title, varied, name, "test_loss"))
+            found.append(_plot(title, varied, name, value))
     return found
 
 
-def _plot(title: str, rows: Sequence[Row], by: str, what: str, *, log: bool = False) -> Plot:
+def _of(name: str) -> Callable[[Row], float]:
+    return lambda row: float(row[name])
+
+
+def _plot(
+    title: str, rows: Sequence[Row], by: str, value: Callable[[Row], float], *, log: bool = False
+) -> Plot:
     curves = {
-        f"{value:g}": [
-            (steps, statistics.fmean(row[what] for row in at))
+        f"{level:g}": [
+            (steps, statistics.fmean(value(row) for row in at))
             for (steps,), at in sorted(grouped(each, "steps").items())
         ]
-        for (value,), each in sorted(grouped(rows, by).items())
+        for (level,), each in sorted(grouped(rows, by).items())
     }
     return Plot(title, "steps K", curves, log=log)
 

@@ -98,7 +98,7 @@ def _frame(plot: Plot, x: Scale, y: Scale) -> list[str]:
     for tick in y.ticks(4):
         value = 10**tick if plot.log else tick
         parts.append(element("line", x1=x.start, x2=x.end, y1=y(tick), y2=y(tick), class_="grid"))
-        parts.append(label(f"{value:.2g}", x.start - 6, y(tick) + 4, anchor="end"))
+        parts.append(label(f"{value:.3g}", x.start - 6, y(tick) + 4, anchor="end"))
     parts += [label(number(v), x(math.log10(v)), y.start + 15, anchor="middle") for v in values]
     parts.append(label(plot.across, x.end, y.start + 30, anchor="end"))
     return parts

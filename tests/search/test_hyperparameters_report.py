@@ -47,6 +47,7 @@ def row(seed=0, lr=0.01, batch=32.0, share=1.0, steps=10.0, group="a+b", noise=0
         "total_path": lr,
         "gap": 0.3 + lr,
         "base_gap": 0.2,
+        "base_test_loss": 1.5,
         "test_loss": 1 + math.log(lr / 0.01) ** 2,
         "train_loss": 1.0,
         "accuracy": 0.5,
@@ -142,8 +143,11 @@ def test_tables_and_figures(script, tmp_path, monkeypatch, capsys):
     assert "### net, constant rate" in told
     cells = ["learning rate", "below one epoch", "eps_path", "2.00 [2.00, 2.00]", "2", "agree"]
     assert f"| {' | '.join([*cells, '1', 'disagree'])} |" in told
-    # log(0.003 / 0.01)^2 > 0 at both ends.
-    assert told.count("| 0.01 | U |") == 3
+    # log(0.003 / 0.01)^2 > 0 at both ends, and the base lies in between.
+    assert told.count("| 0.01 | U | ours | agree |") == 3
+    # Over the steps nothing changes, but that the base is worse, or better.
+    assert told.count("| 0 | rises | both | disagree |") == 2
+    assert told.count("| 10 | U | both | agree |") == 1
     assert "| displacement (null) | 0.00 |" not in told
     drawn = (tmp_path / "figures" / "hyperparameters_net_constant.svg").read_text()
     assert "Merged test loss, by batch" in drawn
