@@ -16,6 +16,7 @@ stability.
 
 import argparse
 import csv
+import gzip
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,9 +57,10 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table, numbers as numbers."""
+    """Return the rows of a table, which gzip may have packed; numbers as numbers."""
     words = ("backbone", "schedule", "group")
-    with path.open(newline="", encoding="utf-8") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8") as file:
         return [
             {k: v if k in words else float(v or "nan") for k, v in row.items()}
             for row in csv.DictReader(file)

@@ -1,6 +1,7 @@
 """Tests of exponents, verdicts and tables of the sweep, on rows whose exponents are known."""
 
 import csv
+import gzip
 import math
 import sys
 
@@ -131,8 +132,8 @@ def test_a_regime_holds_only_what_lies_in_it(exponents):
 
 
 def test_tables_and_figures(script, tmp_path, monkeypatch, capsys):
-    table = tmp_path / "rows.csv"
-    with table.open("w", newline="") as file:
+    table = tmp_path / "rows.csv.gz"
+    with gzip.open(table, "wt", newline="") as file:
         writer = csv.DictWriter(file, list(row()))
         writer.writeheader()
         writer.writerows(rows_of())
