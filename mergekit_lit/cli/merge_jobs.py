@@ -24,6 +24,7 @@ ScoreSplit = Literal["none", "val", "test"]
 
 # Where results go and how they are told changes none.
 _NOT_IN_NAMES = {"data.download", "data.root", "dry_run", "json", "logger", "name", "out"}
+_METRICS = ("accuracy", "normalised_accuracy", "loss")
 _MERGED, _SCORES = "merged", "scores"
 # What tells the images of scores, as it tells those that methods look at.
 _IMAGES = ("n", "train_share", "val_share", "reserve", "split_seed", "size", "root", "download")
@@ -41,6 +42,11 @@ class MergeJob:
     given: Mapping[str, Any]
     score: ScoreSplit = "none"
     stage: str = "merge"
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Scores, if there are any."""
+        return () if self.score == "none" else _METRICS
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
         """Return the method: each has parameters of its own."""
@@ -111,6 +117,11 @@ class EvaluateJob:
     given: Mapping[str, Any]
     stage: str = "evaluate"
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Scores."""
+        return _METRICS
+
     def kind(self, point: Mapping[str, Any]) -> Hashable:
         """Return None: all runs have the same keys."""
 
@@ -162,7 +173,7 @@ def _save(values: Config, folder: Path) -> None:
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a table of results tells of a score."""
-    names = ("model", "task", "split", "n", "accuracy", "normalised_accuracy", "loss")
+    names = ("model", "task", "split", "n", *_METRICS)
     return {name: row[name] for name in names}
 
 

@@ -6,6 +6,7 @@ keys.
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from mergekit_lit.cli.parsing import (
 from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train import train_parser
 from mergekit_lit.cli.train_job import TrainJob
-from mergekit_lit.core.files import write_text
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.sweeping.axes import read_axes
 from mergekit_lit.search.sweeping.estimates import Estimate, estimate
 from mergekit_lit.search.sweeping.jobs import Job
-from mergekit_lit.search.sweeping.plan import Plan, plan_runs
-from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, run_sweep
+from mergekit_lit.search.sweeping.studies import Study
+from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, first_plan, run_sweep
 from mergekit_lit.search.sweeping.worker import Sweep
+from mergekit_lit.search.tuning.plan import told
 
 _USAGE = "FILE.yaml [--out FOLDER] [--jobs N] [--dry_run] [--key VALUE of the job ...]"
 _JOBS = ("evaluate", "merge", "train")
@@ -50,7 +51,9 @@ def options(  # noqa: PLR0913
     axes: dict[str, Any] | list[dict[str, Any]],
     job: str = "train",
     score: ScoreSplit = "none",
+    optuna: dict[str, Any] | None = None,
     launcher: LauncherName = "local",
+    launcher_options: dict[str, Any] | None = None,
     jobs: int | None = None,
     retries: int = 2,
     dry_run: bool = False,
@@ -63,12 +66,18 @@ def options(  # noqa: PLR0913
             The same command goes on where a killed one stopped; several may run at once.
         axes: keys of the job and what to try for each: `model.lr: [0.01, 0.03]` (every value with
             every other), `{list: [...]}` (value by value with other lists), or
-            `{random: {low: 1e-4, high: 1e-1, log: true, samples: 20, seed: 0}}`; or several such
-            mappings in a list.
+            `{random: {low: 1e-4, high: 1e-1, log: true, samples: 20, seed: 0}}`, or
+            `{optuna: {low: 0.1, high: 0.9}}`; or several such mappings in a list.
         job: what is done at each point: `train`, `merge` or `evaluate`.
         score: images of `data.suite` on which each merged model of `merge` is scored: `val` or
             `test`; `none` merges alone.
-        launcher: where workers run: `local`, on this machine.
+        optuna: how Optuna chooses for axes of the form `optuna`: `metric` (a column of
+            `results.csv`; its mean over all other axes counts), `trials`, `batch` (trials at once)
+            and `seed`.
+        launcher: where workers run: `local`, processes of this machine, each pinned to a core or
+            GPU; `slurm`, jobs of an array, on a disk that all nodes share.
+        launcher_options: of `slurm`: parameters of submitit's executor, such as `timeout_min`,
+            `mem_gb`, `gpus_per_node` or `slurm_partition`.
         jobs: workers, each of one thread and with a core or GPU of its own; null for one a core.
         retries: how often a run that failed, or whose process died, is tried again; errors of input
             are not.
@@ -86,26 +95,29 @@ def run(argv: Sequence[str]) -> int:
     settings, given = _given(own, argv)
     made = parse_mapping(own, settings)
     job = _job(made, given)
-    plan = plan_runs(read_axes(settings["axes"]), job)
+    axes, study = read_axes(settings["axes"]), _study(made.optuna)
     if made.dry_run:
+        whole = study and replace(study, batch=study.trials)
+        plan, _ = first_plan(axes, job, whole)
         sweep = Sweep(plan=plan, job=job, out=made.out, launch="")
         _print_plan(estimate(sweep), as_json=made.json)
         return 0
     result = run_sweep(
-        plan,
+        axes,
         job,
         out=made.out,
+        study=study,
         launcher=made.launcher,
+        options=settings.get("launcher_options"),
         jobs=len(os.sched_getaffinity(0)) if made.jobs is None else made.jobs,
         retries=made.retries,
-        config=merged_values(given, settings),
+        config={**settings, **given},
         quiet=made.json,
     )
-    write_text(made.out / "sweep.yaml", yaml.safe_dump({**settings, **given}, sort_keys=False))
     if made.json:
         print_json(vars(result.record))
     else:
-        _print(plan, result)
+        _print(result)
     return _SOME_FAILED if result.outcome.failed else 0
 
 
@@ -121,6 +133,19 @@ def _job(made: Namespace, given: dict[str, Any]) -> Job:
     if made.score != "none":
         raise ValueError(f"`score` must be left out of a sweep of {made.job!r}: it is of merges.")
     return EvaluateJob(given) if made.job == "evaluate" else TrainJob(given)
+
+
+def _study(given: dict[str, Any] | None) -> Study | None:
+    """Return how Optuna is asked."""
+    if given is None:
+        return None
+    names = [each.name for each in fields(Study)]
+    for name in given:
+        if name not in names:
+            raise ValueError(unknown_name("setting of `optuna`", name, names))
+    if "metric" not in given:
+        raise ValueError("`optuna.metric` must be given, such as val_accuracy.")
+    return Study(**given)
 
 
 def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,9 +201,12 @@ def _print_plan(plan: Estimate, *, as_json: bool) -> None:
     print(f"About {hours} and {plan.disk_mb:,.0f} MB of disk, by {plan.source}.")
 
 
-def _print(plan: Plan, result: SweepResult) -> None:
-    rows = [{"run": name, "error": error} for name, error in result.outcome.failed.items()]
+def _print(result: SweepResult) -> None:
+    metrics = result.record.metrics
+    rows = [{"run": name, "error": error} for name, error in metrics["failed"].items()]
     if rows:
         print_table(rows, {"run": "failed", "error": "error"})
-    done = len(result.outcome.done)
-    print(f"{done} of {len(plan.runs)} runs are done. Results: {result.table}")
+    best = metrics.get("best")
+    if best:
+        print(f"Best {metrics['metric']}: {best['value']:.4f} at {told(best['point'])}.")
+    print(f"{metrics['done']} of {metrics['runs']} runs are done. Results: {result.table}")

@@ -45,6 +45,11 @@ class TrainJob:
     given: Mapping[str, Any]
     stage: str = "train"
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Losses and accuracies."""
+        return ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
     def kind(self, point: Mapping[str, Any]) -> Hashable:
         """Return None: all runs have the same keys."""
 
@@ -94,7 +99,7 @@ class TrainJob:
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return what the card of each expert tells: how far it came, and how well it does."""
-        told = ("task", "steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        told = ("task", "steps", *self.metrics)
         return [
             {**{name: card.get(name) for name in told}, "file": file}
             for _, (file, card) in sorted(_steps_done(folder).items())

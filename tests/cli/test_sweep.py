@@ -126,6 +126,17 @@ def test_flags_win_over_the_file(sweep_file, tmp_path):
     assert written["model"]["seed"] == 5
 
 
+def test_optuna_chooses_for_all_tasks_together(sweep_file, tmp_path, capsys):
+    axes = {"data.task": ["dots", "stripes"], "model.lr": {"optuna": {"low": 0.01, "high": 0.1}}}
+    study = {"metric": "val_loss", "trials": 2, "batch": 1}
+    assert run(sweep_file(axes, optuna=study)) == 0
+    told = capsys.readouterr().out
+    assert "Best val_loss: " in told
+    assert "4 of 4 runs are done." in told
+    record = json.loads((tmp_path / "out" / "sweep.record.json").read_text())
+    assert len(record["metrics"]["trials"]) == 2
+
+
 def test_failures_are_listed_and_the_rest_is_done(sweep_file, capsys):
     path = sweep_file({"data.task": ["dots"], "data.n": [10**6, 30]})
     assert run(path) == 1
@@ -151,6 +162,12 @@ def test_failures_are_listed_and_the_rest_is_done(sweep_file, capsys):
         ({"data.task": ["dots"]}, ["--jobs=0"], "`jobs` must be at least 1, but is 0"),
         ({"data.task": ["dots"]}, ["--retries=-1"], "`retries` must be at least 0"),
         ({"data.task": ["dots"]}, ["--launcher=lokal"], "Did you mean 'local'?"),
+        ({"data.task": ["dots"]}, ["--launcher=slurm"], "submitit cannot start jobs on 'slurm'"),
+        ({"data.task": ["dots"]}, ["--launcher_options.mem_gb=1"], "`launcher_options` must be"),
+        ({"model.lr": [{"optuna": 1}]}, [], "`model.lr` must be"),
+        ({"model.lr": {"optuna": {"low": 0.1, "high": 1}}}, [], "`optuna` must say"),
+        ({"data.task": ["dots"]}, ["--optuna.metrics=x"], "Did you mean 'metric'?"),
+        ({"data.task": ["dots"]}, ["--optuna.trials=3"], "`optuna.metric` must be given"),
         ({"data.task": ["dots"]}, ["--model.seeds=1"], "Did you mean 'model.seed'?"),
         ({"data.task": ["dots"]}, ["--steps=a"], "`steps` must be"),
         ({"data.task": ["dots"]}, ["more"], "must be given as a YAML file, but 'more' is none"),
@@ -239,6 +256,16 @@ def test_two_launches_on_one_folder_share_the_runs(sweep_file, tmp_path):
     logs = [list(log.read_text().splitlines()) for log in out.rglob("metrics.csv")]
     assert len(logs) == 6
     assert len(experts(out)) == 6
+
+
+@pytest.mark.slow
+def test_slurm_through_submitit_on_this_machine(sweep_file, tmp_path):
+    axes = {"data.task": ["dots", "stripes"], "model.seed": [0, 1], "steps": [2]}
+    options = {"cluster": "local", "timeout_min": 5}
+    path = sweep_file(axes, launcher="slurm", launcher_options=options)
+    assert run(path, "--jobs=2") == 0
+    assert len(experts(tmp_path / "out")) == 4
+    assert list((tmp_path / "out" / "slurm").iterdir())
 
 
 @pytest.mark.slow

@@ -37,6 +37,10 @@ class Job(Protocol):
     def stage(self) -> str:
         """The stage's name: `train`, `merge` or `evaluate`."""
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """What `rows` tell that is worth making large or small."""
+
     def kind(self, point: Mapping[str, Any]) -> Hashable:
         """Return what decides which keys a configuration has, such as the merge method."""
 

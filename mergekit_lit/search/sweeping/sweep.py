@@ -1,25 +1,30 @@
 """This file is a sweep from its plan to its table: launched, watched, and told at the end."""
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
 from rich.console import Console
 
-from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.core.files import write_text
+from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.display import Display
+from mergekit_lit.search.sweeping.axes import Axes
 from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
-from mergekit_lit.search.sweeping.plan import Plan
+from mergekit_lit.search.sweeping.launchers.slurm import run_slurm, slurm_executor
+from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
+from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
 from mergekit_lit.search.sweeping.worker import Listen, Sweep
 from mergekit_lit.stages.folders import check_folder, check_record
 
-LauncherName = Literal["local"]
-RECORD = "sweep.record.json"
+LauncherName = Literal["local", "slurm"]
+FILE, RECORD = "sweep.yaml", "sweep.record.json"
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,36 @@ class SweepResult:
     outcome: Outcome
 
 
-def run_sweep(
-    plan: Plan,
+# What is swept, and each choice of how, hence so many.
+def run_sweep(  # noqa: PLR0913
+    axes: Sequence[Axes],
     job: Job,
     *,
     out: Path,
+    study: Study | None = None,
     launcher: LauncherName = "local",
+    options: Mapping[str, Any] | None = None,
     jobs: int = 1,
     retries: int = 2,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> SweepResult:
-    """Do every run of a plan that is not done yet.
+    """Do every run of the axes that is not done yet.
 
-    Writes `runs/<name>/` for each run, and at the end `results.csv` and `sweep.record.json`. It can
-    be killed at any time, and started again, also while another launch of it runs.
+    Writes `sweep.yaml`, `runs/<name>/` for each run, and at the end `results.csv` and
+    `sweep.record.json`. It can be killed at any time, and started again, also while another launch
+    of it runs.
 
     Args:
-        plan: the runs.
-        job: how to do one.
+        axes: mappings of axes.
+        job: what is done at each point.
         out: the sweep's folder.
+        study: how Optuna is asked, if it is.
         launcher: where workers run.
+        options: of the launcher, as it takes them.
         jobs: number of workers, at least 1.
         retries: how often a run that failed is tried again, at least 0.
-        config: what the record is to tell of the sweep's file.
+        config: the sweep's file, to be kept.
         quiet: whether to draw no progress.
 
     Raises:
@@ -68,30 +79,74 @@ def run_sweep(
         ValueError: an argument out of range, or a folder that cannot be written.
     """
     watch = Stopwatch()
-    if launcher not in get_args(LauncherName):
-        raise KeyError(unknown_name("launcher", launcher, get_args(LauncherName)))
-    for name, value, least in (("jobs", jobs, 1), ("retries", retries, 0)):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
+    start = _starter(launcher, options or {}, out / "slurm", jobs=jobs, retries=retries)
+    plan, trials = first_plan(axes, job, study)
     check_folder(out)
     check_record(out / RECORD, "sweep")
+    write_text(out / FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
     sweep = Sweep(plan=plan, job=job, out=out, launch=secrets.token_hex(8), retries=retries)
-    workers = min(jobs, max(1, len(plan.runs)))
     with Display(Console(quiet=quiet, stderr=True)) as display:
-        run_local(sweep, _drawer(display, len(plan.runs)), jobs=workers)
+        _run(start, sweep, display, jobs)
+        while trials and trials.ask(sweep):
+            sweep = replace(sweep, plan=trials.plan())
+            _run(start, sweep, display, jobs)
     outcome = outcome_of(sweep)
     table = write_table(sweep, outcome)
     record = watch.finish(
         Record(
             stage="sweep",
             name=out.resolve().name,
-            config=dict(config or {}),
-            metrics=_metrics(plan, outcome),
-            outputs=[table.name],
+            config=plain(config or {}),
+            metrics=_metrics(sweep.plan, outcome) | (trials.told(sweep) if trials else {}),
+            outputs=[FILE, table.name],
         )
     )
     record.write(out / RECORD)
     return SweepResult(record, table, outcome)
+
+
+def first_plan(axes: Sequence[Axes], job: Job, study: Study | None) -> tuple[Plan, Trials | None]:
+    """Return the runs that are known before any is done, and the trials that more will follow.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or a study that does not fit the axes.
+        ModuleNotFoundError: Optuna is asked for and not installed.
+    """
+    check_study(study, axes, job)
+    if study is None:
+        return plan_runs(axes, job), None
+    trials = Trials(study, axes[0], job)
+    trials.ask(None)
+    return trials.plan(), trials
+
+
+def _starter(
+    launcher: str, options: Mapping[str, Any], folder: Path, *, jobs: int, retries: int
+) -> Callable[[Sweep, Listen, int], None]:
+    """Return what starts workers, once its settings have been looked at."""
+    if launcher not in get_args(LauncherName):
+        raise KeyError(unknown_name("launcher", launcher, get_args(LauncherName)))
+    for name, value, least in (("jobs", jobs, 1), ("retries", retries, 0)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
+    if launcher == "slurm":
+        executor = slurm_executor(folder, options)
+        return lambda sweep, listen, workers: run_slurm(
+            sweep, listen, jobs=workers, executor=executor
+        )
+    if options:
+        raise ValueError(
+            f"`launcher_options` must be left out with the launcher 'local', but are {options!r}."
+        )
+    return lambda sweep, listen, workers: run_local(sweep, listen, jobs=workers)
+
+
+def _run(
+    start: Callable[[Sweep, Listen, int], None], sweep: Sweep, display: Display, jobs: int
+) -> None:
+    """Run a sweep with a bar, and with no more workers than runs."""
+    runs = len(sweep.plan.runs)
+    start(sweep, _drawer(display, runs), min(jobs, max(1, runs)))
 
 
 def _metrics(plan: Plan, outcome: Outcome) -> dict[str, Any]:

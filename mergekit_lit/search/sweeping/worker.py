@@ -145,14 +145,17 @@ def _error(sweep: Sweep, run: Run) -> str:
 
 def _lose() -> None:
     """Leave the run to whoever took it over, from the main thread."""
-    _thread.interrupt_main(signal.SIGTERM)
+    _thread.interrupt_main()
 
 
 @contextmanager
 def _leaves_when_told() -> Iterator[None]:
-    """Give claims back when SIGTERM comes, as from a batch system."""
-    before = signal.signal(signal.SIGTERM, leave)
+    """Give claims back when SIGTERM comes, unless whoever started this process handles it."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)

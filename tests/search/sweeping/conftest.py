@@ -21,6 +21,7 @@ class Sums:
     begun: list[dict[str, Any]] = field(default_factory=list)
     completed: int = 0
     stage: str = "sum"
+    metrics: tuple[str, ...] = ("sum",)
 
     def kind(self, point):
         return point.get("kind")

@@ -51,7 +51,8 @@ def test_each_worker_begins_in_another_part(sweep_of):
 
 def test_two_launches_at_once_do_no_run_twice(sweep_of, sums, monkeypatch):
     # Signals belong to the main thread; here two launches share a process.
-    monkeypatch.setattr(worker, "signal", SimpleNamespace(signal=lambda *_: None, SIGTERM=15))
+    handled = SimpleNamespace(getsignal=lambda _: "someone", SIGTERM=15, SIG_DFL=0)
+    monkeypatch.setattr(worker, "signal", handled)
     job = sums()
     launches = [sweep_of({"b": list(range(100))}, job, launch=name) for name in "xy"]
     threads = [threading.Thread(target=work, args=(sweep, print)) for sweep in launches]
