@@ -89,7 +89,7 @@ class BoundTerms(Callback):
         known = {
             f"bound/{name}": term.value
             for name, term in found.terms.items()
-            if term.value is not None and name != "divergence"
+            if term.value is not None and name not in ("divergence", "mismatch")
         }
         a_eff = found.weighing.a_eff
         return known | ({} if a_eff is None else {"bound/a_eff": a_eff})

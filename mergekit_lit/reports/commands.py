@@ -48,12 +48,29 @@ def _merge_words(record: Record, _: str) -> list[str]:
         "callbacks": config.get("observers"),
     }
     given = {name: value for name, value in flags.items() if value not in ([], ())}
+    experts = map(str, config["experts"])
+    return [*experts, *_flags(given), *_flags(own, null=True), *_data_flags(config)]
+
+
+def _bound_words(record: Record, out: str) -> list[str]:
+    config = record.config
+    recipe = {k: v for k, v in config["recipe"].items() if k not in ("dtype", "out_dtype")}
+    own, veneers = recipe.pop("config"), recipe.pop("veneers", ())
+    flags = {**recipe, "then": veneers, "base": config.get("base"), "out": out}
+    given = {name: value for name, value in flags.items() if value not in ([], ())}
+    rest = {"refits": config.get("refits") or None, "effort": config["effort"]}
+    experts = map(str, config["experts"])
+    words = [*experts, *_flags(given), *_flags(own, null=True), *_data_flags(config)]
+    return [*words, *_flags(rest)]
+
+
+def _data_flags(config: Mapping[str, Any]) -> list[str]:
+    """Return the flags of the images that a merge looks at."""
     calibration = config.get("calibration") or {}
     data = {name: value for name, value in calibration.items() if name != "options"}
     options = calibration.get("options", {})
     data |= {_RENAMED.get(name, name): value for name, value in options.items()}
-    experts = map(str, config["experts"])
-    return [*experts, *_flags(given), *_flags(own, null=True), *_flags({"data": data})]
+    return _flags({"data": data})
 
 
 def _evaluate_words(record: Record, out: str) -> list[str]:
@@ -72,6 +89,7 @@ def _plain_words(record: Record, _: str) -> list[str]:
 _STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
     "train": _train_words,
     "merge": _merge_words,
+    "bound": _bound_words,
     "evaluate": _evaluate_words,
 }
 

@@ -69,6 +69,12 @@ def definitions(entries: Mapping[str, str]) -> str:
     return f"<dl>{inner}</dl>"
 
 
+def flags(warnings: Sequence[str]) -> str:
+    """Return a box of sentences to keep in mind, or nothing where there are none."""
+    inner = "".join(f"<li>{escaped(text)}</li>" for text in warnings)
+    return f'<div class="flags"><b>To keep in mind</b><ul>{inner}</ul></div>' if inner else ""
+
+
 def folded(summary: str, *parts: str, open_: bool = False) -> str:
     """Return parts that show when their summary is pressed."""
     state = " open" if open_ else ""

@@ -6,12 +6,14 @@ from importlib import resources
 
 from mergekit_lit.core.records import Record, plain
 from mergekit_lit.reports import figures, tables
+from mergekit_lit.reports.bounds import bounds_section
 from mergekit_lit.reports.commands import command_line
 from mergekit_lit.reports.markup import (
     Cell,
     block,
     definitions,
     escaped,
+    flags,
     folded,
     measured,
     paragraph,
@@ -46,6 +48,10 @@ MEANINGS: Mapping[str, str] = {
     "gradient norm": "L2 norm of the gradient of all trained weights in one step, before clipping.",
     "travel": "Sum of learning rates times the optimizer's effective steps: how far the "
     "optimizer could have gone per unit of gradient.",
+    "terms of the bound": "What the excess error of a merge is at most, term by term, by our "
+    "reconstruction: progress is the loss at the base less what the step gains; drift and mismatch "
+    "come of steps taken away from it; noise of small batches; divergence of shares that are not "
+    "the target's; generalization of what one training image changes. Vacuous: not proved here.",
     "displacement": "L2 distance between the expert's weights and the base's at the end.",
 }
 """What each number on the page means, in the order in which a reader meets them."""
@@ -72,7 +78,7 @@ def report_page(run: Run, *, title: str) -> str:
     body = [_opening(title, scored)]
     body += [_results(record) for record in scored]
     body += [_coefficients(record) for record in run.records]
-    body += [_geometry(run.records)]
+    body += [_geometry(run.records), bounds_section(run.records, run.curves)]
     body += [_training(run), section("What each number means", definitions(MEANINGS))]
     body += [_provenance(run)]
     files = resources.files("mergekit_lit.reports") / "files"
@@ -123,7 +129,7 @@ def _results(record: Record) -> str:
     split = averages[0].split
     return section(
         f"Accuracy on {split} images",
-        _flags(record.metrics.get("warnings", ())),
+        flags(record.metrics.get("warnings", ())),
         _mean_table(averages, split),
         paragraph(
             "A dot is a model, its bar the 95 % interval; dashed lines mark the base and the "
@@ -171,11 +177,6 @@ def _task_table(rows: Sequence[Score], order: Sequence[str], names: Sequence[str
         n = next(row.n for row in found.values())
         body.append([Cell(task), Cell(tables.UNKNOWN if n is None else str(n), n), *cells])
     return table("Accuracy of each model on each task", ("task", "images", *order), body)
-
-
-def _flags(warnings: Sequence[str]) -> str:
-    inner = "".join(f"<li>{escaped(text)}</li>" for text in warnings)
-    return f'<div class="flags"><b>To keep in mind</b><ul>{inner}</ul></div>' if inner else ""
 
 
 def _coefficients(record: Record) -> str:

@@ -20,7 +20,7 @@ from mergekit_lit.stages.opening import fingerprint, load_base_of
 from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
 from mergekit_lit.stages.refits import delta2_by_refits, refits_of
 from mergekit_lit.theory.blocks import blocks_of
-from mergekit_lit.theory.bound import Bound, bound
+from mergekit_lit.theory.bound import TOTAL, Bound, bound
 from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.constants import Effort
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
@@ -92,9 +92,11 @@ def bound_files(
         name=recipe.method,
         config={
             "experts": [str(path) for path in paths],
+            "base": base,
             "recipe": asdict(recipe),
             "calibration": asdict(calibration) if calibration else None,
             "effort": asdict(effort),
+            "refits": refits,
         },
         inputs={str(path): fingerprint(path, plain=False) for path in paths},
         seeds={"merge": recipe.seed, "effort": effort.seed},
@@ -218,6 +220,7 @@ def _check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:
 def _told(result: Bound) -> dict[str, Any]:
     return {
         "terms": {name: asdict(term) for name, term in result.terms.items()},
+        "parts": list(TOTAL),
         "total": result.total,
         "weighing": asdict(result.weighing),
         "violated": list(result.violated),

@@ -177,6 +177,11 @@ def _violated(
         farthest = weighing.farthest
         if farthest is not None and farthest * smooth > 0.5:
             found.append(f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved.")
+    if not merge.linear:
+        found.append(
+            "The merge is no sum of scaled deltas: progress, drift, noise and divergence are those "
+            "of the plain average, and nothing is proved of them here."
+        )
     if any(expert.adaptive for expert in experts):
         found.append("An adaptive optimizer has no steps that the data do not change.")
     return tuple(found)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -228,6 +229,33 @@ def test_the_command_tells_cards_alone(experts, capsys):
     out = capsys.readouterr().out
     assert "chi2_w" in out
     assert "does not hold: Coefficients sum to 0.6" in out
+
+
+def test_methods_are_compared_in_one_table_and_one_page(experts, tmp_path, capsys):
+    words = ["bound", *map(str, experts), "--method", "average,ties", "--out", str(tmp_path / "b")]
+    assert main([*words, "--logger", "wandb"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"average +ties", out)
+    assert "ties: does not hold" in out
+    page = (tmp_path / "b" / "report.html").read_text("utf-8")
+    assert "What bounds the excess error" in page
+    records = [Record.read(tmp_path / "b" / f"{m}.record.json") for m in ("average", "ties")]
+    assert [record.config["recipe"]["method"] for record in records] == ["average", "ties"]
+    assert list((tmp_path / "b" / "logs" / "bound").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "average,average"], "each once"),
+        (["--method", "average,ties", "--out", "b.json"], "must be a folder for the records of 2"),
+        (["--method", "average,tis"], "Did you mean 'ties'"),
+        (["--logger", "wandb"], "must be told a folder"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(experts, capsys, flags, message):
+    assert main(["bound", *map(str, experts), *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_constants_are_told_with_their_intervals(experts, tiny_suite, capsys):
