@@ -1,7 +1,7 @@
 """This file is the bound stage: experts and a merge in, every term of the bound out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def bound_files(
     if refits:
         found_refits = [refits_of(path) for path in paths]
         delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
-    result = bound_of(gathered, coefficients, measured, stability, delta2=delta2)
+    fixed = merged.facts["data"] in ("none", "cards")
+    result = bound_of(gathered, coefficients, measured, stability, fixed=fixed, delta2=delta2)
     record = Record(
         stage="bound",
         name=recipe.method,
@@ -129,6 +130,7 @@ def bound_of(
     measured: Measured | None,
     stability: Sequence[Mapping[str, Any] | None],
     *,
+    fixed: bool = True,
     delta2: float | None = None,
 ) -> Bound:
     """Return the bound of a merge from cards and measurements.
@@ -141,6 +143,7 @@ def bound_of(
         coefficients: of their merge, as `coefficients_of` tells them.
         measured: what images tell; None for cards alone.
         stability: what `StabilityTwins` left for each expert, or None.
+        fixed: whether the coefficients were found without images.
         delta2: Delta_M^2 of the merge, from its refits; None where nobody merged them.
     """
     linear = coefficients is not None
@@ -149,7 +152,7 @@ def bound_of(
         for card, name, twins in zip(experts.cards, experts.names, stability, strict=True)
     ]
     chosen = coefficients or [1 / len(experts)] * len(experts)
-    merge = _merge_facts(measured, linear=linear, delta2=delta2)
+    merge = replace(_merge_facts(measured), linear=linear, fixed=fixed, delta2_of_merge=delta2)
     return bound(facts, merge, chosen)
 
 
@@ -165,6 +168,7 @@ def expert_facts(
     )
     known = plain and card.lr is not None and card.steps is not None
     eps2, eps2_head = _stability(card, twins)
+    replaced = (twins or {}).get("replaced", {})
     return ExpertFacts(
         travel=effective_travel(card),
         travel_squared=card.travel_squared,
@@ -176,6 +180,7 @@ def expert_facts(
         eps2=eps2,
         eps2_path=None if card.eps_path is None else card.eps_path**2,
         eps2_head=eps2_head,
+        chaotic=bool(replaced) and eps2 is None,
         base_loss=measured.base.losses[name] if measured else None,
         train_loss=measured.train[name]["loss"] if measured else None,
         lr=card.lr,
@@ -194,16 +199,14 @@ def _stability(card: Card, twins: Mapping[str, Any] | None) -> tuple[float | Non
     return None, head
 
 
-def _merge_facts(measured: Measured | None, *, linear: bool, delta2: float | None) -> MergeFacts:
+def _merge_facts(measured: Measured | None) -> MergeFacts:
     if measured is None:
-        return MergeFacts(linear=linear, delta2_of_merge=delta2)
+        return MergeFacts()
     return MergeFacts(
         smoothness=measured.smoothness.secant,
         gram=measured.base.gram,
         merged_gradient2=measured.merged.gradient2.value,
         sample_gradient2=measured.sample_gradient2.value,
-        linear=linear,
-        delta2_of_merge=delta2,
     )
 
 

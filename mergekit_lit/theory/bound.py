@@ -1,7 +1,7 @@
 """This file is the excess-error bound of a merge, term by term: our reconstruction of the bound."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lit.theory.coefficients import Block, Weighing, weigh, weigh_blocks
@@ -147,7 +147,7 @@ def _limited(
             term, note=f"by parts of the displacement; at most {limits[term.name]:.3g}"
         )
         for term in terms
-        if term.name in limits and merge.linear
+        if term.name in limits and term.value is not None
     }
 
 
@@ -155,33 +155,55 @@ def _violated(
     weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts
 ) -> tuple[str, ...]:
     """Return the assumptions that do not hold, one sentence each."""
-    found = []
+    return (
+        *_of_merge(weighing, merge),
+        *_of_smoothness(weighing, experts, merge.smoothness),
+        *_of_experts(experts),
+    )
+
+
+def _of_merge(weighing: Weighing, merge: MergeFacts) -> Iterator[str]:
     rows = [each.coefficients for each in (weighing.blocks.values() or [weighing])]
-    sums = [math.fsum(row) for row in rows]
-    off = max(sums, key=lambda total: abs(total - 1.0))
+    off = max((math.fsum(row) for row in rows), key=lambda total: abs(total - 1.0))
     if min(map(min, rows)) < 0 or not math.isclose(off, 1.0, rel_tol=1e-6):
-        found.append(
+        yield (
             f"Coefficients sum to {off:.3g}: the source takes them >= 0 with sum 1; this is our "
             "extension."
         )
-    if merge.smoothness is not None:
-        smooth = merge.smoothness
-        fast = max((e.lr for e in experts if e.lr is not None), default=0.0)
-        if fast * smooth > 2:
-            found.append(f"eta L = {fast * smooth:.3g} exceeds 2: gradient descent is not stable.")
-        far = max((e.travel for e in experts if e.travel is not None), default=0.0)
-        if far * smooth > LARGEST_TRAVEL:
-            found.append(
-                f"eta K L = {far * smooth:.3g} exceeds 0.306: the drift has no closed form."
-            )
-        farthest = weighing.farthest
-        if farthest is not None and farthest * smooth > 0.5:
-            found.append(f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved.")
     if not merge.linear:
-        found.append(
+        yield (
             "The merge is no sum of scaled deltas: progress, drift, noise and divergence are those "
             "of the plain average, and nothing is proved of them here."
         )
+    elif not merge.fixed:
+        yield (
+            "The coefficients were found on images: the theory takes them as fixed, so that only "
+            "the refits of the experts tell the stability."
+        )
+
+
+def _of_smoothness(
+    weighing: Weighing, experts: Sequence[ExpertFacts], smooth: float | None
+) -> Iterator[str]:
+    if smooth is None:
+        return
+    fast = max((e.lr for e in experts if e.lr is not None), default=0.0)
+    if fast * smooth > 2:
+        yield f"eta L = {fast * smooth:.3g} exceeds 2: gradient descent is not stable."
+    far = max((e.travel for e in experts if e.travel is not None), default=0.0)
+    if far * smooth > LARGEST_TRAVEL:
+        yield f"eta K L = {far * smooth:.3g} exceeds 0.306: the drift has no closed form."
+    farthest = weighing.farthest
+    if farthest is not None and farthest * smooth > 0.5:
+        yield f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved."
+
+
+def _of_experts(experts: Sequence[ExpertFacts]) -> Iterator[str]:
+    chaotic = sum(expert.chaotic for expert in experts)
+    if chaotic:
+        yield (
+            f"The twins of {chaotic} of {len(experts)} experts went less than 10 times as far as "
+            "the rounding twin: replacing a sample tells nothing there."
+        )
     if any(expert.adaptive for expert in experts):
-        found.append("An adaptive optimizer has no steps that the data do not change.")
-    return tuple(found)
+        yield "An adaptive optimizer has no steps that the data do not change."

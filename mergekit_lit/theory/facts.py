@@ -29,6 +29,8 @@ class ExpertFacts:
         eps2: squared stability of the backbone, per replaced sample.
         eps2_path: its estimate along the path, uncalibrated; enters no total.
         eps2_head: of the head; 0 if frozen.
+        chaotic: whether twins were measured, but went hardly further than one whose base is rounded
+            otherwise: what they tell is not the samples' doing.
         base_loss: F_Si(x0).
         train_loss: F_Si(x_avg), the merged model's on the task's training images.
         lr: peak learning rate, to judge eta L by.
@@ -45,6 +47,7 @@ class ExpertFacts:
     eps2: float | None = None
     eps2_path: float | None = None
     eps2_head: float | None = 0.0
+    chaotic: bool = False
     base_loss: float | None = None
     train_loss: float | None = None
     lr: float | None = None
@@ -65,8 +68,9 @@ class MergeFacts:
             drift without L.
         merged_gradient2: ||grad F_S(x_avg)||^2.
         sample_gradient2: G^2 at x_avg.
-        delta2_of_merge: Delta_M^2, from the merge of the refits themselves, where it is not linear.
-        linear: whether x_avg is x0 + sum_i lambda_i tau_i with fixed coefficients.
+        delta2_of_merge: Delta_M^2, from the merge of the refits themselves.
+        linear: whether x_avg is x0 + sum_i lambda_i tau_i.
+        fixed: whether these lambda_i were found without images.
     """
 
     smoothness: float | None = None
@@ -78,6 +82,7 @@ class MergeFacts:
     sample_gradient2: float | None = None
     delta2_of_merge: float | None = None
     linear: bool = True
+    fixed: bool = True
 
 
 def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:

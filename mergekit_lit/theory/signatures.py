@@ -33,13 +33,16 @@ class Symptoms:
 def signatures(symptoms: Symptoms) -> list[str]:
     """Return the signatures that the symptoms show, one sentence each; none where all is well.
 
-    Large learning rate: eta times the dominant eigenvalue exceeds 2. Over-specialisation: the
-    merge's training loss is no lower than the base's although its experts' are; it is told which of
-    training loss and gap is the larger part of the excess. Diverse tasks: the gradients of the
-    tasks differ by more than N times what they have in common, so that each further task adds more
-    heterogeneity than progress.
+    The source (arXiv 2601.21690) names the three and gives no numbers; each threshold is ours:
 
-    Source: arXiv 2601.21690 names the three; these thresholds are ours.
+    - Large learning rate: eta times the dominant eigenvalue exceeds 2, where a step of gradient
+      descent on a quadratic goes further up than it came down, whatever the batch.
+    - Over-specialisation: the merge's training loss is no lower than the base's although its
+      experts' are: what they gained is lost on the way between them. It is told which is larger,
+      training loss above the experts' (drift) or test above training loss (stability).
+    - Diverse tasks: the mean zeta_i^2 exceeds N ||grad F_S||^2. Unrelated gradients of one length
+      give N - 1 times; beyond, tasks work against each other, and each further one adds more
+      heterogeneity than progress.
     """
     found = []
     if symptoms.lr is not None and symptoms.lr * symptoms.eigenvalue > 2:

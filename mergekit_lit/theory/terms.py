@@ -204,8 +204,13 @@ def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
 
 
 def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
-    """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits."""
-    if not merge.linear:
+    """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits.
+
+    The formula takes lambda_i to stay when a sample is replaced.
+    """
+    if any(expert.chaotic for expert in experts):
+        return Term("delta2", None, "unknown", "needs twins further off than the rounding twin")
+    if not (merge.linear and merge.fixed):
         heads = _sum([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
         needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
         return _term("delta2", needs, lambda d, h: d + h, "by the merge of the refits")

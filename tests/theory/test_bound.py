@@ -144,6 +144,23 @@ def test_a_merge_that_is_not_linear_takes_its_own_stability():
     assert bound([EXPERT] * 2, measured, [0.5, 0.5]).terms["delta2"].value == pytest.approx(0.042)
 
 
+def test_coefficients_that_images_gave_need_the_refits():
+    found = dataclasses.replace(MERGE, fixed=False)
+    told = bound([EXPERT] * 2, found, [0.5, 0.5])
+    assert told.terms["delta2"].note == "needs Delta_M^2 of refits"
+    assert "found on images" in " ".join(told.violated)
+    measured = dataclasses.replace(found, delta2_of_merge=0.04)
+    assert bound([EXPERT] * 2, measured, [0.5, 0.5]).terms["delta2"].value == pytest.approx(0.042)
+
+
+def test_twins_within_reach_of_the_rounding_tell_nothing():
+    lost = dataclasses.replace(EXPERT, eps2=None, chaotic=True)
+    for merge in (MERGE, dataclasses.replace(MERGE, linear=False, delta2_of_merge=0.04)):
+        told = bound([EXPERT, lost], merge, [0.5, 0.5])
+        assert told.terms["delta2"].value is None
+        assert "1 of 2 experts" in " ".join(told.violated)
+
+
 def test_gradients_along_the_path_replace_the_smoothness():
     facts = dataclasses.replace(MERGE, smoothness=None, gradient_drift=[0.2, 0.4])
     found = bound([EXPERT] * 2, facts, [0.5, 0.5])
