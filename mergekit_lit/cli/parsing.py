@@ -8,6 +8,7 @@ and an unknown key is told with its nearest right one.
 import collections.abc
 import inspect
 import json
+import re
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -288,6 +289,11 @@ def _as_list(action: Action, text: str | None) -> str | None:
     single = numeric and ("," not in text or text.lstrip().startswith("{"))
     if not items or not plain or str in kinds or single or "${" in text:
         return text
+    named = not _holds_things(action) and any(set(of) <= {str, Path, ...} for of in items)
+    if named and not set(text) & set("\"'"):
+        # To YAML, `*.bias` would be an alias; commas inside braces belong to a pattern.
+        words = [word.strip() for word in re.split(r",(?![^{]*\})", text)]
+        return json.dumps(words, ensure_ascii=False)
     return f"[{text}]"
 
 

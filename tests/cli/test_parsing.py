@@ -107,6 +107,7 @@ def test_later_files_win_and_interpolations_see_the_final_values(read, tmp_path)
         (("--scale", "-1e-3"), "scale", -0.001),
         (("--trainer.devices", "2"), "trainer.devices", 2),
         (("--trainer.devices", "0,1"), "trainer.devices", "0,1"),
+        (("--files=*.x,re:a{1,2}",), "files", [Path("*.x"), Path("re:a{1,2}")]),
         (("--max-scale", "2"), "max_scale", 2.0),
         (("max-scale=2",), "max_scale", 2.0),
     ],
