@@ -7,6 +7,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_paths(paths: Sequence[Path], *, gone_first: Sequence[Path] = ()) -> Iterator[list[Path]]:
+def atomic_paths(
+    paths: Sequence[Path], *, gone_first: Sequence[Path] = (), gone_last: Sequence[Path] = ()
+) -> Iterator[list[Path]]:
     """Yield a temporary path beside each of `paths`; when the block succeeds all are replaced.
 
     Each file is whole or absent, whatever happens; a failed block changes nothing. That the files
@@ -36,32 +40,89 @@ def atomic_paths(paths: Sequence[Path], *, gone_first: Sequence[Path] = ()) -> I
     Args:
         paths: files, replaced in this order.
         gone_first: files that are removed before the first is replaced.
+        gone_last: files that are removed after the last was replaced.
 
     Raises:
         OSError: a folder cannot be written, in one line that says where.
     """
     temporaries: list[Path] = []
+    ready = _Ready(temporaries, paths, gone_first, gone_last)
+    waiting, waits = _WAITING.get(), False
     now = Path()
     try:
-        for now in map(Path, paths):
-            now.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{now.name}.", dir=now.parent)
-            os.close(handle)
-            temporaries.append(Path(name))
-        yield temporaries
-        for temporary in temporaries:
-            _sync(temporary)
-            # mkstemp makes private files; results follow the user's umask like any other file.
-            temporary.chmod(0o666 & ~_umask())
-        for old in gone_first:
-            Path(old).unlink(missing_ok=True)
-        for temporary, now in zip(temporaries, map(Path, paths), strict=True):
-            temporary.replace(now)
-    except OSError as error:
-        raise _told(error, now) from error
+        try:
+            for now in map(Path, paths):
+                now.parent.mkdir(parents=True, exist_ok=True)
+                if now.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                handle, name = tempfile.mkstemp(prefix=f".{now.name}.", dir=now.parent)
+                os.close(handle)
+                temporaries.append(Path(name))
+            yield list(temporaries)
+            for temporary in temporaries:
+                _sync(temporary)
+                # mkstemp makes private files; results follow the user's umask like any other file.
+                temporary.chmod(0o666 & ~_umask())
+        except OSError as error:
+            raise _told(error, now) from error
+        if waiting is None:
+            ready.take_places()
+        else:
+            waiting.append(ready)
+            waits = True
     finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+        if not waits:
+            ready.remove()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let all files that are written in the block take their places at its end, or none of them.
+
+    A reader sees the old ones until then. They take their places in the order in which they were
+    written, one rename after the other; a failed block changes nothing and leaves nothing behind.
+    """
+    waiting: list[_Ready] = []
+    before = _WAITING.set(waiting)
+    try:
+        yield
+        for ready in waiting:
+            ready.take_places()
+    finally:
+        _WAITING.reset(before)
+        for ready in waiting:
+            ready.remove()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Files that are written, and wait to take their places."""
+
+    temporaries: Sequence[Path]
+    paths: Sequence[Path]
+    gone_first: Sequence[Path]
+    gone_last: Sequence[Path]
+
+    def take_places(self) -> None:
+        _unlink(self.gone_first)
+        for temporary, path in zip(self.temporaries, map(Path, self.paths), strict=True):
+            try:
+                temporary.replace(path)
+            except OSError as error:
+                raise _told(error, path) from error
+        _unlink(self.gone_last)
+
+    def remove(self) -> None:
+        _unlink(self.temporaries)
+
+
+_WAITING: ContextVar[list[_Ready] | None] = ContextVar("_WAITING", default=None)
+"""What waits for the end of `together`; None outside it."""
+
+
+def _unlink(paths: Sequence[Path]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

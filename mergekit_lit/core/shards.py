@@ -146,7 +146,8 @@ def write_shards(
         for i in range(1, len(shards) + 1)
     ]
     index = index_of(path)
-    with atomic_paths([*files, index], gone_first=[index, path]) as temporaries:
+    earlier = [other for other in _shards_of(path) if other not in files]
+    with atomic_paths([*files, index], gone_first=[index, path], gone_last=earlier) as temporaries:
         checksums: Checksums = {}
         for names, temporary in zip(shards, temporaries[:-1], strict=True):
             part = Computed({name: specs[name] for name in names}, tensors.__getitem__)
@@ -160,7 +161,6 @@ def write_shards(
         }
         text = json.dumps({"metadata": metadata, "weight_map": place}, indent=2, sort_keys=True)
         temporaries[-1].write_text(text + "\n", encoding="utf-8")
-    _remove_others(path, files)
     return [*files, index]
 
 
@@ -177,12 +177,15 @@ def _filled(specs: Mapping[str, Spec], most: int) -> list[list[str]]:
     return shards
 
 
-def _remove_others(path: Path, files: list[Path]) -> None:
-    """Remove shards of an earlier model of this name, which no index names any more."""
+def _shards_of(path: Path) -> list[Path]:
+    """Return the shards of a model of this name that are there."""
     shard = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
-    for other in path.parent.iterdir():
-        if shard.fullmatch(other.name) and other not in files:
-            other.unlink()
+    folder = path.parent
+    return (
+        [other for other in folder.iterdir() if shard.fullmatch(other.name)]
+        if folder.is_dir()
+        else []
+    )
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

@@ -1,12 +1,12 @@
 """This file is the merge stage: expert files in, one merged model with its record out."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
+from mergekit_lit.core.files import together
 from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
@@ -101,11 +101,10 @@ def merge_files(  # noqa: PLR0913
     }
     record = _record(recipe, calibration, inputs, out, merged, observers, choices)
     save = save_raw if plain else save_merged
-    # Each is written atomically; should the second fail, an earlier pair stays whole.
-    with _restored_on_error(record_path):
-        record.write(record_path)
+    # Should one fail, what an earlier merge left stays whole.
+    with together():
+        # Tensors are merged as they are written, so that the time is known only afterwards.
         save(out, merged, max_shard_bytes=max_shard_bytes)
-        # Tensors are merged as they are written, so that the time is known only now.
         watch.finish(record).write(record_path)
     _tell_wandb(record, out, merged, logger)
     return MergeResult(out, record_path, record)
@@ -160,18 +159,6 @@ def _gathered(
             paths, base=base, allow_different_base=allow_different_base, headers_only=headers_only
         )
     return select(experts, include=recipe.include, exclude=recipe.exclude)
-
-
-@contextmanager
-def _restored_on_error(path: Path) -> Iterator[None]:
-    """Leave a small file as it was, or absent as it was, if the block fails."""
-    before = path.read_bytes() if path.is_file() else None
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            path.unlink() if before is None else path.write_bytes(before)
-        raise
 
 
 def _checked_out(out: Path) -> Path:

@@ -42,6 +42,30 @@ def test_failing_block_leaves_the_old_file_alone(tmp_path):
     assert everything_in(tmp_path) == ["a.txt"]
 
 
+def test_files_take_their_places_together(tmp_path):
+    files.write_text(tmp_path / "a", "old")
+    with files.together():
+        files.write_text(tmp_path / "a", "new")
+        files.write_text(tmp_path / "b", "new")
+        assert (tmp_path / "a").read_text() == "old"
+        assert not (tmp_path / "b").exists()
+    assert [(tmp_path / name).read_text() for name in everything_in(tmp_path)] == ["new", "new"]
+
+
+def write_one_and_a_half(folder: Path) -> None:
+    with files.together():
+        files.write_text(folder / "a", "new")
+        write_half(folder / "b", RuntimeError("halfway"))
+
+
+def test_none_takes_its_place_where_one_fails(tmp_path):
+    files.write_text(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_one_and_a_half(tmp_path)
+    assert everything_in(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
 def test_interrupt_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_half(tmp_path / "a", KeyboardInterrupt())
