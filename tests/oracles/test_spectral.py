@@ -62,7 +62,8 @@ def reference_iso_cts(deltas, share):
 def reference_knots(deltas, density, combine):
     """Stoica et al. 2024: one basis of outputs, then TIES on what each task has in it."""
     u, s, vt = svd(np.hstack(deltas))
-    parts = []
+    rank = np.linalg.matrix_rank(np.hstack(deltas))
+    u, s, vt, parts = u[:, :rank], s[:rank], vt[:rank], []
     for v in np.split(vt, len(deltas), axis=1):
         size = np.sort(np.abs(v).ravel())
         dropped = v.size - int(v.size * density)
@@ -90,6 +91,15 @@ def test_knots_equals_its_paper(shape, density, combine):
     found = knots(tensor, density=density, combine=combine).numpy()
     expected = reference_knots(list(tensor.deltas.numpy()), density, combine)
     np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5])
+def test_knots_trims_experts_of_low_rank_in_their_own_directions(density):
+    deltas = low_rank((30, 24), rank=2)
+    found = knots(a_slice((30, 24), deltas=deltas), density=density).numpy()
+    expected = reference_knots(list(deltas.numpy()), density, "mean")
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert abs(found - knots(a_slice((30, 24), deltas=deltas), density=1.0).numpy()).max() > 0.1
 
 
 def test_knots_of_lora_experts_stays_in_their_directions():

@@ -126,7 +126,7 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     summed, count = sum_of(matrices(tensor)), len(tensor.each)
     full = min(summed.shape)
     # At most floor(r / T) directions a task, so that the common ones never number less than 0.
-    own = min(round((1 - common_share) * full / count), full // count)
+    own = min(round((full - int(common_share * full)) / count), full // count)
     common, _, _ = triplets = leading(summed, full - own * count)
     rest = (delta - common @ (common.mT @ delta) for delta in matrices(tensor))
     parts = [triplets, *(leading(delta, own) for delta in rest)]
@@ -180,8 +180,10 @@ def knots(
         return scale * mean_of(tensor)
     joined = torch.cat(list(matrices(tensor)), dim=1)
     left, values, joint = torch.linalg.svd(joined, full_matrices=False)
-    kept = has_direction(values)
-    parts = torch.stack((joint * kept[:, None]).chunk(len(tensor.each), dim=1))  # (T, r, n)
+    # Rows without a direction would count among the entries that are trimmed.
+    kept = has_direction(values).bool()
+    left, values, joint = left[:, kept], values[kept], joint[kept]
+    parts = torch.stack(joint.chunk(len(tensor.each), dim=1))  # (T, r, n)
     if rule == "ties":
         thresholds = torch.stack([threshold(part.abs(), density) for part in parts])
         parts = parts * (parts.abs() >= thresholds[:, None, None])
