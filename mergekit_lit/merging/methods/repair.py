@@ -56,7 +56,7 @@ def repair(
 
     Raises:
         ValueError: no layer has a bias, and BatchNorm's statistics are not to be recalibrated; or
-            tasks have layers of their own.
+            tasks have layers or masks of their own.
 
     Source: Jordan et al. 2022, arXiv:2211.08403, sec. 3 (REPAIR).
     Differs: a layer without a bias is left to the BatchNorm that follows it: there the policy
@@ -64,10 +64,11 @@ def repair(
     """
     if samples < 2:
         raise ValueError(f"`samples` must be at least 2, but is {samples}.")
-    if merged is not None and merged.own:
+    if merged is not None and (merged.own or merged.masks or merged.adapters):
         raise ValueError(
             "`repair` must be given one model for all tasks, but this merge leaves each task "
-            "layers of its own. Recalibrate BatchNorm instead: --batch_norm recalibrate-per-task."
+            "layers, masks or adapters of its own. Recalibrate BatchNorm instead: "
+            "--batch_norm recalibrate-per-task."
         )
     pool = list(_mixed_batches(experts, calibration, samples=samples, seed=seed))
     result = merged or _average(experts)
