@@ -1,6 +1,7 @@
 """This file is configurations by dotted key, as the axes of a sweep name parameters."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -27,6 +28,29 @@ def typed(parser: ArgumentParser, given: Mapping[str, Any], point: Mapping[str, 
     """
     namespace = parse_mapping(parser, merged_values(dict(given), nested(point)))
     return flat(yaml.safe_load(parser.dump(namespace, skip_unset=False)))
+
+
+def refuse_idle(point: Mapping[str, Any], idle: Collection[str]) -> None:
+    """Refuse axes that decide no result, such as where it goes.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for key in point:
+        if key in idle:
+            raise ValueError(
+                f"The axis `{key}` must decide what comes out, but does not: give it one value, "
+                "outside `axes`."
+            )
+
+
+def interpolated(given: Mapping[str, Any], point: Mapping[str, Any]) -> Hashable:
+    """Return the values of a point that interpolations such as `${data.split_seed}` may refer to.
+
+    Points that agree in them have the same interpolated values.
+    """
+    named = " ".join(re.findall(r"\$\{([^}]*)\}", repr(given)))
+    return tuple((key, repr(point[key])) for key in point if key.rpartition(".")[2] in named)
 
 
 def flat(values: Mapping[str, Any]) -> Config:

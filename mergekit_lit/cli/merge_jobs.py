@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from mergekit_lit.cli.dotted import nested, typed
+from mergekit_lit.cli.dotted import interpolated, nested, refuse_idle, typed
 from mergekit_lit.cli.evaluate import evaluate_parser, evaluated
 from mergekit_lit.cli.merge import merge_parser, merged_files, recipe_of
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
@@ -49,18 +49,22 @@ class MergeJob:
         return () if self.score == "none" else _METRICS
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return the method: each has parameters of its own."""
-        return str(point.get("method", self.given.get("method", "average")))
+        """Return the method, each with parameters of its own, and what interpolations refer to."""
+        return self._method(point), interpolated(self.given, point)
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        parser, _ = _merge_parser(str(self.kind(point)))
+        refuse_idle(point, _NOT_IN_NAMES)
+        parser, _ = _merge_parser(self._method(point))
         config = typed(parser, self.given, {**point, "out": f"{_MERGED}.safetensors"})
         if self.score != "none" and config["data.suite"] is None:
             raise ValueError(
                 "`data.suite` must name the suite on which merged models are scored, but does not."
             )
         return config
+
+    def _method(self, point: Mapping[str, Any]) -> str:
+        return str(point.get("method", self.given.get("method", "average")))
 
     def separate(self, config: Config) -> Sequence[Config]:
         """Return the configuration: it is one run."""
@@ -123,10 +127,12 @@ class EvaluateJob:
         return _METRICS
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return None: all runs have the same keys."""
+        """Return what interpolations in the file refer to."""
+        return interpolated(self.given, point)
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
+        refuse_idle(point, _NOT_IN_NAMES)
         return typed(_evaluate_parser(), self.given, point)
 
     def separate(self, config: Config) -> Sequence[Config]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from torch.cuda import device_count
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.dotted import nested
@@ -75,10 +76,12 @@ def options(  # noqa: PLR0913
             `results.csv`; its mean over all other axes counts), `trials`, `batch` (trials at once)
             and `seed`.
         launcher: where workers run: `local`, processes of this machine, each pinned to a core or
-            GPU; `slurm`, jobs of an array, on a disk that all nodes share.
+            GPU; `slurm`, jobs of an array; `ray`, tasks of a Ray cluster. Where there are several
+            machines, `out` must be on a disk that they share.
         launcher_options: of `slurm`: parameters of submitit's executor, such as `timeout_min`,
-            `mem_gb`, `gpus_per_node` or `slurm_partition`.
-        jobs: workers, each of one thread and with a core or GPU of its own; null for one a core.
+            `mem_gb`, `gpus_per_node` or `slurm_partition`; of `ray`: arguments of `ray.init`, such
+            as `address`, and `worker`, what each worker needs: `{num_cpus: 1, num_gpus: 0.5}`.
+        jobs: workers, each of one thread; null for one a GPU, or a core where there is none.
         retries: how often a run that failed, or whose process died, is tried again; errors of input
             are not.
         dry_run: whether to tell what would be done, and do nothing.
@@ -109,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
         study=study,
         launcher=made.launcher,
         options=settings.get("launcher_options"),
-        jobs=len(os.sched_getaffinity(0)) if made.jobs is None else made.jobs,
+        jobs=_places() if made.jobs is None else made.jobs,
         retries=made.retries,
         config={**settings, **given},
         quiet=made.json,
@@ -146,6 +149,12 @@ def _study(given: dict[str, Any] | None) -> Study | None:
     if "metric" not in given:
         raise ValueError("`optuna.metric` must be given, such as val_accuracy.")
     return Study(**given)
+
+
+def _places() -> int:
+    """Return how many workers have a GPU of their own here, or a core where there is none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return device_count() or cores or 1
 
 
 def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from mergekit_lit.cli.dotted import nested, typed
+from mergekit_lit.cli.dotted import interpolated, nested, refuse_idle, typed
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
 from mergekit_lit.cli.train import tasks_of, train_made, train_parser
 from mergekit_lit.core.records import Record
@@ -51,19 +51,20 @@ class TrainJob:
         return ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return None: all runs have the same keys."""
+        """Return what interpolations in the file refer to."""
+        return interpolated(self.given, point)
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        config = typed(_shared_parser(), self.given, {**point, "out": "."})
-        if config["seed"] is not None:
-            config["model.seed"] = config["seed"]
-        return config
+        refuse_idle(point, _NOT_IN_NAMES - {"seed"})
+        return typed(_shared_parser(), self.given, {**point, "out": "."})
 
     def separate(self, config: Config) -> Sequence[Config]:
         """Return a configuration for each task that `data.task` names."""
         tasks = _tasks(config["data.suite"], config["data.task"], config["data.root"])
-        return [{**config, "data.task": task} for task in tasks]
+        # `seed` is short for the other.
+        seed = config["model.seed"] if config["seed"] is None else config["seed"]
+        return [{**config, "data.task": task, "model.seed": seed} for task in tasks]
 
     def identity(self, config: Config) -> tuple[Mapping[str, Any], tuple[int, ...]]:
         """Return all that decides the path, and K; K is part of the path where the schedule asks.
@@ -132,12 +133,12 @@ class TrainJob:
 
 
 def _steps_done(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Return file and card of each expert that a record of the folder names, by K."""
+    """Return file and card of each expert that is there and in a record, by K."""
     found = {}
     for path in sorted(folder.glob("*.record.json")):
         record = Record.read(path)
         if record.stage == "train":
-            for file in record.outputs:
+            for file in filter(lambda name: (folder / name).is_file(), record.outputs):
                 card = record.metrics["experts"][Path(file).stem]
                 found[int(card["steps"])] = (file, card)
     return found

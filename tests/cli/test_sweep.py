@@ -15,6 +15,8 @@ import yaml
 from mergekit_lit.cli import main
 from mergekit_lit.cli.train_job import TrainJob
 from mergekit_lit.models.backbones import load_base
+from mergekit_lit.search.sweeping.axes import read_axes
+from mergekit_lit.search.sweeping.plan import plan_runs
 
 BASE = "vit@random:0"
 
@@ -101,11 +103,27 @@ def test_the_path_and_not_its_length_names_a_training(tiny_suite):
         config = job.complete({key.replace("_", ".", 1): value for key, value in point.items()})
         return repr(sorted(job.identity(config)[0].items()))
 
-    assert name(steps=100) == name(steps=400) == name(jobs=2)
+    assert name(steps=100) == name(steps=400)
     # A warm-up of at most half the steps is another path.
     assert name(steps=30) != name(steps=100)
     assert name(model_schedule="cosine", steps=100) != name(model_schedule="cosine", steps=400)
-    assert name(model_seed=1) == name(seed=1) != name()
+    assert name(model_seed=1) != name()
+
+
+def test_seed_is_short_for_that_of_the_model(tiny_suite):
+    job = TrainJob({"data": {"suite": tiny_suite, "task": "all"}, "steps": 2})
+    one, other = (plan_runs(read_axes({key: [3, 4]}), job) for key in ("seed", "model.seed"))
+    assert len(one.runs) == 4
+    assert [run.name for run in one.runs] == [run.name for run in other.runs]
+
+
+def test_interpolations_follow_the_axes(tiny_suite):
+    data = {"suite": tiny_suite, "task": "dots", "split_seed": 7}
+    job = TrainJob({"data": data, "model": {"seed": "${data.split_seed}"}, "steps": 2})
+    plan = plan_runs(read_axes({"data.split_seed": [1, 2], "model.lr": [0.1, 0.2, 0.3]}), job)
+    found = [plan.config(run) for run in plan.runs]
+    assert [config["model.seed"] for config in found] == [1, 1, 1, 2, 2, 2]
+    assert len(plan.bases) == 2
 
 
 def test_a_dry_run_tells_and_writes_nothing(sweep_file, tmp_path, capsys):
@@ -157,6 +175,7 @@ def test_failures_are_listed_and_the_rest_is_done(sweep_file, capsys):
             "`lr` must be positive and finite, but is -1.0",
         ),
         ({"model.schedule": ["cosin"]}, [], "Did you mean 'cosine'?"),
+        ({"data.task": ["dots"], "out": ["a", "b"]}, [], "The axis `out` must decide what comes"),
         ({"data.task": ["dot"]}, [], "Did you mean 'dots'?"),
         ({"data.task": ["dots"]}, ["--job=trian"], "No job named 'trian'. Did you mean 'train'?"),
         ({"data.task": ["dots"]}, ["--jobs=0"], "`jobs` must be at least 1, but is 0"),
@@ -266,6 +285,30 @@ def test_slurm_through_submitit_on_this_machine(sweep_file, tmp_path):
     assert run(path, "--jobs=2") == 0
     assert len(experts(tmp_path / "out")) == 4
     assert list((tmp_path / "out" / "slurm").iterdir())
+
+
+def test_ray_is_an_extra(sweep_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(sweep_file({"data.task": ["dots"]}), "--launcher=ray") == 2
+    told = capsys.readouterr().err
+    assert "needs the extra: pip install 'mergekit-lit[ray]'" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine_and_a_worker_killed_in_mid_run(sweep_file, tmp_path):
+    pytest.importorskip("ray")
+    out, axes = tmp_path / "out", {"data.task": ["dots", "stripes"], "steps": [200]}
+    options = {"num_cpus": 2, "object_store_memory": 10**8}
+    path = sweep_file(axes, checkpoint_every=5, launcher="ray", launcher_options=options)
+    process = start(path, "--jobs=2")
+    wait_for(lambda: list(out.rglob("last.ckpt")), process)
+    claims = list(out.rglob("claim.1"))
+    os.kill(json.loads(claims[0].read_text().partition("\n")[2])["pid"], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
+    process.communicate()
+    assert len(experts(out)) == 2
+    assert not list(out.rglob("failure.json"))
 
 
 @pytest.mark.slow

@@ -42,7 +42,10 @@ class Job(Protocol):
         """What `rows` tell that is worth making large or small."""
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return what decides which keys a configuration has, such as the merge method."""
+        """Return what decides all of a configuration but a point's own values.
+
+        Such as the merge method, which has parameters of its own.
+        """
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default.

@@ -16,6 +16,7 @@ from mergekit_lit.search.display import Display
 from mergekit_lit.search.sweeping.axes import Axes
 from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
+from mergekit_lit.search.sweeping.launchers.ray import ray_cluster, run_ray
 from mergekit_lit.search.sweeping.launchers.slurm import run_slurm, slurm_executor
 from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
@@ -23,7 +24,7 @@ from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
 from mergekit_lit.search.sweeping.worker import Listen, Sweep
 from mergekit_lit.stages.folders import check_folder, check_record
 
-LauncherName = Literal["local", "slurm"]
+LauncherName = Literal["local", "ray", "slurm"]
 FILE, RECORD = "sweep.yaml", "sweep.record.json"
 
 
@@ -84,6 +85,8 @@ def run_sweep(  # noqa: PLR0913
     check_folder(out)
     check_record(out / RECORD, "sweep")
     write_text(out / FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
+    # Workers elsewhere may stand in another folder.
+    out = out.absolute()
     sweep = Sweep(plan=plan, job=job, out=out, launch=secrets.token_hex(8), retries=retries)
     with Display(Console(quiet=quiet, stderr=True)) as display:
         _run(start, sweep, display, jobs)
@@ -134,6 +137,9 @@ def _starter(
         return lambda sweep, listen, workers: run_slurm(
             sweep, listen, jobs=workers, executor=executor
         )
+    if launcher == "ray":
+        worker = ray_cluster(options)
+        return lambda sweep, listen, workers: run_ray(sweep, listen, jobs=workers, worker=worker)
     if options:
         raise ValueError(
             f"`launcher_options` must be left out with the launcher 'local', but are {options!r}."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Literal, TypeAlias
 
 from mergekit_lit.search.crew import leave
@@ -152,10 +153,11 @@ def _lose() -> None:
 def _leaves_when_told() -> Iterator[None]:
     """Give claims back when SIGTERM comes, unless whoever started this process handles it."""
     before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:
+    mine = before is signal.SIG_DFL and current_thread() is main_thread()
+    if mine:
         signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        if before is signal.SIG_DFL:
+        if mine:
             signal.signal(signal.SIGTERM, before)

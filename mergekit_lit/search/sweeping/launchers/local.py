@@ -115,15 +115,16 @@ class _Workers:
 def _worker(sweep: Sweep, pipe: Connection, place: int, workers: int) -> None:
     """Be one worker process."""
     become_worker()
-    _pin(place)
+    _pin(place, workers)
     work(sweep, lambda *message: pipe.send(message), place=place, workers=workers)
 
 
-def _pin(place: int) -> None:
-    """Keep this process to one core, and to one of the GPUs that it may use."""
+def _pin(place: int, workers: int) -> None:
+    """Keep this process to a core of its own, and to one of the GPUs that it may use."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[place % len(cores)]})
+        if workers <= len(cores):
+            os.sched_setaffinity(0, {cores[place]})
     gpus = [gpu for gpu in os.environ.get(_GPUS, "").split(",") if gpu] or _all_gpus()
     if gpus:
         # Read when CUDA is first used, which is later.

@@ -5,23 +5,17 @@ time limit, is queued again and goes on with whatever run is next; the run that 
 from its last checkpoint, wherever. The launcher only watches: should it be killed, the jobs go on.
 """
 
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergekit_lit.search.sweeping.failures import failure_of
-from mergekit_lit.search.sweeping.plan import Run
+from mergekit_lit.search.sweeping.watching import watch
 from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
 
 _DEFAULTS: Mapping[str, Any] = {"name": "sweep", "timeout_min": 240, "cpus_per_task": 1}
-_POLL_S = 2.0
-# Share of the time that looking at the folder may take.
-_LOOKING = 0.05
 
 
 def slurm_executor(folder: Path, options: Mapping[str, Any]) -> Any:
@@ -66,16 +60,8 @@ def run_slurm(sweep: Sweep, listen: Listen, *, jobs: int, executor: Any) -> None
     """
     with executor.batch():
         submitted = [executor.submit(SlurmWorker(sweep, n, jobs)) for n in range(jobs)]
-    left = list(sweep.plan.runs)
     try:
-        while True:
-            ended = all(job.done() for job in submitted)
-            begun = time.monotonic()
-            known = {run.name for run in left if _tell(sweep, run, listen)}
-            left = [run for run in left if run.name not in known]
-            if ended:
-                break
-            time.sleep(max(_POLL_S, (time.monotonic() - begun) / _LOOKING))
+        watch(sweep, listen, lambda: all(job.done() for job in submitted))
     except KeyboardInterrupt:
         for job in submitted:
             job.cancel()
@@ -106,16 +92,3 @@ class SlurmWorker:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def _tell(sweep: Sweep, run: Run, listen: Listen) -> bool:
-    """Tell of a run that has ended; return whether it has."""
-    with suppress(OSError, ValueError):
-        if sweep.is_done(run):
-            listen("done", run.name, "")
-            return True
-        failure = failure_of(sweep.folder(run), launch=sweep.launch)
-        if failure and failure.due is None:
-            listen("failed", run.name, failure.error)
-            return True
-    return False
