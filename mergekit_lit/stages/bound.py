@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.experts import Base, Experts, Merged, load_expert
 from mergekit_lit.core.measurements import read_measurements
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData
@@ -66,6 +66,7 @@ def bound_files(
         check_record(Path(out), "bound")
     check_recipe(recipe, calibration)
     backbone, found = load_base_of(paths, base)
+    _check_one_base(paths, found)
     gathered = in_memory(
         select(load_experts(paths, base=found), include=recipe.include, exclude=recipe.exclude)
     )
@@ -208,6 +209,18 @@ def _merge_facts(measured: Measured | None) -> MergeFacts:
         merged_gradient2=measured.merged.gradient2.value,
         sample_gradient2=measured.sample_gradient2.value,
     )
+
+
+def _check_one_base(paths: Sequence[Path], base: Base) -> None:
+    """Refuse experts that did not start where the bound does."""
+    for path in paths:
+        card = load_expert(path).card
+        if card.base_hash not in (None, base.content):
+            raise ValueError(
+                f"The bound is of experts of one base, here {base.name!r} ({base.content[:12]}), "
+                f"but {str(path)!r} was tuned from {card.base!r} ({card.base_hash[:12]}). "
+                "Leave it out."
+            )
 
 
 def _check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:

@@ -1,6 +1,7 @@
 """This file measures the constants of the bound on real images, at the base and at a merge."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,4 +159,12 @@ def _statistics(experts: Experts, backbone: Backbone, task: TaskData) -> dict[st
 
 
 def _losses(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return losses and accuracies of a merge by task, all finite."""
+    for task, row in rows.items():
+        # An evaluation tells NaN as None.
+        if row["loss"] is None or not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"The merge's loss must be finite, but on task {task!r} it is not. Leave out the "
+                "expert that diverged, or merge with smaller coefficients."
+            )
     return {task: {"loss": row["loss"], "accuracy": row["accuracy"]} for task, row in rows.items()}

@@ -1,5 +1,6 @@
 """This file is bound-aware merging: the method whose coefficients make the bound least."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -112,6 +113,11 @@ def _landscape(
     at_base = measure_point(objectives, start, calibration, p=shares, effort=effort, blocks=groups)
     smooth = measure_secant(objectives, start, average, experts, calibration, effort=effort)
     each = measure_sample_gradients(objectives, average, calibration, p=shares, effort=effort)
+    if not math.isfinite(smooth + each.value):
+        raise ValueError(
+            f"The gradients at the experts and their average must be finite, but L is {smooth} and "
+            f"G^2 is {each.value}. Leave out the expert that diverged."
+        )
     landscape = Landscape(
         p=p,
         travel=travels,

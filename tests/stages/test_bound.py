@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.cli import main
 from mergekit_lit.core.calibration import Batch
-from mergekit_lit.core.experts import load_expert, load_merged
+from mergekit_lit.core.experts import load_expert, load_merged, save_expert
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.calibration import calibration_on
@@ -293,6 +293,25 @@ def test_the_bound_s_own_merge_by_layer_travels_as_far(experts, tiny_suite, tmp_
         assert min(row) >= 0
     far = [sum(a * b for a, b in zip(row, travels, strict=True)) for row in rows.values()]
     assert min(far) <= sum(travels) / 2 * (1 + 1e-6) <= max(far) * (1 + 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("card", "scale", "message"),
+    [({"base_hash": "0" * 64}, 1.0, "experts of one base"), ({}, 1e18, "loss must be finite")],
+)
+def test_experts_that_cannot_be_bounded_are_refused(
+    experts, tiny_suite, tmp_path, capsys, card, scale, message
+):
+    one = load_expert(experts[0])
+    weights = {name: t * scale if t.is_floating_point() else t for name, t in one.backbone.items()}
+    other = tmp_path / experts[0].name
+    changed = dataclasses.replace(one.card, **card)
+    save_expert(other, dataclasses.replace(one, backbone=weights, card=changed))
+    data = ["--data.suite", tiny_suite, "--data.reserve", "8"]
+    assert main(["bound", str(experts[1]), str(other), *data]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
