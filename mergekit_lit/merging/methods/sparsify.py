@@ -131,10 +131,8 @@ def breadcrumbs(
         raise ValueError(
             f"`drop` + `outliers` must be at most 1, but are {drop!r} + {outliers!r}. Drop less."
         )
-    step = torch.zeros_like(tensor.deltas[0])
-    for delta in tensor.deltas:
-        step = step + delta * _between_shares(delta.abs(), drop, outliers)
-    return scale * step
+    kept = (delta * _between_shares(delta.abs(), drop, outliers) for delta in tensor.each)
+    return scale * sum_of(kept)
 
 
 @MERGE_METHODS.add(

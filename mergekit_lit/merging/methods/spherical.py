@@ -14,7 +14,7 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
 from mergekit_lit.merging.methods.directions import lengths_and_cosines, mean_direction
 from mergekit_lit.merging.reductions import total
-from mergekit_lit.merging.steps import shares_of, weighted_sum
+from mergekit_lit.merging.steps import shares_of, sum_of, weighted_sum
 
 Along = Literal["tensor", "rows", "columns"]
 """What is one vector of a matrix."""
@@ -186,12 +186,26 @@ def model_stock(tensor: Slice) -> Tensor:
     Differs: r is 0 where the experts are opposed (c < 0), which the paper does not treat; r is 1
         for one expert.
     """
-    count = len(tensor.deltas)
-    _, cosines = lengths_and_cosines(_rows(tensor.deltas))
-    pairs = count * (count - 1) / 2
-    c = float(cosines.triu(diagonal=1).sum()) / pairs if pairs else 1.0
+    count, c = len(tensor.each), _mean_cosine(tensor)
     ratio = max(0.0, count * c / (1 + (count - 1) * c)) if c > 0 else 0.0
-    return ratio * tensor.deltas.mean(dim=0)
+    return ratio * sum_of(iter(tensor.each)) / count
+
+
+def _mean_cosine(tensor: Slice) -> float:
+    """Return mean_{s < t} cos(tau_s, tau_t), one expert at a time; 1 for one expert.
+
+    sum_{s < t} <u_s, u_t> = (||sum_t u_t||^2 - sum_t ||u_t||^2) / 2 of the directions u_t, which
+    are 0 where an expert did not move.
+    """
+    pairs = len(tensor.each) * (len(tensor.each) - 1) / 2
+    summed, moved = torch.zeros(tensor.base.numel(), dtype=torch.float64), 0
+    for delta in tensor.each:
+        row = delta.flatten().double()
+        length = float(total(row.square())) ** 0.5
+        if length > 0:
+            summed += row / length
+            moved += 1
+    return (float(total(summed.square())) - moved) / 2 / pairs if pairs else 1.0
 
 
 def _between(tensor: Slice, position: float, *, along: Along, space: Space) -> Tensor:
