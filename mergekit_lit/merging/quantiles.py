@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.experts import BLOCK
+
 Pairs = Iterable[tuple[str, Tensor]]
 """Name and deltas (T, *s) of every merged tensor; may be gone through more than once."""
 
@@ -71,7 +73,10 @@ def _sample(pairs: Pairs, function: Function, chunks: Chunks) -> tuple[np.ndarra
     """Return evenly spaced entries of each expert, sorted, (T, m); and how many it has in all."""
     if isinstance(pairs, Sampled):
         taken, entries = pairs.sample(_SAMPLE)
-        ranked = function(taken).numpy()
+        # Functions hold several times what they are given.
+        ranked = torch.cat(
+            [function(part) for part in torch.split(taken, BLOCK, dim=1)], dim=1
+        ).numpy()
         # In place: what was taken is nobody else's.
         ranked.sort(axis=1)
         return ranked, entries

@@ -102,6 +102,7 @@ def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
 
     Source: Du et al. 2024, arXiv:2410.02396 (parameter competition balancing).
     Differs: one scale for all experts; the paper also evolves one for each on validation data.
+        What is averaged is not clipped at the tails, where weights are.
     """
     check_interval("density", density, "(0, 1]")
     check_scale(scale)
@@ -154,6 +155,7 @@ def ram(tensor: Slice, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor
     source="Goddard et al. 2024, arXiv:2403.13257 (Nearswap of mergekit 0.1)",
     # The reach is in the units of the weights: what is far depends on how far the experts went.
     search={"reach": (1e-3, 1e-2), "scale": (0.0, 8.0)},
+    elementwise=True,
     homogeneous=True,
 )
 def nearswap(tensor: Slice, *, reach: float = 1e-3, scale: float = 1.0) -> Tensor:
