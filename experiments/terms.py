@@ -5,8 +5,9 @@
 Merges one group of experts by each method, has every term of the bound measured as
 `mergekit-lit bound` does, and prints a table in which ↓ marks what lies below the average's value
 by more than 5 %, and ↑ what lies above. What is there is not made again. A merge that is no sum of
-scaled deltas has no coefficients: terms that need them are those of the average and stand in
-brackets, and its Delta is known only where the twins' refits lie beside the experts.
+scaled deltas has no coefficients: terms that need some take the average's, with the merge's own L
+and losses, and stand in brackets; its Delta is known only where the twins' refits lie beside the
+experts.
 """
 
 import argparse
