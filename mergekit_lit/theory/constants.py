@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_lit.core.calibration import Batch, Calibration, drawn, in_batches
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
+from mergekit_lit.core.seeds import generator
 from mergekit_lit.theory.curvature import (
     Eigenvalue,
     random_direction,
@@ -172,8 +173,8 @@ def task_gradients(
             )
         order = drawn(samples, count, "micro-batches", objective.task, seed=effort.seed)
         # Drawn ascending: a micro-batch of neighbours would hold one class.
-        picked = order[torch.randperm(count, generator=torch.Generator().manual_seed(effort.seed))]
-        batches = [samples.take(part) for part in torch.split(picked, effort.batch)]
+        shuffled = torch.randperm(count, generator=generator(effort.seed, "order", objective.task))
+        batches = [samples.take(part) for part in torch.split(order[shuffled], effort.batch)]
         rows.append(torch.stack([objective.gradient(weights, batch) for batch in batches]))
         sizes.append(len(samples))
     return TaskGradients(rows, effort.batch, sizes)

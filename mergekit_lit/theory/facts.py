@@ -60,8 +60,6 @@ class MergeFacts:
 
     Attributes:
         smoothness: L, joint over backbone and head.
-        surrogate_at_base: F~_S(x0) = sum_i w_i F_Si(x0).
-        surrogate_gradient2: ||grad F~_S(x0)||^2.
         gram: <grad^l F_Si(x0), grad^l F_Sj(x0)> by block l of the parameters; `ALL` is the one
             block of a merge whose coefficients do not differ.
         gradient_drift: avg over the path of ||grad F_Si(x_k) - grad F_Si(x0)||^2 by expert: the
@@ -74,8 +72,6 @@ class MergeFacts:
     """
 
     smoothness: float | None = None
-    surrogate_at_base: float | None = None
-    surrogate_gradient2: float | None = None
     gram: Mapping[str, Gram] | None = None
     gradient_drift: Sequence[float] | None = None
     merged_gradient2: float | None = None
@@ -92,7 +88,7 @@ def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
         ValueError: one is negative or not finite.
     """
     # A U-statistic of a squared norm may come out negative, and enters as it is.
-    signed = {"zeta2", "surrogate_gradient2", "merged_gradient2", "noise"}
+    signed = {"zeta2", "merged_gradient2", "noise"}
     for facts in (*experts, merge):
         for name, value in vars(facts).items():
             if not isinstance(value, float) or name in signed:

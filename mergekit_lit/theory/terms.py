@@ -40,12 +40,7 @@ class Term:
 
 def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return F~_S(x0) - sum_l (A_l / 4) ||grad^l F~_S(x0)||^2; without blocks A_l is A_eff."""
-    start = _weighted(weighing.w, [expert.base_loss for expert in experts])
-    # Until its callers give gradients and losses at the base, the two sums.
-    start = merge.surrogate_at_base if start is None else start
-    slope = _slope(weighing, merge)
-    if slope is None and merge.surrogate_gradient2 is not None and weighing.a_eff is not None:
-        slope = weighing.a_eff * merge.surrogate_gradient2
+    start, slope = _weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
     needs = {"A_eff": weighing.a_eff, "F_Si(x0)": start, "grad F_Si(x0)": slope}
     return _term("progress", needs, lambda _, f, g: f - g / 4)
 

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from mergekit_lit.theory.bound import TOTAL, bound
+from mergekit_lit.theory import bound as module
+from mergekit_lit.theory.bound import TOTAL
 from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.facts import ALL, ExpertFacts, MergeFacts
 from mergekit_lit.theory.travel import step_l1, step_l2_squared
@@ -27,10 +28,18 @@ EXPERT = ExpertFacts(
 )
 MERGE = MergeFacts(
     smoothness=1.25,
-    surrogate_gradient2=0.9,
+    gram={ALL: ()},
     merged_gradient2=0.3,
     sample_gradient2=4.0,
 )
+
+
+def bound(experts, merge, coefficients):
+    """The bound; the gradients of `MERGE` are one of squared norm 0.9 for all tasks."""
+    if merge.gram == MERGE.gram:
+        same = [[0.9] * len(experts)] * len(experts)
+        merge = dataclasses.replace(merge, gram={ALL: same})
+    return module.bound(experts, merge, coefficients)
 
 
 def test_terms_by_hand():
@@ -65,7 +74,7 @@ def test_terms_by_hand():
 
 
 def test_a_total_needs_each_of_its_terms_and_says_what_is_missing():
-    for name in ("smoothness", "surrogate_gradient2"):
+    for name in ("smoothness", "gram"):
         found = bound([EXPERT] * 2, dataclasses.replace(MERGE, **{name: None}), [0.5, 0.5])
         assert found.total is None
     for name in ("base_loss", "d2", "noise", "eps2"):
@@ -375,6 +384,7 @@ def test_it_holds_on_quadratics(seed, momentum):
             noise=float(noise[i]),
             zeta2=float(zeta2[i]),
             eps2=float(eps2[i]),
+            base_loss=float(problem.loss(at_base, z)[:, i].mean()),
             train_loss=float(train_loss[:, i].mean()),
             lr=lr,
         )
@@ -382,8 +392,7 @@ def test_it_holds_on_quadratics(seed, momentum):
     ]
     facts = MergeFacts(
         smoothness=problem.smooth,
-        surrogate_at_base=float(problem.loss(at_base, z).mean()),
-        surrogate_gradient2=float(mean.square().sum(2).mean()),
+        gram={ALL: torch.einsum("rid,rjd->ij", of_tasks, of_tasks).div(problem.runs).tolist()},
         sample_gradient2=float(own.mean()),
     )
     found = bound(experts, facts, coefficients)
