@@ -3,18 +3,17 @@
     python experiments/hyperparameters.py experiments/hyperparameters.yaml --seeds 0 --jobs 1
     python experiments/hyperparameters.py experiments/hyperparameters_cosine.yaml --seeds 0 --jobs 1
 
-`--backbones resnet` makes those of one backbone.
 Trains an expert of every task in each configuration, merges random groups of them by the simple
 average at each step count, and measures losses and the terms of the bound. Each configuration ends
 in one record; what is there is not made again, and a training that was killed goes on. The rows of
 all records of the file are written to `<out>/<file>.csv`, which
-`experiments/hyperparameters_report.py` reads.
+`experiments/hyperparameters_report.py` reads. `--backbones resnet` makes those of one backbone.
 
 How it is measured: losses and accuracies on at most `images` images of each task and split, those
 of merges, experts and base under BatchNorm statistics that are estimated again on these training
 images of the task; heads are frozen nearest class means. L, G^2 and the merged gradient are
 measured at the merge of the first group at each step count, L as the 95th percentile of the secants
-between base, merge, experts and halfway to them, and stand for all groups. Delta is the path
+between base, merge, two of the experts and halfway to them, and stand for all groups. Delta is the path
 estimate of the cards, which no twins have calibrated: what is derived from it is named `..._path`.
 """
 
