@@ -20,7 +20,7 @@ class Record:
     """One run of one stage.
 
     Attributes:
-        stage: `train`, `merge`, `tune`, `evaluate` or `quickstart`.
+        stage: `train`, `merge`, `tune`, `sweep`, `evaluate` or `quickstart`.
         name: what was made, such as a task or a merged model.
         config: the resolved configuration.
         inputs: content hash of each file that was read, by path as given.

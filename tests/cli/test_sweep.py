@@ -126,6 +126,15 @@ def test_interpolations_follow_the_axes(tiny_suite):
     assert len(plan.bases) == 2
 
 
+def test_the_example_is_the_grid_that_is_timed():
+    path = Path(__file__).parents[2] / "experiments" / "sweep_resnet_embedded8.yaml"
+    values = yaml.safe_load(path.read_text())
+    axes = read_axes(values.pop("axes"))
+    ours = ("job", "out", "retries", "launcher")
+    plan = plan_runs(axes, TrainJob({key: values[key] for key in values if key not in ours}))
+    assert (len(plan.runs), plan.results, plan.shared) == (54, 216, 54)
+
+
 def test_a_dry_run_tells_and_writes_nothing(sweep_file, tmp_path, capsys):
     path = sweep_file({"data.task": ["dots", "stripes"], "steps": [2, 3, 40]})
     assert run(path, "--dry_run") == 0
