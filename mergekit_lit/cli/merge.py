@@ -253,12 +253,17 @@ def merged_files(made: Namespace, recipe: Recipe) -> MergeResult:
 
 
 def _planned(made: Namespace, recipe: Recipe) -> Plan:
+    for given in made.callbacks or ():
+        _observer(given)
     return plan_files(
         made.experts,
+        out=made.out,
         recipe=recipe,
         base=made.base,
         allow_different_base=made.allow_different_base,
         heads=made.heads,
+        calibration=calibration(**vars(made.data)),
+        max_shard_bytes=made.max_shard_bytes,
     )
 
 

@@ -79,10 +79,9 @@ def merge_files(  # noqa: PLR0913
     watch = Stopwatch()
     recipe = recipe or Recipe()
     paths = [Path(path) for path in experts]
-    out = _checked_out(Path(out))
+    out = _checked(Path(out), recipe, calibration, max_shard_bytes)
     record_path = out.with_suffix(".record.json")
     check_record(record_path, "merge")
-    check_recipe(recipe, calibration)
     check_logger(logger)
     plain = is_plain(base)
     found = None if plain else base_of(paths, base)
@@ -113,10 +112,13 @@ def merge_files(  # noqa: PLR0913
 def plan_files(
     experts: Sequence[Path],
     *,
+    out: Path,
     recipe: Recipe | None = None,
     base: str | None = None,
     allow_different_base: bool = False,
     heads: str = HEADS,
+    calibration: Calibration | None = None,
+    max_shard_bytes: int | None = None,
 ) -> Plan:
     """Tell what `merge_files` would do with the same arguments, by the files' headers alone.
 
@@ -127,6 +129,7 @@ def plan_files(
         ValueError: experts that cannot be merged, or a value out of range.
     """
     recipe = recipe or Recipe()
+    _checked(Path(out), recipe, calibration, max_shard_bytes)
     paths = [Path(path) for path in experts]
     found = str(base) if is_plain(base) else base_of(paths, base)
     gathered = _gathered(paths, recipe, found, heads, allow_different_base, headers_only=True)
@@ -161,12 +164,17 @@ def _gathered(
     return select(experts, include=recipe.include, exclude=recipe.exclude)
 
 
-def _checked_out(out: Path) -> Path:
-    """Return `out` if it can be the result's name."""
+def _checked(
+    out: Path, recipe: Recipe, calibration: Calibration | None, max_shard_bytes: int | None
+) -> Path:
+    """Return `out` if it can be the result's name; refuse what no experts could be merged by."""
     if out.suffix != ".safetensors":
         raise ValueError(f"`out` must end in .safetensors, but is {str(out)!r}.")
     if out.is_dir():
         raise ValueError(f"`out` must name a file, but {str(out)!r} is a folder.")
+    if max_shard_bytes is not None and max_shard_bytes <= 0:
+        raise ValueError(f"`max_shard_bytes` must be above 0, but is {max_shard_bytes!r}.")
+    check_recipe(recipe, calibration)
     return out
 
 

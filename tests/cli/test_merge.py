@@ -152,6 +152,24 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(files, experts, tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method=fisher"], "'fisher' looks at train images"),
+        (["--batch_norm=recalibrate"], "a suite to take training images from"),
+        (["--max_shard_bytes=0"], "`max_shard_bytes` must be above 0"),
+        (["--callbacks=json.nothing"], "`callbacks` must name classes"),
+        (["--out=m.bin"], "must end in .safetensors"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_merge_would(files, tmp_path, capsys, words, message):
+    out = ["--out", str(tmp_path / "m.safetensors")]
+    for more in ([], ["--dry_run"]):
+        assert main(["merge", *files, *out, *words, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_patterns_choose_the_tensors(files, experts, base, tmp_path):
     out = tmp_path / "m.safetensors"
     words = ["merge", *files, "--out", str(out), "--include=blocks.*", "--exclude=norm1,norm2"]
