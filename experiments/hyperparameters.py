@@ -13,8 +13,9 @@ How it is measured: losses and accuracies on at most `images` images of each tas
 of merges, experts and base under BatchNorm statistics that are estimated again on these training
 images of the task; heads are frozen nearest class means. L, G^2 and the merged gradient are
 measured at the merge of the first group at each step count, L as the 95th percentile of the secants
-between base, merge, two of the experts and halfway to them, and stand for all groups. Delta is the path
-estimate of the cards, which no twins have calibrated: what is derived from it is named `..._path`.
+between base, merge, two of the experts and halfway to them, and stand for all groups. Delta is the
+path estimate of the cards, which no twins have calibrated: what is derived from it is named
+`..._path`.
 """
 
 import argparse

@@ -131,7 +131,8 @@ def test_a_regime_holds_only_what_lies_in_it(exponents):
     assert exponents.epochs(row(steps=20.0, share=0.5)) == pytest.approx(1.28)
 
 
-def test_tables_and_figures(script, tmp_path, monkeypatch, capsys):
+def test_tables_and_figures(script, exponents, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exponents, "DRAWS", 50)
     table = tmp_path / "rows.csv.gz"
     with gzip.open(table, "wt", newline="") as file:
         writer = csv.DictWriter(file, list(row()))
