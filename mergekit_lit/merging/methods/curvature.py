@@ -28,7 +28,7 @@ _SOLVED = 1e-10
     family="moments",
     data="train",
     source="Tam et al. 2024, arXiv:2312.04339, sec. 4 (MaTS)",
-    search={"iterations": (10, 100)},
+    search={"iterations": (1, 100)},
     order="the labels of the t-th expert are drawn from the t-th stream",
 )
 def mats(
