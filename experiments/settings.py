@@ -55,6 +55,7 @@ SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
     },
     "tsv_m": {"scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
     "iso_c": {"scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
+    "mats": {"iterations": (1, 5, 10, 30, 100), "length": (1.0,)},
     "regmean": {"off_diagonal": (0.0, 0.9), "length": (1.0, 1.5, 2.1)},
     "regmean_plus_plus": {"off_diagonal": (0.0, 0.9), "length": (1.0, 1.5, 2.1)},
 }
@@ -67,6 +68,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="YAML of experiments/methods.py")
+    parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", default=list(SPACES), choices=list(SPACES))
@@ -76,6 +78,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
+    settings |= {"suite": given.suite} if given.suite else {}
     bench = Bench(plan_of(settings, given.backbone, given.seed, given.out), given.exclude)
     print("| method | values | best on val | beside task arithmetic |\n|---|---|---|---|")
     beside: Answers = {}
