@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_interpolations_follow_the_axes(tiny_suite):
     found = [plan.config(run) for run in plan.runs]
     assert [config["model.seed"] for config in found] == [1, 1, 1, 2, 2, 2]
     assert len(plan.bases) == 2
+
+
+def test_ten_thousand_runs_are_planned_in_little_time_and_memory(tiny_suite):
+    job = TrainJob({"data": {"suite": tiny_suite, "task": "all"}, "steps": 100})
+    draws = {"random": {"low": 1e-4, "high": 0.1, "log": True, "samples": 50}}
+    axes = {"model.lr": draws, "model.seed": list(range(100))}
+    begun = time.process_time()
+    plan = plan_runs(read_axes(axes), job)
+    assert len({run.name for run in plan.runs}) == 10_000
+    assert time.process_time() - begun < 5
+    assert len(pickle.dumps(plan)) < 2 * 10**6
 
 
 def test_the_example_is_the_grid_that_is_timed():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mergekit_lit.search.sweeping.axes import read_axes
+from mergekit_lit.search.sweeping.jobs import Cost
 from mergekit_lit.search.sweeping.plan import plan_runs
 from mergekit_lit.search.sweeping.worker import Sweep
 
@@ -20,6 +21,8 @@ class Sums:
     errors: dict[int, list[Exception]] = field(default_factory=dict)
     begun: list[dict[str, Any]] = field(default_factory=list)
     completed: int = 0
+    cost: bool = True
+    trials: int = 0
     stage: str = "sum"
     metrics: tuple[str, ...] = ("sum",)
 
@@ -53,6 +56,19 @@ class Sums:
             self.errors[config["b"]].pop(0)
             raise error
         (folder / "sum.json").write_text(json.dumps(config["a"] + config["b"]))
+
+    def cost_kind(self, config):
+        return config["path"]
+
+    def trial(self, config, folder):
+        self.trials += 1
+        assert folder.is_dir()
+        slow = config["path"] == "cosine"
+        return (
+            None
+            if not self.cost
+            else Cost(start_s=36.0, step_s=7.2 if slow else 3.6, result_bytes=10**6)
+        )
 
     def rows(self, folder):
         return [{"sum": json.loads((folder / "sum.json").read_text()), "file": "sum.json"}]
