@@ -50,7 +50,8 @@ def load_experts(
     """
     if not paths:
         raise ValueError("Merging needs at least one expert file, but got none.")
-    check_finite(base.params, source=f"The base {base.name!r}")
+    if not headers_only:
+        check_finite(base.params, source=f"The base {base.name!r}")
     experts = [_open(Path(path), base) for path in paths]
     _check_tasks(experts)
     for expert in experts:
@@ -60,7 +61,7 @@ def load_experts(
         check_kinds(expert.backbone, base.params, source=_source(expert))
         if not headers_only:
             check_finite(dict(expert.backbone), source=_source(expert))
-        check_finite(expert.head, source=f"The head of {_file(expert)}")
+            check_finite(expert.head, source=f"The head of {_file(expert)}")
     return Experts(
         base=base.params,
         tuned=[
@@ -137,6 +138,11 @@ def _check_base(expert: Expert, base: Base) -> None:
         came = "its card names no base"
     else:
         came = f"it was tuned from {card.base or 'one'!r} ({card.base_hash[:12]})"
+    if set(expert.backbone) != set(base.params):
+        raise ValueError(
+            f"{_file(expert)} must be of the architecture of the base {base.name!r}, but {came}, "
+            "which has other parameters. Merge experts of one architecture."
+        )
     merge = "Merge them as they are with `--allow_different_base true`."
     if has_axes(base.structure):
         align = "Align the experts with `--method git_rebasin --allow_different_base true`"

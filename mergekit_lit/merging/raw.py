@@ -114,6 +114,13 @@ def _is_head(heads: str, name: str) -> bool:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Return what each expert is called: its file's stem, or its folder's name."""
+    places = [Path(path).resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(
+                f"Experts must be files of their own, but {str(path)!r} is given "
+                f"{places.count(place)} times. Name it once."
+            )
     stems = [_stem(Path(path)) for path in paths]
     if len(set(stems)) < len(stems):
         stems = [Path(path).resolve().parent.name for path in paths]

@@ -249,6 +249,11 @@ SPOILT: dict[str, tuple[Callable[[Folder], object], type[Exception], str]] = {
         r"must be tuned from the base 'tiny' \(.{12}\), but it was tuned from 'other' "
         r"\(ffffffffffff\)\. Align .* `--method git_rebasin --allow_different_base true`, or merge",
     ),
+    "another architecture": (
+        lambda f: (f.tensors(extra=torch.ones(1)), f.card(base="other", base_hash="f" * 64)),
+        ValueError,
+        r"of the architecture of the base 'tiny', but it was tuned from 'other' .* which has other",
+    ),
     "no base on the card": (
         lambda f: f.card(base=None, base_hash=None),
         ValueError,
