@@ -173,7 +173,7 @@ def task_gradients(
             )
         order = drawn(samples, count, "micro-batches", objective.task, seed=effort.seed)
         # Drawn ascending: a micro-batch of neighbours would hold one class.
-        shuffled = torch.randperm(count, generator=generator(effort.seed, "order", objective.task))
+        shuffled = torch.randperm(count, generator=generator(effort.seed, "order"))
         batches = [samples.take(part) for part in torch.split(order[shuffled], effort.batch)]
         rows.append(torch.stack([objective.gradient(weights, batch) for batch in batches]))
         sizes.append(len(samples))
