@@ -159,10 +159,11 @@ def _places() -> int:
 
 def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what file and flags say: the sweep's own values, and those of its job."""
-    files = [word for word in argv if word.endswith((".yaml", ".yml"))]
+    words = [word.removeprefix("--config=") for word in argv]
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and word[0] != "-"]
     values: dict[str, Any] = {}
     for path in files:
-        values = merged_values(values, load_yaml(path.removeprefix("--config=")))
+        values = merged_values(values, load_yaml(path))
     if not files:
         raise ValueError("A sweep must be given as a YAML file: mergekit-lit sweep FILE.yaml.")
     job = [str(values.get("job", "train")), *values_of(argv, "job")][-1]

@@ -27,7 +27,8 @@ class Study:
         metric: what is made as large as possible, or as small where it is a loss: a column of
             `results.csv`, such as `val_accuracy`.
         trials: how many are made.
-        batch: how many are asked for at once, and run side by side.
+        batch: how many are asked for at once, and run side by side; workers start anew for each
+            batch.
         seed: of the sampler.
     """
 

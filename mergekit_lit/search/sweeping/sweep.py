@@ -80,10 +80,10 @@ def run_sweep(  # noqa: PLR0913
         ValueError: an argument out of range, or a folder that cannot be written.
     """
     watch = Stopwatch()
-    start = _starter(launcher, options or {}, out / "slurm", jobs=jobs, retries=retries)
     plan, trials = first_plan(axes, job, study)
     check_folder(out)
     check_record(out / RECORD, "sweep")
+    start = _starter(launcher, options or {}, out / "slurm", jobs=jobs, retries=retries)
     write_text(out / FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
     # Workers elsewhere may stand in another folder.
     out = out.absolute()

@@ -31,7 +31,7 @@ def run_local(sweep: Sweep, listen: Listen, *, jobs: int) -> None:
         jobs: number of workers, at least 1.
 
     Raises:
-        ChildProcessError: workers die before they begin a run.
+        ChildProcessError: workers die, one after another, and no run comes to its end.
     """
     if jobs == 1:
         with _one_thread():
@@ -63,7 +63,7 @@ class _Workers:
         self._sweep, self._listen, self._jobs = sweep, listen, jobs
         self._context = get_context("spawn")
         self._at: dict[Connection, tuple[int, BaseProcess]] = {}
-        self._idle_deaths = 0
+        self._deaths = 0
 
     def processes(self) -> list[BaseProcess]:
         """Return the processes that run."""
@@ -94,7 +94,8 @@ class _Workers:
         except (EOFError, OSError):
             self._ended(pipe)
             return
-        self._idle_deaths = 0
+        if message[0] in ("done", "failed"):
+            self._deaths = 0
         self._listen(*message)
 
     def _ended(self, pipe: Connection) -> None:
@@ -103,11 +104,13 @@ class _Workers:
         process.join()
         if process.exitcode == 0:
             return
-        self._idle_deaths += 1
-        if self._idle_deaths > 2 * self._jobs:
+        self._deaths += 1
+        # A run that kills its process is given up before.
+        if self._deaths > (self._sweep.retries + 2) * self._jobs:
             raise ChildProcessError(
-                f"Worker processes must live, but {self._idle_deaths} ended before they began a "
-                f"run, the last with exit code {process.exitcode}. Their words are above."
+                f"Worker processes must live, but {self._deaths} ended before one of them came to "
+                f"the end of a run, the last with exit code {process.exitcode}. Their words are "
+                "above."
             )
         self._start(place)
 

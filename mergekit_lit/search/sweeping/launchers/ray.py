@@ -76,8 +76,6 @@ def run_ray(sweep: Sweep, listen: Listen, *, jobs: int, worker: Mapping[str, Any
         for each in tasks:
             ray.cancel(each, force=True)
         raise
-    finally:
-        ray.shutdown()
 
 
 def _work(sweep: Sweep, place: int, workers: int) -> None:
