@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from mergekit_lit.theory.coefficients import Block, Weighing, weigh, weigh_blocks
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, check_facts
 from mergekit_lit.theory.terms import (
+    LARGEST_STEP,
     LARGEST_TRAVEL,
     Term,
     delta,
@@ -194,7 +195,7 @@ def _of_smoothness(
     if far * smooth > LARGEST_TRAVEL:
         yield f"eta K L = {far * smooth:.3g} exceeds 0.306: the drift has no closed form."
     farthest = weighing.farthest
-    if farthest is not None and farthest * smooth > 0.5:
+    if farthest is not None and farthest * smooth > LARGEST_STEP:
         yield f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved."
 
 

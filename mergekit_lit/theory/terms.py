@@ -19,6 +19,8 @@ from mergekit_lit.theory.facts import ALL, ExpertFacts, Gram, MergeFacts
 Provenance: TypeAlias = Literal["measured", "closed form", "vacuous", "unknown"]
 LARGEST_TRAVEL = 0.306
 """Largest eta_i K_i L for which the closed form of the drift is proved."""
+LARGEST_STEP = 0.5
+"""Largest A_eff L for which progress is proved."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,15 @@ class Term:
 
 
 def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
-    """Return F~_S(x0) - sum_l (A_l / 4) ||grad^l F~_S(x0)||^2; without blocks A_l is A_eff."""
+    """Return F~_S(x0) - sum_l (A_l / 4) ||grad^l F~_S(x0)||^2; without blocks A_l is A_eff.
+
+    The gain is proved for A_l L <= 0.5 alone, and left out where that fails: it would go on growing
+    with A_l, below a loss of 0.
+    """
     start, slope = _weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
+    step = (weighing.farthest or 0.0) * (merge.smoothness or 0.0)
+    if start is not None and step > LARGEST_STEP:
+        return Term("progress", start, "measured", "without a gain: A_eff L exceeds 0.5")
     needs = {"A_eff": weighing.a_eff, "F_Si(x0)": start, "grad F_Si(x0)": slope}
     return _term("progress", needs, lambda _, f, g: f - g / 4)
 
@@ -135,7 +144,7 @@ def drift_in_closed_form(
     if smooth is None or weighing.a_eff is None or noise is None or zeta is None:
         return _term(name, missing, lambda *_: 0.0)
     travels = [expert.travel or 0.0 for expert in experts]
-    if max(travels) * smooth > LARGEST_TRAVEL or weighing.a_eff > 1 / (2 * smooth):
+    if max(travels) * smooth > LARGEST_TRAVEL or weighing.a_eff * smooth > LARGEST_STEP:
         why = f"eta K L = {max(travels) * smooth:.3g}, A_eff L = {weighing.a_eff * smooth:.3g}"
         return Term(name, None, "vacuous", f"proved for eta K L <= 0.306, A_eff L <= 0.5; {why}")
     apart = _weighted(

@@ -42,6 +42,17 @@ def bound(experts, merge, coefficients):
     return module.bound(experts, merge, coefficients)
 
 
+def test_progress_gains_nothing_where_no_gain_is_proved():
+    def progress(smoothness):
+        merge = dataclasses.replace(MERGE, smoothness=smoothness)
+        return bound([EXPERT, EXPERT], merge, [0.5, 0.5]).terms["progress"]
+
+    edge = 0.5 / EXPERT.travel
+    assert progress(0.99 * edge).value < EXPERT.base_loss
+    assert progress(1.01 * edge).value == EXPERT.base_loss
+    assert "without a gain" in progress(1e6).note
+
+
 def test_terms_by_hand():
     other = dataclasses.replace(EXPERT, travel=0.1, d2=0.2, train_loss=0.5, eps2=0.03, zeta2=0.1)
     found = bound([EXPERT, other], MERGE, [0.25, 0.75])
