@@ -1,8 +1,9 @@
-"""This file writes HTML: escaped text, tables that sort, lists of definitions."""
+"""This file writes HTML: whole pages, escaped text, tables that sort, lists of definitions."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 from mergekit_lit.reports.tables import UNKNOWN, interval, number
 
@@ -49,6 +50,20 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) 
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(caption)}">'
         f'<table class="sortable"><caption>{escaped(caption)}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def document(title: str, *parts: str) -> str:
+    """Return a whole page that holds its own style and script, and may load nothing."""
+    files = resources.files("mergekit_lit.reports") / "files"
+    style, script = ((files / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{escaped(title)}</title>\n<style>\n{style}</style></head>\n"
+        f"<body><main>{''.join(parts)}</main>\n<script>\n{script}</script></body></html>\n"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 
 from mergekit_lit.core.records import Record, plain
 from mergekit_lit.reports import figures, tables
@@ -12,6 +11,7 @@ from mergekit_lit.reports.markup import (
     Cell,
     block,
     definitions,
+    document,
     escaped,
     flags,
     folded,
@@ -81,16 +81,7 @@ def report_page(run: Run, *, title: str) -> str:
     body += [_geometry(run.records), bounds_section(run.records, run.curves)]
     body += [_training(run), section("What each number means", definitions(MEANINGS))]
     body += [_provenance(run)]
-    files = resources.files("mergekit_lit.reports") / "files"
-    style, script = ((files / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{escaped(title)}</title>\n<style>\n{style}</style></head>\n"
-        f"<body><main>{''.join(body)}</main>\n<script>\n{script}</script></body></html>\n"
-    )
+    return document(title, *body)
 
 
 def _opening(title: str, scored: Sequence[Record]) -> str:
