@@ -21,7 +21,7 @@ def accuracy_panel(title: str, rows: Sequence[Score], *, near: bool = False) -> 
     bottom = top + step * len(rows)
     reached = [bound for row in rows for bound in (row.interval or (row.accuracy, row.accuracy))]
     x = Scale(*(_padded(reached) if near else (0.0, 1.0)), left, right)
-    marks = [_grid(x, x.ticks(4), top - 8, bottom)]
+    marks = [grid(x, x.ticks(4), top - 8, bottom)]
     marks += [
         element(
             "line",
@@ -169,7 +169,7 @@ def _pair_map(
             known = None if i == j else values[i][j]
             share = None if known is None else (shade[i][j] or 0.0) / limit
             corner = (left + cell * j, top + cell * i)
-            parts.append(_cell(known, share, corner, cell, shown=count <= 12))
+            parts.append(map_cell(known, share, corner, cell, shown=count <= 12))
     told = "; ".join(f"{names[i]} and {names[j]} {_known(values[i][j])}" for i, j in pairs)
     return drawing(
         *parts,
@@ -215,7 +215,7 @@ def _curve(
     return parts
 
 
-def _cell(
+def map_cell(
     value: float | None,
     share: float | None,
     corner: tuple[float, float],
@@ -245,7 +245,8 @@ def _cell(
     )
 
 
-def _grid(x: Scale, ticks: Sequence[float], top: float, bottom: float) -> str:
+def grid(x: Scale, ticks: Sequence[float], top: float, bottom: float) -> str:
+    """Draw upright lines at the ticks, and their numbers below."""
     return "".join(
         element("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_="grid")
         + label(number(tick), x(tick), bottom + 14, class_="tick", anchor="middle")
