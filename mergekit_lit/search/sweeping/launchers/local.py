@@ -1,4 +1,4 @@
-"""This file runs a sweep on this machine: warm worker processes, each on a core or GPU of its own.
+"""This file runs a sweep on this machine: warm worker processes, each on cores or a GPU of its own.
 
 A worker is one process of one thread that imports once and keeps what it has loaded; two threads
 that share busy cores were seen to be 20 times slower. One that is killed is started again, and
@@ -123,11 +123,15 @@ def _worker(sweep: Sweep, pipe: Connection, place: int, workers: int) -> None:
 
 
 def _pin(place: int, workers: int) -> None:
-    """Keep this process to a core of its own, and to one of the GPUs that it may use."""
+    """Keep this process to its share of the cores, and to one of the GPUs that it may use.
+
+    With as many workers as cores that is a core of its own. With fewer the cores are shared out, so
+    that two launches on one machine do not both crowd on the first of them.
+    """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         if workers <= len(cores):
-            os.sched_setaffinity(0, {cores[place]})
+            os.sched_setaffinity(0, cores[place::workers])
     gpus = [gpu for gpu in os.environ.get(_GPUS, "").split(",") if gpu] or _all_gpus()
     if gpus:
         # Read when CUDA is first used, which is later.
