@@ -92,7 +92,7 @@ def chosen(rows: Sequence[Row], conditions: Iterable[Condition]) -> list[Row]:
 
 
 def full_name(name: str, rows: Iterable[Row]) -> str:
-    """Return the name that rows have for a name or its last part.
+    """Return the name that rows have for a name, a last part of theirs, or the last part of it.
 
     Raises:
         KeyError: no row has it, or it may be short for several.
@@ -100,7 +100,9 @@ def full_name(name: str, rows: Iterable[Row]) -> str:
     known = {key for row in rows for key in row}
     if name in known:
         return name
-    ends = sorted(key for key in known if key.rpartition(".")[2] == name)
+    # A result tells its own task as `task`, whatever the axis that set it is called.
+    last = name.rpartition(".")[2]
+    ends = sorted(key for key in known if key == last or key.rpartition(".")[2] == name)
     if len(ends) > 1:
         raise KeyError(f"{name!r} must name one setting, but may be any of {', '.join(ends)}.")
     if not ends:

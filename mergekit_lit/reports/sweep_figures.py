@@ -8,6 +8,8 @@ from mergekit_lit.reports.svg import Scale, drawing, element, label, number
 from mergekit_lit.reports.sweeps import Level
 
 _WIDTH = 340.0
+# Of a page: a map of few tasks is not blown up to it.
+_WHOLE = 1100.0
 
 
 def level_panel(factor: str, levels: Sequence[Level], *, ends: tuple[float, float]) -> str:
@@ -64,7 +66,7 @@ def score_map(
             )
     return drawing(
         *parts,
-        width=left + cell * len(columns) + 60,
+        width=max(_WHOLE, left + cell * len(columns) + 60),
         height=top + cell * len(rows) + 4,
         title="Each method on each task",
         description=f"{len(rows)} methods, {len(columns)} tasks, "

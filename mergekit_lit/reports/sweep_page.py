@@ -26,6 +26,7 @@ from mergekit_lit.reports.sweeps import (
     configurations,
     effect,
     factors,
+    is_adapted,
     marginal,
     objective_of,
     scored,
@@ -33,7 +34,7 @@ from mergekit_lit.reports.sweeps import (
     sweep_rows,
 )
 
-_MOST_CONFIGURATIONS = 50
+_MOST_CONFIGURATIONS = 25
 _MOST_LEVELS = 24
 _MOST_FLAGS = 12
 
@@ -72,7 +73,7 @@ def sweep_page(
         _opening(title, rows, found, objective, where),
         flags([*_damaged(entries), *_failures(failed or {})]),
         _best_table(found, objective, varied),
-        _effects(rows, objective, varied),
+        _effects(rows, objective),
         _methods(kept, objective),
         section("Where the numbers come from", *_sources(entries, file)),
     )
@@ -113,8 +114,9 @@ def _best_table(found: Sequence[Configuration], objective: str, varied: Sequence
         "Best configurations",
         paragraph(
             f"The best {len(found)}.{over} Brackets hold the 95 % interval over seeds (Student's). "
-            "Configurations that lack results of others come last. The best of many looks better "
-            "than it is: measure it again, on other images or seeds, before it is quoted."
+            "Configurations that lack results of others come after them, and last those of methods "
+            "that have seen test images (role adapted). The best of many looks better than it is: "
+            "measure it again, on other images or seeds, before it is quoted."
         ),
         table(
             "Best configurations",
@@ -124,8 +126,9 @@ def _best_table(found: Sequence[Configuration], objective: str, varied: Sequence
     )
 
 
-def _effects(rows: Sequence[Row], objective: str, varied: Sequence[str]) -> str:
-    levels = {name: marginal(rows, name, objective) for name in varied}
+def _effects(rows: Sequence[Row], objective: str) -> str:
+    plain = [row for row in rows if not is_adapted(row)] or rows
+    levels = {name: marginal(plain, name, objective) for name in factors(plain)}
     if not levels:
         return ""
     shown = [level for each in levels.values() for level in each[:_MOST_LEVELS]]
@@ -137,7 +140,8 @@ def _effects(rows: Sequence[Row], objective: str, varied: Sequence[str]) -> str:
             f"The mean of {objective} at each value of a setting over all else that varies, and a "
             "bar from the 10th to the 90th percentile of the results. The setting whose means lie "
             "farthest apart comes first; all share one axis. A difference says little where values "
-            "of one setting came with other values of another."
+            "of one setting came with other values of another. Methods that have seen test "
+            "images are left out beside others."
         ),
         panels(
             {
@@ -174,10 +178,10 @@ def _methods(rows: Sequence[Row], objective: str) -> str:
         "Each method on each task",
         paragraph(
             f"The mean of {objective} over all else that varies, so that a method pays for its bad "
-            "settings too; choose settings by `--where`. The best method by the mean over the "
-            "tasks stands first."
+            "settings too; choose settings by --where. The best method by the mean over the "
+            "tasks stands first; (test) marks those that have seen test images, which come last."
         ),
-        panels({"": score_map(methods, tasks, values)}, wide=True),
+        score_map(methods, tasks, values),
     )
 
 

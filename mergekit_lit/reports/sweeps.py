@@ -22,6 +22,7 @@ _MEASURES = frozenset((*TRAINED, *_SCORES, *_BOUNDS, "n"))
 _USUAL = ("val_accuracy", "accuracy", "val_loss", "loss")
 # More levels than this of a number are shown as ranges.
 _MOST_LEVELS, _RANGES = 12, 8
+_SEEN = " (test)"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ def smaller_is_better(objective: str) -> bool:
     return "loss" in objective or "error" in objective
 
 
+def is_adapted(row: Row) -> bool:
+    """Return whether a result is of a method that has seen unlabelled test images."""
+    return row.get("role") == "adapted"
+
+
 def scored(rows: Iterable[Row], objective: str) -> list[Row]:
     """Return the rows that count once: with the objective, and means instead of their tasks."""
     held = [row for row in rows if row.get(objective) is not None]
@@ -166,9 +172,10 @@ def effect(levels: Sequence[Level]) -> float:
 def configurations(
     rows: Iterable[Row], objective: str, *, varied: Sequence[str], most: int
 ) -> list[Configuration]:
-    """Return the best configurations: the best first, those that lack results last.
+    """Return the best configurations: the best first, then those that lack results.
 
-    A mean over fewer tasks or seeds than others have is not compared with theirs.
+    A mean over fewer tasks or seeds than others have is not compared with theirs, nor are methods
+    that have seen test images with those that have not: they come last.
 
     Args:
         rows: results.
@@ -186,7 +193,14 @@ def configurations(
         key: math.fsum(row[objective] for row in group) / len(group)
         for key, group in groups.items()
     }
-    order = sorted(groups, key=lambda key: (len(groups[key]) < full, _rank(means[key], objective)))
+    order = sorted(
+        groups,
+        key=lambda key: (
+            is_adapted(groups[key][0]),
+            len(groups[key]) < full,
+            _rank(means[key], objective),
+        ),
+    )
     return [
         Configuration(
             {name: groups[key][0].get(name) for name in told},
@@ -204,21 +218,26 @@ def by_method_and_task(
 ) -> tuple[list[str], list[str], list[list[float | None]]]:
     """Return methods, tasks, and the mean of the objective of each method on each task.
 
-    Methods go from the best to the worst by the mean over the tasks. Nothing where no merge was
-    scored by task.
+    Methods go from the best to the worst by the mean over the tasks; those that have seen test
+    images say so, and come last. Nothing where no merge was scored by task.
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         task, value = row.get("task"), row.get(objective)
         if row.get("method") and task not in (None, MEAN) and value is not None:
-            found[str(row["method"])][str(task)].append(float(value))
+            name = f"{row['method']}{_SEEN if is_adapted(row) else ''}"
+            found[name][str(task)].append(float(value))
     tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
     means = {
         method: {task: math.fsum(values) / len(values) for task, values in scores.items()}
         for method, scores in found.items()
     }
     methods = sorted(
-        means, key=lambda m: _rank(math.fsum(means[m].values()) / len(means[m]), objective)
+        means,
+        key=lambda m: (
+            m.endswith(_SEEN),
+            _rank(math.fsum(means[m].values()) / len(means[m]), objective),
+        ),
     )
     return methods, tasks, [[means[method].get(task) for task in tasks] for method in methods]
 

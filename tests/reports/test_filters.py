@@ -26,6 +26,7 @@ def kept(text):
         ("model.lr<0.03", [0]),
         ("model.lr<=0.03,task=mnist", [0]),
         ("task!=mnist", [1]),
+        ("data.task!=mnist", [1]),
         ("task=mnist,letters,steps=200", [1, 2]),
         ("nesterov=true", [0]),
         ("nesterov!=true", [1, 2]),

@@ -138,6 +138,16 @@ def test_methods_by_task_are_means_from_the_best_down(merges):
     assert values == [pytest.approx([0.9, 0.1]), pytest.approx([0.3, 0.5])]
 
 
+def test_what_has_seen_test_images_is_never_ranked_with_the_rest(merges):
+    seen = [{**row, "method": "ada", "role": "adapted", "accuracy": 1.0} for row in merges[:3]]
+    plain = [{**row, "role": "merged"} for row in merges]
+    methods, _, _ = by_method_and_task([*seen, *plain], "accuracy")
+    assert methods == ["average", "ties", "ada (test)"]
+    rows = scored([*seen, *plain], "accuracy")
+    found = configurations(rows, "accuracy", varied=factors(rows), most=9)
+    assert [each.values["role"] for each in found] == ["merged"] * 3 + ["adapted"]
+
+
 def test_the_objective_is_the_usual_one_or_a_known_one(rows, merges):
     assert objective_of(rows, None) == "val_accuracy"
     assert objective_of(merges, None) == "accuracy"
