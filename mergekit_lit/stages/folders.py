@@ -1,9 +1,14 @@
-"""This file checks, before any work, that results can be written where they are wanted."""
+"""This file is folders of results: what they are known by, and whether they can be written."""
 
 import os
 from pathlib import Path
 
 from mergekit_lit.core.records import Record
+
+SWEEP_FILE = "sweep.yaml"
+"""What was swept, in the sweep's folder from its start on."""
+SWEEP_RECORD = "sweep.record.json"
+"""What came of it, from its end on."""
 
 
 def check_folder(out: Path) -> None:

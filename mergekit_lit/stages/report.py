@@ -7,9 +7,7 @@ from mergekit_lit.reports.index import load_entries
 from mergekit_lit.reports.page import report_page
 from mergekit_lit.reports.runs import read_run
 from mergekit_lit.reports.sweep_page import sweep_page
-
-# What a sweep writes at its start, and at its end.
-_SWEEP_FILE, _SWEEP_RECORD = "sweep.yaml", "sweep.record.json"
+from mergekit_lit.stages.folders import SWEEP_FILE, SWEEP_RECORD
 
 
 def build_report(
@@ -44,7 +42,7 @@ def build_report(
     run = Path(run)
     path = Path(out) if out is not None else run / "report.html"
     name = run.resolve().name
-    if where is None and objective is None and not (run / _SWEEP_FILE).is_file():
+    if where is None and objective is None and not (run / SWEEP_FILE).is_file():
         page = report_page(read_run(run), title=title or f"Run {name}")
     else:
         page = sweep_page(
@@ -52,8 +50,8 @@ def build_report(
             title=title or f"Sweep {name}",
             where=where,
             objective=objective,
-            file=_text(run / _SWEEP_FILE),
-            failed=_failed(run / _SWEEP_RECORD),
+            file=_text(run / SWEEP_FILE),
+            failed=_failed(run / SWEEP_RECORD),
         )
     write_text(path, page)
     return path

@@ -22,10 +22,9 @@ from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
 from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
 from mergekit_lit.search.sweeping.worker import Listen, Sweep
-from mergekit_lit.stages.folders import check_folder, check_record
+from mergekit_lit.stages.folders import SWEEP_FILE, SWEEP_RECORD, check_folder, check_record
 
 LauncherName = Literal["local", "ray", "slurm"]
-FILE, RECORD = "sweep.yaml", "sweep.record.json"
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def run_sweep(  # noqa: PLR0913
     watch = Stopwatch()
     plan, trials = first_plan(axes, job, study)
     check_folder(out)
-    check_record(out / RECORD, "sweep")
+    check_record(out / SWEEP_RECORD, "sweep")
     start = _starter(launcher, options or {}, out / "slurm", jobs=jobs, retries=retries)
-    write_text(out / FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
+    write_text(out / SWEEP_FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
     # Workers elsewhere may stand in another folder.
     out = out.absolute()
     sweep = Sweep(plan=plan, job=job, out=out, launch=secrets.token_hex(8), retries=retries)
@@ -101,10 +100,10 @@ def run_sweep(  # noqa: PLR0913
             name=out.resolve().name,
             config=plain(config or {}),
             metrics=_metrics(sweep.plan, outcome) | (trials.told(sweep) if trials else {}),
-            outputs=[FILE, table.name],
+            outputs=[SWEEP_FILE, table.name],
         )
     )
-    record.write(out / RECORD)
+    record.write(out / SWEEP_RECORD)
     return SweepResult(record, table, outcome)
 
 
