@@ -198,7 +198,7 @@ def test_what_stays_a_tasks_own_survives_the_file_and_is_refused_elsewhere(tmp_p
         save_raw(tmp_path / "plain.safetensors", merged)
     with pytest.raises(ValueError, match="makes each task a model of its own"):
         recalibrate(merged, {}, backbone=None, per_task=False)
-    with pytest.raises(ValueError, match="leaves each task layers of its own"):
+    with pytest.raises(ValueError, match="leaves each task layers, masks or adapters of its own"):
         repair(experts, calibration, merged)
 
 
