@@ -111,6 +111,16 @@ def index_of(path: Path) -> Path:
     return path.with_name(path.name + _INDEX_SUFFIX)
 
 
+def check_shard_size(max_shard_bytes: int) -> None:
+    """Refuse shards of no size.
+
+    Raises:
+        ValueError: `max_shard_bytes` is not above 0.
+    """
+    if max_shard_bytes <= 0:
+        raise ValueError(f"`max_shard_bytes` must be above 0, but is {max_shard_bytes!r}.")
+
+
 def write_shards(
     path: Path, tensors: Params, facts: Mapping[str, Any], *, max_shard_bytes: int
 ) -> list[Path]:
@@ -134,8 +144,7 @@ def write_shards(
         ValueError: `max_shard_bytes` is not above 0.
     """
     path = Path(path)
-    if max_shard_bytes <= 0:
-        raise ValueError(f"`max_shard_bytes` must be above 0, but is {max_shard_bytes!r}.")
+    check_shard_size(max_shard_bytes)
     specs = {name: spec_of(tensors, name) for name in sorted(tensors)}
     shards = _filled(specs, max_shard_bytes)
     if len(shards) < 2:
@@ -180,12 +189,8 @@ def _filled(specs: Mapping[str, Spec], most: int) -> list[list[str]]:
 def _shards_of(path: Path) -> list[Path]:
     """Return the shards of a model of this name that are there."""
     shard = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
-    folder = path.parent
-    return (
-        [other for other in folder.iterdir() if shard.fullmatch(other.name)]
-        if folder.is_dir()
-        else []
-    )
+    # Of a folder that is not there yet, this finds nothing.
+    return [other for other in path.parent.glob("*") if shard.fullmatch(other.name)]
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

@@ -9,6 +9,7 @@ from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
 from mergekit_lit.core.files import together
 from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.core.shards import check_shard_size
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.patterns import select
@@ -172,8 +173,8 @@ def _checked(
         raise ValueError(f"`out` must end in .safetensors, but is {str(out)!r}.")
     if out.is_dir():
         raise ValueError(f"`out` must name a file, but {str(out)!r} is a folder.")
-    if max_shard_bytes is not None and max_shard_bytes <= 0:
-        raise ValueError(f"`max_shard_bytes` must be above 0, but is {max_shard_bytes!r}.")
+    if max_shard_bytes is not None:
+        check_shard_size(max_shard_bytes)
     check_recipe(recipe, calibration)
     return out
 
