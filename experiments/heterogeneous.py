@@ -24,11 +24,10 @@ from typing import Any
 from hyperparameters import Run, experts_of, runs_of
 from methods import Row, row_of
 from omegaconf import OmegaConf
-from testbed import POLICY, Testbed, csv_of, groups_of
+from testbed import POLICY, Testbed, csv_of, groups_of, write_rows
 
 from mergekit_lit.core.experts import Experts, Merged, load_expert
 from mergekit_lit.core.files import read_json, write_text
-from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.reports.intervals import student_half_width
@@ -120,20 +119,14 @@ def _configured(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Run:
 
 def make(mix: Mix) -> Path:
     """Measure one mix, and write its record; a finished one is left."""
-    if mix.record.is_file():
-        return mix.record
-    watch = Stopwatch()
-    run = mix.runs[0]
-    record = Record(
+    return write_rows(
+        mix.record,
+        lambda: rows_of(mix),
         stage="heterogeneous",
         name=mix.name,
         config={**asdict(mix), "batch_norm": POLICY},
-        seeds={"seed": run.seed},
-        metrics={"rows": list(rows_of(mix))},
+        seeds={"seed": mix.runs[0].seed},
     )
-    watch.finish(record).write(mix.record)
-    print(f"{mix.record}: {record.cpu_seconds:.0f} CPU-seconds", flush=True)
-    return mix.record
 
 
 def rows_of(mix: Mix) -> Iterator[dict[str, Any]]:

@@ -26,11 +26,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from omegaconf import OmegaConf
-from testbed import POLICY, Around, Place, Slopes, Testbed, csv_of, groups_of, testbed_of
+from testbed import (
+    POLICY,
+    Around,
+    Place,
+    Slopes,
+    Testbed,
+    csv_of,
+    groups_of,
+    testbed_of,
+    write_rows,
+)
 
 from mergekit_lit.core.experts import Experts, load_expert
 from mergekit_lit.core.files import read_json, write_text
-from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
@@ -148,19 +157,14 @@ def runs_of(settings: Mapping[str, Any], out: Path) -> list[Run]:
 
 def make(run: Run) -> Path:
     """Train and measure one configuration, and write its record; a finished one is left."""
-    if run.record.is_file():
-        return run.record
-    watch = Stopwatch()
-    record = Record(
+    return write_rows(
+        run.record,
+        lambda: rows_of(run),
         stage="hyperparameters",
         name=run.name,
         config={**asdict(run), "batch_norm": POLICY},
         seeds={"seed": run.seed},
-        metrics={"rows": list(rows_of(run))},
     )
-    watch.finish(record).write(run.record)
-    print(f"{run.record}: {record.cpu_seconds:.0f} CPU-seconds", flush=True)
-    return run.record
 
 
 def experts_of(run: Run) -> dict[int, list[Path]]:

@@ -6,7 +6,7 @@ It is a module, not a command.
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
+from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import Images, SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.calibration import calibration_on
@@ -204,6 +205,23 @@ def _moving(experts: Experts, params: Params) -> dict[str, Tensor]:
 def testbed_of(place: Place) -> Testbed:
     """Return the testbed of a place, loaded once in each process."""
     return Testbed(place)
+
+
+def write_rows(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], **facts: Any) -> Path:
+    """Make the rows of one experiment and write their record; a finished one is left.
+
+    Args:
+        path: of the record.
+        rows: makes them.
+        facts: of the record: stage, name, config and seeds.
+    """
+    if path.is_file():
+        return path
+    watch = Stopwatch()
+    record = Record(metrics={"rows": list(rows())}, **facts)
+    watch.finish(record).write(path)
+    print(f"{path}: {record.cpu_seconds:.0f} CPU-seconds", flush=True)
+    return path
 
 
 def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ...]]:
