@@ -41,10 +41,15 @@ def weighted_sum(coefficients: Tensor, deltas: Tensor) -> Tensor:
     return step
 
 
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape, at least one, of which it holds one at a time."""
+def sum_of(parts: Iterable[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the sum of tensors of one shape, at least one, of which it holds one at a time.
+
+    Args:
+        parts: the tensors.
+        dtype: what is added up in, and returned; None for the dtype of the parts.
+    """
     each = iter(parts)
-    total = next(each).clone()
+    total = next(each).to(dtype, copy=True)
     for part in each:
         total += part
     return total

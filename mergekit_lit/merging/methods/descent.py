@@ -10,8 +10,13 @@ from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_scale
 from mergekit_lit.merging.decompositions import one_thread
-from mergekit_lit.merging.methods.spectral import is_matrix, like, matrices, mean_of
-from mergekit_lit.merging.steps import sum_of
+from mergekit_lit.merging.methods.spectral import (
+    is_matrix,
+    like,
+    matrices,
+    mean_of,
+    summed_matrix,
+)
 
 
 @MERGE_METHODS.add(
@@ -72,7 +77,7 @@ def wudi(
     else:
         # Adam's steps of 1e-5 are far above float32's rounding; twice the speed of float64.
         dtype = wide(tensor.base).dtype
-        start, a, b = (x.to(dtype) for x in (sum_of(matrices(tensor)), products, targets))
+        start, a, b = (x.to(dtype) for x in (summed_matrix(tensor), products, targets))
         solution = _adam(start, a, b, lr=lr, steps=steps)
     return scale * like(solution, tensor)
 

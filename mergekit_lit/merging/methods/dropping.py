@@ -6,6 +6,7 @@ block's alone.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -154,11 +155,24 @@ def drawn(
         offset: place of the first entry, a multiple of 8: a count gives eight draws.
     """
     count = math.prod(shape)
-    raw = np.random.Philox(key=key, counter=offset // 8).random_raw(-(-count // 2))
-    draws = raw.astype("<u8", copy=False).view("<u4")[:count].reshape(shape)
+    words = -(-count // 2)
+    # Merges that differ in `drop` ask for the same draws, block by block.
+    draw = _kept_words if words <= _BLOCK_WORDS else _words
+    draws = draw(key, offset // 8, words).view("<u4")[:count].reshape(shape)
     if isinstance(probability, Tensor):
         return draws >= probability.double().numpy() * 2**32
     return draws >= math.ceil(probability * 2**32)
+
+
+def _words(key: int, counter: int, count: int) -> np.ndarray:
+    """Return random words of 64 bits, (count,)."""
+    words: np.ndarray = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return words.astype("<u8", copy=False)
+
+
+# A block of each of 32 experts: 8 MB at most.
+_BLOCK_WORDS = 32_768
+_kept_words = lru_cache(maxsize=32)(_words)
 
 
 def _rescaled(rest: Tensor, delta: Tensor, keep: Tensor | float, rescale: Rescale) -> Tensor:

@@ -85,7 +85,7 @@ def iso_c(tensor: Slice, *, scale: float = 1.0) -> Tensor:
     check_scale(scale)
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
-    summed = sum_of(matrices(tensor))
+    summed = summed_matrix(tensor)
     flat = polar(summed)
     # <U V^T, U S V^T> is the sum of the singular values.
     mean = flat.flatten() @ summed.flatten() / min(summed.shape)
@@ -123,7 +123,7 @@ def iso_cts(tensor: Slice, *, scale: float = 1.0, common_share: float = 0.8) -> 
     check_interval("common_share", common_share, "[0, 1]")
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
-    summed, count = sum_of(matrices(tensor)), len(tensor.each)
+    summed, count = summed_matrix(tensor), len(tensor.each)
     full = min(summed.shape)
     # At most floor(r / T) directions a task, so that the common ones never number less than 0.
     own = min(round((full - int(common_share * full)) / count), full // count)
@@ -202,6 +202,11 @@ def is_matrix(tensor: Slice) -> bool:
 def matrices(tensor: Slice) -> Iterator[Tensor]:
     """Go through the deltas as matrices (m, n) in float64, one expert at a time."""
     return (delta.flatten(1).double() for delta in tensor.each)
+
+
+def summed_matrix(tensor: Slice) -> Tensor:
+    """Return the sum of the deltas as a matrix (m, n) in float64."""
+    return sum_of((delta.flatten(1) for delta in tensor.each), dtype=torch.float64)
 
 
 def mean_of(tensor: Slice) -> Tensor:
