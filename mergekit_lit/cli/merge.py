@@ -26,7 +26,7 @@ from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES
-from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.merging.configuration import accepts, parameter_help, parameters
 from mergekit_lit.merging.plan import Plan
 from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
@@ -187,6 +187,8 @@ def merge_parser(method: str) -> tuple[ArgumentParser, list[str]]:
     function = MERGE_METHODS.get(method).function
     flags = list(parameters(function))
     parser = command_parser("merge", COMMANDS["merge"], usage=_USAGE)
+    # Where errors send the user: the page that shows this method's flags.
+    parser.prog = f"{parser.prog} --method {method}"
     ours = add_parameters(parser, merge, skip=set(flags) & {"seed"})
     clash = sorted(set(ours) & set(flags))
     if clash:
