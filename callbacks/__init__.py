@@ -1,5 +1,6 @@
 """Observers of training and merging. Name one by its class path to add it to a run."""
 
+from mergekit_lit.callbacks.base_score import BaseScore
 from mergekit_lit.callbacks.bound_terms import BoundTerms
 from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
 from mergekit_lit.callbacks.expert_export import ExpertExport
@@ -12,6 +13,7 @@ from mergekit_lit.callbacks.progress import Progress
 from mergekit_lit.callbacks.stability_twins import StabilityTwins
 
 __all__ = [
+    "BaseScore",
     "BoundTerms",
     "DeltaGeometry",
     "ExpertExport",

@@ -55,6 +55,9 @@ class Card:
         noise_estimates: number of estimates that `gradient_noise` and `eps_path` rest on.
         eps_path: path estimate of the stability, sqrt(eps_path^2).
         gradient_norm: mean L2 norm of the gradient before clipping.
+        base_val_loss: cross-entropy of the base on the validation split under this head; None for
+            a trained head.
+        base_val_accuracy: share right of the base on the validation split under this head.
         train_loss: cross-entropy on the training split at the end.
         train_accuracy: share right on the training split at the end.
         val_loss: cross-entropy on the validation split at the end.
@@ -101,6 +104,8 @@ class Card:
     noise_estimates: int | None = None
     eps_path: float | None = None
     gradient_norm: float | None = None
+    base_val_loss: float | None = None
+    base_val_accuracy: float | None = None
     train_loss: float | None = None
     train_accuracy: float | None = None
     val_loss: float | None = None

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+from mergekit_lit.callbacks.base_score import BaseScore
 from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.callbacks.gradient_noise import GradientNoise
 from mergekit_lit.callbacks.gradient_norm import GradientNorm
@@ -210,7 +211,7 @@ def _checked_steps(steps: Sequence[int], model: ExpertModule) -> tuple[int, ...]
 
 def _standard(given: Sequence[Callback]) -> list[Callback]:
     """Return the callbacks that every run has, without those that the user sets up differently."""
-    standard: tuple[Callback, ...] = (GradientNorm(), PathLength(), GradientNoise())
+    standard: tuple[Callback, ...] = (BaseScore(), GradientNorm(), PathLength(), GradientNoise())
     return [one for one in standard if not any(isinstance(other, type(one)) for other in given)]
 
 

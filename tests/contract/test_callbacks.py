@@ -33,7 +33,7 @@ CALLBACKS = {
     "Progress": lambda _: [Progress(lambda *_: None)],
 }
 # These watch an ExpertModule alone; tests/callbacks/ holds their own contracts.
-SPECIAL = {"ExpertExport", "StabilityTwins"}
+SPECIAL = {"BaseScore", "ExpertExport", "StabilityTwins"}
 
 
 class AnyModule(LightningModule):
