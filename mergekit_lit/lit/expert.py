@@ -18,6 +18,7 @@ from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.finetuning import Finetuning, FinetuningName, NormStatistics
 from mergekit_lit.lit.heads import Head, head_at, head_kind
+from mergekit_lit.lit.lockstep import Together
 from mergekit_lit.lit.lora import LowRank
 from mergekit_lit.lit.optimization import Optimization, OptimizerName, ScheduleName
 from mergekit_lit.lit.passes import inputs
@@ -54,6 +55,7 @@ class ExpertModule(LightningModule):
         adapter: the low-rank factors of `lora`, after `setup`; else None.
         starts: where other modules of this process found statistics and heads that this one may
             need too; None to share none.
+        together: computes losses along with those of other modules; None to compute them alone.
         seed: the seed of everything random.
     """
 
@@ -140,6 +142,7 @@ class ExpertModule(LightningModule):
         self.tangent: Tangent | None = None
         self.adapter: LowRank | None = None
         self.starts: MutableMapping[Hashable, Start] | None = None
+        self.together: Together | None = None
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
         self.finetuning.check_fits(self.structure)
@@ -267,6 +270,8 @@ class ExpertModule(LightningModule):
 
     def _loss(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """Return the loss, all that the forward pass draws at random keyed by `seed`."""
+        if self.together is not None and (loss := self.together(self, x, y)) is not None:
+            return loss
         seed_stream(seed, self.device)
         smoothing = self.finetuning.label_smoothing
         return cross_entropy(self(x).float(), y, label_smoothing=smoothing)
