@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except SystemExit as request:
+        notes = getattr(request, "__notes__", ())
+        if notes:
+            _tell(f"mergekit-lit: {' '.join(notes)}", alone=False)
         return request.code if isinstance(request.code, int) else int(request.code is not None)
     except KeyboardInterrupt:
         _tell("mergekit-lit: interrupted", alone=False)

@@ -19,6 +19,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import trainer_arguments
+from mergekit_lit.lit.preemption import leave_if_told, preemptible
 from mergekit_lit.lit.wandb_runs import LoggerKind
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.train import train_expert, world_size
@@ -58,10 +59,12 @@ def run(argv: Sequence[str]) -> int:
     _check_jobs(namespace)
     tasks = tasks_of(namespace.data.suite, namespace.data.task, root=namespace.data.root)
     texts = config_texts(parser, argv, namespace)
-    if namespace.jobs > 1 and len(tasks) > 1:
-        files = _side_by_side(argv, tasks, texts, jobs=min(namespace.jobs, len(tasks)))
-    else:
-        files = [file for task in tasks for file in _train_one(parser, namespace, task, texts)]
+    again = "The same command" + ("" if namespace.resume else " with --resume true") + " goes on."
+    with preemptible(again):
+        if namespace.jobs > 1 and len(tasks) > 1:
+            files = _side_by_side(argv, tasks, texts, jobs=min(namespace.jobs, len(tasks)))
+        else:
+            files = [file for task in tasks for file in _train_one(parser, namespace, task, texts)]
     if is_first_process():
         _print_cards(files, json=namespace.json)
     return 0
@@ -116,6 +119,7 @@ def _train_one(
     parser: ArgumentParser, namespace: Namespace, task: str, texts: dict[str, str]
 ) -> list[Path]:
     """Train one task's expert, or experts, and return the files."""
+    leave_if_told()
     chosen = namespace.clone()
     chosen.data.task = task
     if chosen.seed is not None:

@@ -125,6 +125,18 @@ def _unlink(paths: Sequence[Path]) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes left of files that they were writing atomically.
+
+    Args:
+        folder: where; nobody may be writing such files there.
+        names: pattern of the files' own names.
+    """
+    # What mkstemp adds is eight characters long.
+    for path in folder.glob(f".{names}.{'?' * 8}"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:

@@ -22,8 +22,9 @@ Result = TypeVar("Result")
 Message = tuple[Any, ...]
 
 _LISTEN_S = 0.1
-# What a worker has to put its files away once it is told to leave.
-_LEAVE_S = 1.0
+# What a worker that is told to leave has to come to the end of a step and keep it: somebody waits
+# after Ctrl-C or an error; a cluster gives about two minutes.
+_LEAVE_S, _SAVE_S = 10.0, 100.0
 # The exit code of a process that SIGTERM ended, as shells count it.
 _ENDED = 143
 
@@ -44,8 +45,8 @@ class Crew:
     """A few worker processes of one thread each, started once and used for several stages.
 
     With one job the work runs in this process, so that it can be debugged and needs no start-up.
-    Ctrl-C and errors end the workers at once, in the middle of their work, but none of them in the
-    middle of a file; so does the death of this process.
+    Ctrl-C and errors end the workers, in the middle of their work but not of a file or, where
+    checkpoints are made, of a step; so does the death of this process.
     """
 
     def __init__(self, jobs: int, *, listen: Callable[[Message], None] | None = None) -> None:
@@ -83,7 +84,7 @@ class Crew:
         if self._pool is None:
             return
         if error is not None:
-            self._end()
+            end_processes(set(active_children()) - set(self._strangers), because=error)
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -126,26 +127,22 @@ class Crew:
         finally:
             _Outlet.send = before
 
-    def _end(self) -> None:
-        """End the workers: let them put their files away, but not for long."""
-        end_processes(set(active_children()) - set(self._strangers))
-
     def _hear(self) -> None:
         while not self._queue.empty():
             self._listen(self._queue.get())
 
 
-def end_processes(processes: Iterable[BaseProcess], *, within_s: float = _LEAVE_S) -> None:
+def end_processes(processes: Iterable[BaseProcess], *, because: BaseException) -> None:
     """Tell processes to leave, and kill those that have not after a while.
 
     Args:
         processes: workers.
-        within_s: how long they have to put their files away, in seconds.
+        because: why this process ends; a SystemExit where it was told to by a signal.
     """
     workers = list(processes)
     for worker in workers:
         worker.terminate()
-    latest = monotonic() + within_s
+    latest = monotonic() + (_SAVE_S if isinstance(because, SystemExit) else _LEAVE_S)
     for worker in workers:
         worker.join(max(0.0, latest - monotonic()))
         worker.kill()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from mergekit_lit.callbacks.base_score import BaseScore
 from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.callbacks.gradient_noise import GradientNoise
 from mergekit_lit.callbacks.gradient_norm import GradientNorm
-from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint, check_resumable
+from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
 from mergekit_lit.callbacks.path_length import PathLength
 from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.files import remove_unfinished
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.loggers import log_outcome, make_loggers
+from mergekit_lit.lit.preemption import hold, preemptible, without_lightning
 from mergekit_lit.lit.quiet import interruptible, quiet
 from mergekit_lit.lit.sync import SyncedBatchNorm
 from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger
@@ -85,6 +88,7 @@ class TrainResult:
 
 
 # Each argument is one flag of the command line, hence so many.
+@preemptible()
 def train_expert(  # noqa: PLR0913
     *,
     data: TaskDataModule,
@@ -102,9 +106,11 @@ def train_expert(  # noqa: PLR0913
 
     Writes `<out>/<name>.safetensors` (`<name>-step<K>.safetensors` for several K),
     `<name>.record.json`, `logs/<name>/metrics.csv` and `metrics.jsonl`, and while it runs
-    `checkpoints/<name>/last.ckpt`. A run that was killed goes on with `resume` and, on the CPU,
-    ends with the same bytes. A run that diverges keeps its logs, which show when and how, but
-    leaves no expert of the steps from there on and no record.
+    `last.ckpt` and the one before, `previous.ckpt`, in `checkpoints/<name>`. A run that was killed
+    goes on with `resume` and, on the CPU, ends with the same bytes. One that is told to end makes a
+    checkpoint first, at the end of its step: SIGTERM gives the exit code 143; SIGUSR1 and SIGUSR2,
+    by which a cluster announces that a job's time is over, give 75. A run that diverges keeps its
+    logs, which show when and how, but leaves no expert of the steps from there on and no record.
 
     Args:
         data: the task.
@@ -115,13 +121,15 @@ def train_expert(  # noqa: PLR0913
         trainer: arguments of Lightning's Trainer, such as `devices` or `gradient_clip_val`.
         callbacks: further callbacks, or the standard ones set up differently.
         loggers: `csv`, `wandb` (offline) or `wandb-online`, or loggers.
-        resume: whether to go on from the last checkpoint; a finished run is left as it is.
+        resume: whether to go on from the last checkpoint, or the one before if that is damaged,
+            or anew if both are; a finished run is left as it is.
         name: stem of the files; None for the task's name.
-        checkpoint_every: steps between two checkpoints, of which one is made with each expert too;
-            0 for none.
+        checkpoint_every: steps between two checkpoints, of which one is made with each expert too,
+            and where SIGTERM (exit code 143) or SIGUSR1 (75) tells the run to end; 0 for none.
 
     Raises:
         ValueError: an argument is out of range, or the run diverged.
+        SystemExit: the process was told to end by a signal.
     """
     stopwatch = Stopwatch()
     name = name or data.task
@@ -133,11 +141,6 @@ def train_expert(  # noqa: PLR0913
         check_logger(loggers)
     data.setup("fit")
     config = _config(data, model, chosen, trainer or {})
-    finished = _finished(record_path, config) if resume else None
-    if finished:
-        return finished
-    logs = Path(out) / "logs" / name
-    export = ExpertExport(Path(out), steps=chosen, name=name)
     last = LastCheckpoint(
         Path(out) / "checkpoints" / name / "last.ckpt",
         every=checkpoint_every,
@@ -145,6 +148,12 @@ def train_expert(  # noqa: PLR0913
         at=chosen,
         config=config,
     )
+    finished = _finished(record_path, config) if resume else None
+    if finished:
+        last.remove()
+        return finished
+    logs = Path(out) / "logs" / name
+    export = ExpertExport(Path(out), steps=chosen, name=name)
     starting: list[Callback] = []
     if isinstance(loggers, str):
         facts = RunFacts(
@@ -157,11 +166,13 @@ def train_expert(  # noqa: PLR0913
         starting = [_LoggersAtStart(partial(make_loggers, loggers, logs, facts))]
         loggers = make_loggers("csv", logs, facts)
     with quiet(), interruptible():
-        observers = [*starting, *_standard(callbacks), *callbacks, export, last]
+        observers = [last, *starting, *_standard(callbacks), *callbacks, export]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
-        resumable = resume and check_resumable(last.path, config)
+        if fitter.is_global_zero:
+            _remove_unfinished(Path(out), name)
+        checkpoint = last.find(tells=fitter.is_global_zero) if resume else None
         with _logs_told(fitter, logs):
-            fitter.fit(model, datamodule=data, ckpt_path=last.path if resumable else None)
+            fitter.fit(model, datamodule=data, ckpt_path=checkpoint)
     if fitter.global_step < chosen[-1]:
         raise ValueError(
             f"Training must reach step {chosen[-1]}, but was stopped at step {fitter.global_step} "
@@ -192,6 +203,17 @@ def _logs_told(trainer: Trainer, logs: Path) -> Iterator[None]:
         if trainer.global_step == 0 or not logs.is_dir():
             raise
         raise ValueError(f"{error} Its curves up to there are in {str(logs)!r}.") from error
+
+
+def _remove_unfinished(out: Path, name: str) -> None:
+    """Remove what is left of files of this run that a killed process was writing."""
+    for stem in (escape(name), f"{escape(name)}-step*"):
+        for suffix in ("safetensors", "measured.json", "record.json"):
+            remove_unfinished(out, f"{stem}.{suffix}")
+        for twins in out.glob(f"{stem}.twins"):
+            remove_unfinished(twins)
+    remove_unfinished(out / "logs" / name)
+    remove_unfinished(out / "checkpoints" / name)
 
 
 def _checked_steps(steps: Sequence[int], model: ExpertModule) -> tuple[int, ...]:
@@ -243,6 +265,10 @@ def _trainer(
         use_distributed_sampler=False,
     )
     check_world_size(trainer)
+    without_lightning(trainer)
+    if trainer.world_size > 1:
+        # None may leave alone while the others wait for it.
+        hold()
     return trainer
 
 

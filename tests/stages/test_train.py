@@ -183,14 +183,17 @@ def test_processes_are_counted_without_starting_any():
     assert world_size({**pair, "devices": "auto"}) == world_size({"num_nodes": 1}) == 1
 
 
-def test_resume_refuses_a_damaged_checkpoint(tiny_suite, tmp_path):
-    path = tmp_path / "checkpoints/dots/last.ckpt"
+def test_resume_begins_anew_where_no_checkpoint_is_whole(tiny_suite, tmp_path, caplog):
+    path = tmp_path / "cut/checkpoints/dots/last.ckpt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(
-        ValueError, match=r"last\.ckpt' must be a checkpoint of this run, but is dam"
-    ):
-        train(tiny_suite, tmp_path, resume=True)
+    result = train(tiny_suite, tmp_path / "cut", resume=True)
+    (told,) = caplog.messages
+    assert "last.ckpt' is damaged" in told
+    assert told.endswith("The run begins anew, since there is no whole one.")
+    whole = train(tiny_suite, tmp_path / "whole")
+    assert file_hash(result.experts[0]) == file_hash(whole.experts[0])
+    assert not path.parent.parent.exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from rich.console import Console
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.lit.preemption import preemptible
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.sweeping.axes import Axes
 from mergekit_lit.search.sweeping.jobs import Job
@@ -43,6 +44,7 @@ class SweepResult:
 
 
 # What is swept, and each choice of how, hence so many.
+@preemptible("The same sweep goes on.")
 def run_sweep(  # noqa: PLR0913
     axes: Sequence[Axes],
     job: Job,
@@ -60,7 +62,7 @@ def run_sweep(  # noqa: PLR0913
 
     Writes `sweep.yaml`, `runs/<name>/` for each run, and at the end `results.csv` and
     `sweep.record.json`. It can be killed at any time, and started again, also while another launch
-    of it runs.
+    of it runs. Where this process is told to end (`lit.preemption`), trainings keep what they have.
 
     Args:
         axes: mappings of axes.
@@ -77,6 +79,7 @@ def run_sweep(  # noqa: PLR0913
     Raises:
         KeyError: an unknown launcher.
         ValueError: an argument out of range, or a folder that cannot be written.
+        SystemExit: the process was told to end by a signal.
     """
     watch = Stopwatch()
     plan, trials = first_plan(axes, job, study)

@@ -5,16 +5,13 @@ can write it, on whatever machine, may work at it; claims keep two from doing th
 """
 
 import _thread
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Literal, TypeAlias
 
-from mergekit_lit.search.crew import leave
+from mergekit_lit.lit.preemption import leave_if_told, preemptible
 from mergekit_lit.search.sweeping.claims import BEAT_S, SILENT_S, Claim, held, take
 from mergekit_lit.search.sweeping.failures import Failure, failure_after, failure_of, forget
 from mergekit_lit.search.sweeping.jobs import Job
@@ -64,6 +61,8 @@ def work(sweep: Sweep, listen: Listen, *, place: int = 0, workers: int = 1) -> N
     """Do runs until each is done or has failed for good.
 
     Runs that others are at are waited for: should their process die, this one goes on with them.
+    Where this process is told to end (`lit.preemption`), a training keeps what it has, the claim is
+    given back, and another worker goes on with the run at once.
 
     Args:
         sweep: what to do.
@@ -75,10 +74,11 @@ def work(sweep: Sweep, listen: Listen, *, place: int = 0, workers: int = 1) -> N
     runs = sweep.plan.runs
     first = place * len(runs) // workers
     left = [*runs[first:], *runs[:first]]
-    with _leaves_when_told():
+    with preemptible():
         while left:
             states = {}
             for run in left:
+                leave_if_told()
                 states[run.name] = state = _attempt(sweep, run, listen)
                 if state not in ("busy", "later"):
                     listen(state, run.name, _error(sweep, run) if state == "failed" else "")
@@ -147,17 +147,3 @@ def _error(sweep: Sweep, run: Run) -> str:
 def _lose() -> None:
     """Leave the run to whoever took it over, from the main thread."""
     _thread.interrupt_main()
-
-
-@contextmanager
-def _leaves_when_told() -> Iterator[None]:
-    """Give claims back when SIGTERM comes, unless whoever started this process handles it."""
-    before = signal.getsignal(signal.SIGTERM)
-    mine = before is signal.SIG_DFL and current_thread() is main_thread()
-    if mine:
-        signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)

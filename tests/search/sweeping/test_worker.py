@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -49,10 +48,7 @@ def test_each_worker_begins_in_another_part(sweep_of):
     assert [config["b"] for config in sweep.job.begun] == [2, 3, 0, 1]
 
 
-def test_two_launches_at_once_do_no_run_twice(sweep_of, sums, monkeypatch):
-    # Signals belong to the main thread; here two launches share a process.
-    handled = SimpleNamespace(getsignal=lambda _: "someone", SIGTERM=15, SIG_DFL=0)
-    monkeypatch.setattr(worker, "signal", handled)
+def test_two_launches_at_once_do_no_run_twice(sweep_of, sums):
     job = sums()
     launches = [sweep_of({"b": list(range(100))}, job, launch=name) for name in "xy"]
     threads = [threading.Thread(target=work, args=(sweep, print)) for sweep in launches]

@@ -17,8 +17,6 @@ import torch
 from mergekit_lit.search.crew import become_worker, end_processes, interrupts_held
 from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
 
-# Training puts its files away, and makes a checkpoint where it can.
-_LEAVE_S = 10.0
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -40,8 +38,8 @@ def run_local(sweep: Sweep, listen: Listen, *, jobs: int) -> None:
     crew = _Workers(sweep, listen, jobs)
     try:
         crew.run()
-    except BaseException:
-        end_processes(crew.processes(), within_s=_LEAVE_S)
+    except BaseException as reason:
+        end_processes(crew.processes(), because=reason)
         raise
 
 
