@@ -1,0 +1,69 @@
+"""This file is what predictors learn from: one row a task of a merge."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers: TypeAlias = NDArray[np.float64]
+Words: TypeAlias = NDArray[np.str_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Features and outcomes of n rows, each a task of a merge.
+
+    Attributes:
+        names: of the features, p of them.
+        features: what is known before the merge is scored, (n, p); NaN for unknown.
+        accuracy: of the merge on the task's test images, in [0, 1], (n,); NaN for unknown.
+        task: name of the task, (n,).
+        merge: name of the merge, whose tasks are averaged over, (n,).
+        group: name of the group of experts, of which there are several merges, (n,).
+        backbone: name of the backbone, (n,).
+        real: whether the images are of the real tasks, (n,).
+    """
+
+    names: tuple[str, ...]
+    features: Numbers
+    accuracy: Numbers
+    task: Words
+    merge: Words
+    group: Words
+    backbone: Words
+    real: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def at(self, places: NDArray[np.bool_] | NDArray[np.intp]) -> "Rows":
+        """Return some of the rows."""
+        return replace(
+            self,
+            **{f.name: getattr(self, f.name)[places] for f in fields(self) if f.name != "names"},
+        )
+
+    def column(self, name: str) -> Numbers:
+        """Return one feature, (n,).
+
+        Raises:
+            KeyError: no such feature.
+        """
+        if name not in self.names:
+            raise KeyError(f"No feature named {name!r}.")
+        column: Numbers = self.features[:, self.names.index(name)]
+        return column
+
+    def with_features(self, names: Sequence[str]) -> "Rows":
+        """Return the rows with some of the features."""
+        places = [self.names.index(name) for name in names]
+        return replace(self, names=tuple(names), features=self.features[:, places])
+
+
+def mean_by(labels: Words, values: Numbers) -> tuple[Words, Numbers]:
+    """Return each distinct label, sorted, and the mean of its values."""
+    distinct, places = np.unique(labels, return_inverse=True)
+    sums = np.bincount(places, weights=values, minlength=len(distinct))
+    return distinct, sums / np.bincount(places, minlength=len(distinct))

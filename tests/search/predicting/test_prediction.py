@@ -1,0 +1,161 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mergekit_lit.search.predicting import predictors
+from mergekit_lit.search.predicting.folds import (
+    SPLITS,
+    Fold,
+    embedded_to_real,
+    leave_groups_out,
+    leave_one_task_out,
+)
+from mergekit_lit.search.predicting.intervals import calibrated, held_out
+from mergekit_lit.search.predicting.judging import judge, judge_intervals, regrets, spearman
+from mergekit_lit.search.predicting.rows import Rows, mean_by
+
+NAMES = ("expert_val_accuracy", "interference", "noise")
+
+
+def rows_of(*, groups=40, seed=0, spread=0.03, tasks=12):
+    """Merges whose tasks fall short of their experts in proportion to the interference."""
+    draw = np.random.default_rng(seed)
+    ease = draw.uniform(0.5, 0.95, tasks)
+    table = []
+    for group in range(groups):
+        members = draw.choice(tasks, size=draw.integers(2, 5), replace=False)
+        for merge in range(4):
+            for task in members:
+                expert, blocked = ease[task] + draw.normal(0, 0.02), draw.uniform(0, 1)
+                value = expert - 0.3 * blocked + draw.normal(0, spread)
+                table.append((group, merge, task, expert, blocked, np.clip(value, 0, 1)))
+    group, merge, task, expert, blocked, value = map(np.array, zip(*table, strict=True))
+    return Rows(
+        names=NAMES,
+        features=np.stack([expert, blocked, draw.normal(size=len(task))], axis=1),
+        accuracy=value,
+        task=np.char.add("t", task.astype(str)),
+        merge=np.char.add(np.char.add(group.astype(str), "/"), merge.astype(str)),
+        group=group.astype(str),
+        backbone=np.where(group % 2, "vit", "resnet"),
+        real=group >= groups // 2,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return rows_of()
+
+
+def test_a_task_is_held_out_with_every_merge_it_has_a_part_in(rows):
+    folds = list(leave_one_task_out(rows))
+    assert [fold.name for fold in folds] == sorted(set(rows.task))
+    for fold in folds:
+        assert set(fold.test.task) == {fold.name}
+        assert not set(fold.test.merge) & set(fold.train.merge)
+        assert fold.name not in set(fold.train.task)
+    assert sum(len(fold.test) for fold in folds) == len(rows)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_what_is_held_out_is_never_learned_from(rows, name):
+    folds = list(SPLITS[name](rows))
+    assert folds
+    for fold in folds:
+        assert len(fold.train)
+        assert not set(fold.test.merge) & set(fold.train.merge)
+
+
+def test_whole_groups_are_held_out(rows):
+    folds = list(leave_groups_out(rows))
+    assert len(folds) == 10
+    assert all(not set(fold.test.group) & set(fold.train.group) for fold in folds)
+
+
+def test_without_real_tasks_nothing_goes_there(rows):
+    assert list(embedded_to_real(replace(rows, real=np.zeros(len(rows), bool)))) == []
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [predictors.Boosting({"interference": -1}, trees=60), predictors.linear],
+    ids=["trees", "linear"],
+)
+def test_a_law_is_found(rows, fit):
+    found = judge(list(leave_groups_out(rows))[:3], fit)
+    assert found.pooled > 0.9
+    assert found.error < 0.04
+    # Choosing among four merges of a group by interference loses what the noise hides.
+    assert np.mean(found.regrets) < 0.02
+
+
+def test_nulls_are_what_they_say(rows):
+    folds = list(leave_one_task_out(rows))
+    assert judge(folds, predictors.constant).per_fold == {fold.name: 0.0 for fold in folds}
+    assert judge(folds, predictors.alone("interference", -1), order_alone=True).pooled > 0.3
+    assert judge(folds, predictors.alone("noise"), order_alone=True).error is None
+    tasks = predictors.task_mean(rows)(rows)
+    assert np.unique(tasks[rows.task == "t3"]) == pytest.approx(
+        rows.accuracy[rows.task == "t3"].mean()
+    )
+
+
+def test_trees_never_rise_where_theory_says_so(rows):
+    predict = predictors.Boosting({"interference": -1}, trees=60)(rows)
+    ladder = np.linspace(0, 1, 50)
+    steps = rows.at(np.zeros(50, int))
+    steps = replace(steps, features=np.stack([steps.features[:, 0], ladder, 0 * ladder], axis=1))
+    assert (np.diff(predict(steps)) <= 1e-12).all()
+
+
+def test_the_same_rows_give_the_same_predictions(rows):
+    fit = predictors.Boosting({"interference": -1}, trees=60)
+    assert np.array_equal(fit(rows)(rows), fit(rows)(rows))
+
+
+def test_intervals_hold_as_many_outcomes_as_they_say():
+    train, new = rows_of(seed=1), rows_of(seed=2, groups=200)
+    model = calibrated(predictors.linear, train)
+    found = judge_intervals([Fold("new", train, new)], [model])
+    assert 0.85 < found.coverage < 0.96
+    assert 0.85 < found.merge_coverage < 0.97
+    assert model.merge_width < model.row_width
+
+
+def test_intervals_widen_where_less_is_known(rows):
+    whole = calibrated(predictors.linear, rows)
+    blind = calibrated(predictors.linear, rows.with_features(["noise"]))
+    assert blind.row_width > 2 * whole.row_width
+
+
+def test_held_out_predictions_never_saw_their_task(rows):
+    seen = []
+
+    def fit(train):
+        seen.append(set(train.task))
+        return lambda new: np.zeros(len(new))
+
+    held_out(fit, rows)
+    assert all(task not in tasks for task, tasks in zip(sorted(set(rows.task)), seen, strict=True))
+
+
+def test_every_task_in_every_merge_leaves_nothing_to_learn_from(rows):
+    one = rows.at(rows.merge == rows.merge[0])
+    with pytest.raises(ValueError, match="Give more groups"):
+        calibrated(predictors.constant, one)
+
+
+def test_regret_is_what_choosing_loses(rows):
+    small = rows.at(np.isin(rows.group, ["0", "1"]))
+    assert regrets(small, small.accuracy) == pytest.approx([0, 0])
+    worst = regrets(small, -small.accuracy)
+    for group, lost in zip(["0", "1"], worst, strict=True):
+        part = small.group == group
+        means = mean_by(small.merge[part], small.accuracy[part])[1]
+        assert lost == pytest.approx(np.ptp(means))
+
+
+def test_a_constant_has_no_rank():
+    assert spearman(np.arange(5.0), np.ones(5)) == 0
+    assert spearman(np.arange(5.0), np.arange(5.0) ** 3) == pytest.approx(1)
