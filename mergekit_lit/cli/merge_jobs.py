@@ -9,21 +9,22 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from mergekit_lit.cli.dotted import interpolated, nested, refuse_idle, typed
+from mergekit_lit.cli.dotted import nested, refuse_idle, typed
 from mergekit_lit.cli.evaluate import evaluate_parser, evaluated
 from mergekit_lit.cli.merge import merge_parser, merged_files, recipe_of
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
 from mergekit_lit.cli.saving import write_config
+from mergekit_lit.cli.swept import SweptCommand
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.reports.results import result_rows
-from mergekit_lit.search.sweeping.jobs import Config, Cost
+from mergekit_lit.search.sweeping.jobs import Config
 from mergekit_lit.stages.evaluate import evaluate_files
 
 ScoreSplit = Literal["none", "val", "test"]
 
 # Where results go and how they are told changes none.
-_NOT_IN_NAMES = {"data.download", "data.root", "dry_run", "json", "logger", "name", "out"}
+_IDLE = frozenset({"data.download", "data.root", "dry_run", "json", "logger", "name", "out"})
 _METRICS = ("accuracy", "normalised_accuracy", "loss")
 _MERGED, _SCORES = "merged", "scores"
 # What tells the images of scores, as it tells those that methods look at.
@@ -31,17 +32,17 @@ _IMAGES = ("n", "train_share", "val_share", "reserve", "split_seed", "size", "ro
 
 
 @dataclass(frozen=True)
-class MergeJob:
+class MergeJob(SweptCommand):
     """Merges, and scores the result if asked.
 
     Attributes:
-        given: what file and flags say, nested, without what is the sweep's own.
         score: images of `data.suite` that each merged model is scored on.
     """
 
-    given: Mapping[str, Any]
+    stage = "merge"
+    idle = _IDLE
+
     score: ScoreSplit = "none"
-    stage: str = "merge"
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -50,11 +51,11 @@ class MergeJob:
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
         """Return the method, each with parameters of its own, and what interpolations refer to."""
-        return self._method(point), interpolated(self.given, point)
+        return self._method(point), super().kind(point)
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        refuse_idle(point, _NOT_IN_NAMES)
+        refuse_idle(point, self.idle)
         parser, _ = _merge_parser(self._method(point))
         config = typed(parser, self.given, {**point, "out": f"{_MERGED}.safetensors"})
         if self.score != "none" and config["data.suite"] is None:
@@ -65,14 +66,6 @@ class MergeJob:
 
     def _method(self, point: Mapping[str, Any]) -> str:
         return str(point.get("method", self.given.get("method", "average")))
-
-    def separate(self, config: Config) -> Sequence[Config]:
-        """Return the configuration: it is one run."""
-        return [config]
-
-    def identity(self, config: Config) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-        """Return all that decides the merged model, and no steps."""
-        return {key: value for key, value in config.items() if key not in _NOT_IN_NAMES}, ()
 
     def is_done(self, folder: Path, steps: Sequence[int]) -> bool:  # noqa: ARG002 (none here)
         """Return whether there are the records of the merge and, if asked for, of its scores."""
@@ -106,42 +99,23 @@ class MergeJob:
         """Return the method."""
         return str(config["method"])
 
-    def trial(self, config: Config, folder: Path) -> Cost | None:
-        """Return None: a part of a merge tells little of the whole."""
-
 
 @dataclass(frozen=True)
-class EvaluateJob:
-    """Scores models.
+class EvaluateJob(SweptCommand):
+    """Scores models."""
 
-    Attributes:
-        given: what file and flags say, nested, without what is the sweep's own.
-    """
-
-    given: Mapping[str, Any]
-    stage: str = "evaluate"
+    stage = "evaluate"
+    idle = _IDLE
 
     @property
     def metrics(self) -> Sequence[str]:
         """Scores."""
         return _METRICS
 
-    def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return what interpolations in the file refer to."""
-        return interpolated(self.given, point)
-
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        refuse_idle(point, _NOT_IN_NAMES)
+        refuse_idle(point, self.idle)
         return typed(_evaluate_parser(), self.given, point)
-
-    def separate(self, config: Config) -> Sequence[Config]:
-        """Return the configuration: it is one run."""
-        return [config]
-
-    def identity(self, config: Config) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-        """Return all that decides the scores, and no steps."""
-        return {key: value for key, value in config.items() if key not in _NOT_IN_NAMES}, ()
 
     def is_done(self, folder: Path, steps: Sequence[int]) -> bool:  # noqa: ARG002 (none here)
         """Return whether there is the record."""
@@ -163,9 +137,6 @@ class EvaluateJob:
 
     def cost_kind(self, config: Config) -> Hashable:
         """Return None: all runs count alike."""
-
-    def trial(self, config: Config, folder: Path) -> Cost | None:
-        """Return None: a part of an evaluation tells little of the whole."""
 
 
 def _has_record(folder: Path, stem: str) -> bool:

@@ -35,6 +35,7 @@ from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.sweeping.axes import read_axes
 from mergekit_lit.search.sweeping.estimates import Estimate, estimate
 from mergekit_lit.search.sweeping.jobs import Job
+from mergekit_lit.search.sweeping.lockstep import LockstepMode
 from mergekit_lit.search.sweeping.studies import Study
 from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, first_plan, run_sweep
 from mergekit_lit.search.sweeping.worker import Sweep
@@ -57,6 +58,7 @@ def options(  # noqa: PLR0913
     launcher_options: dict[str, Any] | None = None,
     jobs: int | None = None,
     retries: int = 2,
+    lockstep: LockstepMode = "auto",
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -84,6 +86,10 @@ def options(  # noqa: PLR0913
         jobs: workers, each of one thread; null for one a GPU, or a core where there is none.
         retries: how often a run that failed, or whose process died, is tried again; errors of input
             are not.
+        lockstep: whether a worker trains up to 8 experts that differ in learning rate, weight
+            decay, seed or data share at once, with one pass for all: `auto` where it may be faster
+            (on a GPU, or up to 8 samples a batch) and was, in steps of both ways; `always` where
+            it can be; or `never`. Weights differ by rounding from those of separate runs.
         dry_run: whether to tell what would be done, and do nothing.
         json: whether to print the record, or the plan, as JSON.
     """
@@ -114,6 +120,7 @@ def run(argv: Sequence[str]) -> int:
         options=settings.get("launcher_options"),
         jobs=_places() if made.jobs is None else made.jobs,
         retries=made.retries,
+        lockstep=made.lockstep,
         config={**settings, **given},
         quiet=made.json,
     )

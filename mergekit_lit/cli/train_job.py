@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,73 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from mergekit_lit.cli.dotted import interpolated, nested, refuse_idle, typed
+from mergekit_lit.cli.dotted import nested, refuse_idle, typed
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
+from mergekit_lit.cli.swept import SweptCommand
 from mergekit_lit.cli.train import tasks_of, train_made, train_parser
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import Start
+from mergekit_lit.lit.lockstep import Pace, Together, in_lockstep
 from mergekit_lit.lit.optimization import Optimization
-from mergekit_lit.search.sweeping.jobs import Config, Cost
+from mergekit_lit.search.sweeping.jobs import Alike, Config, Cost, Task
 
 # Where results go and how they are told: the sweep decides that, or it changes no result.
-_NOT_IN_NAMES = {
-    *("checkpoint_every", "jobs", "json", "logger", "name", "out", "resume", "seed"),
-    *("data.download", "data.root"),
-}
+_IDLE = frozenset(
+    {
+        *("checkpoint_every", "jobs", "json", "logger", "name", "out", "resume", "seed"),
+        *("data.download", "data.root"),
+    }
+)
 _COSTLY = (
     *("model.base", "model.image_size", "model.finetuning", "model.sam_radius", "data.batch"),
     "trainer.accumulate_grad_batches",
 )
+_RECORDS = "*.record.json"
 _TRIAL_STEPS = (2, 8)
+# What runs of one crew may differ in: none of it changes what a pass computes.
+_OWN = _IDLE | {
+    *("model.optimizer", "model.lr", "model.momentum", "model.betas", "model.weight_decay"),
+    *("model.schedule", "model.warmup_steps", "model.seed"),
+    *("data.n", "data.train_share", "data.split_seed", "data.neighbour", "data.neighbour_seed"),
+}
+# What keeps a run from being stacked, unless it has this value.
+_STACKED = {
+    "logger": "csv",
+    "model.finetuning": "full",
+    "model.sam_radius": 0.0,
+    "model.compile": False,
+    "model.channels_last": False,
+}
+# Arguments of the Trainer that do not.
+_STACKED_TRAINER = {
+    *("accelerator", "accumulate_grad_batches", "gradient_clip_algorithm", "gradient_clip_val"),
+    *("enable_model_summary", "enable_progress_bar", "log_every_n_steps"),
+}
+# On a processor one pass for all was faster up to about so many samples each.
+_TINY_BATCH = 8
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """Trains one expert, or one at each of several K on the way.
+class TrainJob(SweptCommand):
+    """Trains one expert, or one at each of several K on the way."""
 
-    Attributes:
-        given: what file and flags say, nested, without what is the sweep's own.
-    """
-
-    given: Mapping[str, Any]
-    stage: str = "train"
+    stage = "train"
+    idle = _IDLE
 
     @property
     def metrics(self) -> Sequence[str]:
         """Losses and accuracies."""
         return ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
-    def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return what interpolations in the file refer to."""
-        return interpolated(self.given, point)
-
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""
-        refuse_idle(point, _NOT_IN_NAMES - {"seed"})
+        refuse_idle(point, self.idle - {"seed"})
+        if "model.seed" in point and {**self.given, **point}.get("seed") is not None:
+            raise ValueError(
+                "`seed` must be left out beside the axis `model.seed`, for which it is short."
+            )
         return typed(_shared_parser(), self.given, {**point, "out": "."})
 
     def separate(self, config: Config) -> Sequence[Config]:
@@ -75,8 +97,8 @@ class TrainJob:
         names = ("optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "warmup_steps")
         given = {name: config[f"model.{name}"] for name in names}
         optimization = Optimization(**given)
-        path = {key: value for key, value in config.items() if key not in _NOT_IN_NAMES}
-        path["model.warmup_steps"] = optimization.warmup(steps[-1])
+        path, _ = super().identity(config)
+        path = {**path, "model.warmup_steps": optimization.warmup(steps[-1])}
         if not optimization.horizon_matters:
             del path["steps"]
         return path, steps
@@ -87,16 +109,20 @@ class TrainJob:
 
     def execute(self, config: Config, folder: Path, steps: Sequence[int]) -> None:
         """Train to the K that are left, from the last checkpoint on if there is one."""
-        left = sorted(set(steps) - _steps_done(folder).keys())
-        name = _name(folder, config["data.task"], left)
-        values = {**config, "steps": left, "out": str(folder), "resume": True}
-        parser = _shared_parser()
-        made = instantiated(parser, parse_mapping(parser, nested(values)))
-        made.data.task_data = _loaded(_images(config))
-        made.model.starts = _starts(_images(config))
-        made.trainer.enable_progress_bar = False
-        texts = {".yaml": yaml.safe_dump(nested(values), sort_keys=False)}
-        train_made(made, texts, name=name)
+        _train(config, folder, steps)
+
+    def alike(self, config: Config) -> Alike:
+        """Return that runs which differ in numbers of their own alone share their passes."""
+        obstacle = _obstacle(config)
+        if obstacle:
+            return Alike(obstacle=obstacle)
+        on_gpu = _on_gpu(config)
+        return Alike(
+            kind=json.dumps({key: config[key] for key in sorted(config.keys() - _OWN)}),
+            execute=_train_together,
+            may_pay=on_gpu or config["data.batch"] <= _TINY_BATCH,
+            on_gpu=on_gpu,
+        )
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return what the card of each expert tells: how far it came, and how well it does."""
@@ -112,7 +138,7 @@ class TrainJob:
 
     def trial(self, config: Config, folder: Path) -> Cost:
         """Return what a run costs, by the difference of two trainings of a few steps."""
-        on_gpu = torch.cuda.is_available() and config["trainer.accelerator"] != "cpu"
+        on_gpu = _on_gpu(config)
         clock = time.perf_counter if on_gpu else time.process_time
         given = {**config, "model.warmup_steps": 0, "logger": "csv", "checkpoint_every": 0}
         seconds: list[float] = []
@@ -132,10 +158,57 @@ class TrainJob:
         )
 
 
+def _train(
+    config: Config, folder: Path, steps: Sequence[int], together: Together | None = None
+) -> None:
+    """Train to the K that are left, from the last checkpoint on if there is one."""
+    left = sorted(set(steps) - _steps_done(folder).keys())
+    name = _name(folder, config["data.task"], left)
+    values = {**config, "steps": left, "out": str(folder), "resume": True}
+    if together is not None:
+        # Lightning would take all GPUs, for each of the runs.
+        values["trainer.devices"] = 1
+    parser = _shared_parser()
+    made = instantiated(parser, parse_mapping(parser, nested(values)))
+    made.data.task_data = _loaded(_images(config))
+    made.model.starts = _starts(_images(config))
+    made.model.together = together
+    made.trainer.enable_progress_bar = False
+    texts = {".yaml": yaml.safe_dump(nested(values), sort_keys=False)}
+    train_made(made, texts, name=name)
+
+
+def _train_together(tasks: Sequence[Task], pace: Pace) -> list[Exception | None]:
+    """Train several experts at once; each record tells its share of the time."""
+    before = {path for _, folder, _ in tasks for path in folder.glob(_RECORDS)}
+    errors = in_lockstep([partial(_train, *task) for task in tasks], pace)
+    for path in {path for _, folder, _ in tasks for path in folder.glob(_RECORDS)} - before:
+        record = Record.read(path)
+        record.seconds, record.cpu_seconds = (
+            round(seconds / len(tasks), 3) for seconds in (record.seconds, record.cpu_seconds)
+        )
+        record.metrics["lockstep"] = {"runs": len(tasks), "one_pass": bool(pace.together)}
+        record.write(path)
+    return errors
+
+
+def _obstacle(config: Config) -> str:
+    """Return why a run cannot share its passes; empty if it can."""
+    trainer = {key: config[key] for key in config if key.startswith("trainer.")}
+    given = {key for key, value in trainer.items() if value is not None}
+    others = sorted(given - {f"trainer.{name}" for name in _STACKED_TRAINER})
+    others += [key for key, value in _STACKED.items() if config[key] != value]
+    return f"`{others[0]}` is {config[others[0]]!r}" if others else ""
+
+
+def _on_gpu(config: Config) -> bool:
+    return torch.cuda.is_available() and config["trainer.accelerator"] != "cpu"
+
+
 def _steps_done(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
     """Return file and card of each expert that is there and in a record, by K."""
     found = {}
-    for path in sorted(folder.glob("*.record.json")):
+    for path in sorted(folder.glob(_RECORDS)):
         record = Record.read(path)
         if record.stage == "train":
             for file in filter(lambda name: (folder / name).is_file(), record.outputs):

@@ -1,9 +1,11 @@
 """This file says what a sweep must know of the job that it repeats; the command line has them."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+
+from mergekit_lit.lit.lockstep import Pace
 
 Config: TypeAlias = dict[str, Any]
 """A complete configuration by dotted key, such as `model.lr`."""
@@ -23,6 +25,30 @@ class Cost:
     start_s: float
     step_s: float = 0.0
     result_bytes: float
+    on_gpu: bool = False
+
+
+Task: TypeAlias = tuple[Config, Path, Sequence[int]]
+"""What a run is executed with: configuration, folder, steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alike:
+    """Which runs can be done at once, with one pass for all, and whether that may be faster.
+
+    Attributes:
+        kind: what agrees among them.
+        execute: does several runs of one kind and returns the error of each that failed; what it
+            finds out about the faster way stands in the pace afterwards.
+        obstacle: why a run can only be done alone, if so: then nothing else is told.
+        may_pay: whether it is worth a try.
+        on_gpu: whether a GPU works.
+    """
+
+    kind: str = ""
+    execute: Callable[[Sequence[Task], Pace], list[Exception | None]] | None = None
+    obstacle: str = ""
+    may_pay: bool = False
     on_gpu: bool = False
 
 
@@ -68,6 +94,9 @@ class Job(Protocol):
 
     def execute(self, config: Config, folder: Path, steps: Sequence[int]) -> None:
         """Do what is not done yet, from the last checkpoint on if there is one."""
+
+    def alike(self, config: Config) -> Alike:
+        """Return with which runs this one can be done at once."""
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return the results in a run's folder: one row an expert or model, with its `file`."""

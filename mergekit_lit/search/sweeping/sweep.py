@@ -19,6 +19,7 @@ from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
 from mergekit_lit.search.sweeping.launchers.ray import ray_cluster, run_ray
 from mergekit_lit.search.sweeping.launchers.slurm import run_slurm, slurm_executor
+from mergekit_lit.search.sweeping.lockstep import LockstepMode
 from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
 from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
@@ -55,6 +56,7 @@ def run_sweep(  # noqa: PLR0913
     options: Mapping[str, Any] | None = None,
     jobs: int = 1,
     retries: int = 2,
+    lockstep: LockstepMode = "never",
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> SweepResult:
@@ -73,6 +75,7 @@ def run_sweep(  # noqa: PLR0913
         options: of the launcher, as it takes them.
         jobs: number of workers, at least 1.
         retries: how often a run that failed is tried again, at least 0.
+        lockstep: which runs are done at once, with one pass for all.
         config: the sweep's file, to be kept.
         quiet: whether to draw no progress.
 
@@ -89,7 +92,8 @@ def run_sweep(  # noqa: PLR0913
     write_text(out / SWEEP_FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
     # Workers elsewhere may stand in another folder.
     out = out.absolute()
-    sweep = Sweep(plan=plan, job=job, out=out, launch=secrets.token_hex(8), retries=retries)
+    launch = secrets.token_hex(8)
+    sweep = Sweep(plan=plan, job=job, out=out, launch=launch, retries=retries, lockstep=lockstep)
     with Display(Console(quiet=quiet, stderr=True)) as display:
         _run(start, sweep, display, jobs)
         while trials and trials.ask(sweep):

@@ -6,15 +6,25 @@ can write it, on whatever machine, may work at it; claims keep two from doing th
 
 import _thread
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from mergekit_lit.lit.preemption import leave_if_told, preemptible
 from mergekit_lit.search.sweeping.claims import BEAT_S, SILENT_S, Claim, held, take
 from mergekit_lit.search.sweeping.failures import Failure, failure_after, failure_of, forget
-from mergekit_lit.search.sweeping.jobs import Job
+from mergekit_lit.search.sweeping.jobs import Alike, Job
+from mergekit_lit.search.sweeping.lockstep import (
+    CREW,
+    LockstepMode,
+    crews,
+    execute_crew,
+    is_ready,
+    kinds_of,
+)
 from mergekit_lit.search.sweeping.plan import Plan, Run
 
 State: TypeAlias = Literal["done", "found", "failed", "busy", "later"]
@@ -38,6 +48,7 @@ class Sweep:
         retries: how often a run that failed, or whose process died, is tried again.
         beat_s: seconds between two signs of life.
         silent_s: silence after which a worker of another machine counts as dead, in seconds.
+        lockstep: which runs are done at once, with one pass for all.
     """
 
     plan: Plan
@@ -47,6 +58,7 @@ class Sweep:
     retries: int = 2
     beat_s: float = BEAT_S
     silent_s: float = SILENT_S
+    lockstep: LockstepMode = "never"
 
     def folder(self, run: Run) -> Path:
         """Return the folder of a run."""
@@ -74,35 +86,48 @@ def work(sweep: Sweep, listen: Listen, *, place: int = 0, workers: int = 1) -> N
     runs = sweep.plan.runs
     first = place * len(runs) // workers
     left = [*runs[first:], *runs[:first]]
+    kinds = kinds_of(sweep, left)
     with preemptible():
         while left:
-            states = {}
-            for run in left:
+            states: dict[str, State] = {}
+            # No worker is to be left without work for the sake of a larger crew.
+            size = min(CREW, len(left) // workers)
+            for crew in crews(left, kinds, partial(is_ready, sweep), size=size):
                 leave_if_told()
-                states[run.name] = state = _attempt(sweep, run, listen)
-                if state not in ("busy", "later"):
-                    listen(state, run.name, _error(sweep, run) if state == "failed" else "")
+                states |= _attempt(sweep, crew, kinds.get(crew[0].name), listen)
+                for run in crew:
+                    state = states[run.name]
+                    if state not in ("busy", "later"):
+                        listen(state, run.name, _error(sweep, run) if state == "failed" else "")
             left = [run for run in left if states[run.name] in ("busy", "later")]
             if left and "done" not in states.values():
                 time.sleep(_POLL_S)
 
 
-def _attempt(sweep: Sweep, run: Run, listen: Listen) -> State:
-    """Do a run, unless it is done, failed for good, or another process is at it."""
-    folder = sweep.folder(run)
-    known = _known(sweep, run)
-    if known:
-        return known
-    claim = take(folder, launch=sweep.launch, silent_s=sweep.silent_s)
-    if claim is None:
-        return "busy"
-    with held(claim, _lose, beat_s=sweep.beat_s):
-        # Its last holder may have ended while this process looked.
-        known = _known(sweep, run)
-        if known:
-            return known
-        listen("begun", run.name, "")
-        return _execute(sweep, run, claim)
+def _attempt(
+    sweep: Sweep, crew: Sequence[Run], alike: Alike | None, listen: Listen
+) -> dict[str, State]:
+    """Do runs at once, but for those done, failed for good, or that another process is at."""
+    states: dict[str, State] = {}
+    taken: list[tuple[Run, Claim]] = []
+    with ExitStack() as holding:
+        for run in crew:
+            state = _known(sweep, run)
+            claim = (
+                None
+                if state
+                else take(sweep.folder(run), launch=sweep.launch, silent_s=sweep.silent_s)
+            )
+            if claim is not None:
+                holding.enter_context(held(claim, _lose, beat_s=sweep.beat_s))
+                # Its last holder may have ended while this process looked.
+                state = _known(sweep, run)
+            if claim is None or state:
+                states[run.name] = state or "busy"
+                continue
+            listen("begun", run.name, "")
+            taken.append((run, claim))
+        return states | _execute(sweep, taken, alike)
 
 
 def _known(sweep: Sweep, run: Run) -> State | None:
@@ -117,26 +142,50 @@ def _known(sweep: Sweep, run: Run) -> State | None:
     return "later" if failure.due > time.time() else None
 
 
-def _execute(sweep: Sweep, run: Run, claim: Claim) -> State:
-    folder, deaths = sweep.folder(run), claim.deaths()
-    if deaths > sweep.retries:
-        Failure(
-            launch=sweep.launch,
-            attempts=deaths,
-            error=f"Its process died {deaths} times: it was killed, or there was too little "
-            "memory. Start again with fewer `jobs`.",
-        ).write(folder)
-        return "failed"
+def _execute(
+    sweep: Sweep, taken: Sequence[tuple[Run, Claim]], alike: Alike | None
+) -> dict[str, State]:
+    """Do runs that this process has taken."""
+    states: dict[str, State] = {run.name: "failed" for run, _ in taken}
+    runs = [run for run, claim in taken if not _given_up(sweep, run, claim.deaths())]
+    # A run must not end the sweep, whatever is wrong with it.
     try:
-        sweep.job.execute(sweep.plan.config(run), folder, run.steps)
-    # One run must not end the sweep, whatever is wrong with it.
+        if alike is not None and len(runs) > 1:
+            errors = execute_crew(sweep, runs, alike)
+        else:
+            errors = [None] * len(runs)
+            for run in runs:
+                sweep.job.execute(sweep.plan.config(run), sweep.folder(run), run.steps)
     except Exception as error:
-        before = failure_of(folder, launch=sweep.launch)
-        failure = failure_after(error, before, launch=sweep.launch, retries=sweep.retries)
-        failure.write(folder)
-        return "failed" if failure.due is None else "later"
-    forget(folder)
-    return "done"
+        errors = [error] * len(runs)
+    return states | {
+        run.name: _ended(sweep, run, error) for run, error in zip(runs, errors, strict=True)
+    }
+
+
+def _given_up(sweep: Sweep, run: Run, deaths: int) -> bool:
+    """Return whether too many processes have died at a run, which is told then."""
+    if deaths <= sweep.retries:
+        return False
+    Failure(
+        launch=sweep.launch,
+        attempts=deaths,
+        error=f"Its process died {deaths} times: it was killed, or there was too little "
+        "memory. Start again with fewer `jobs`.",
+    ).write(sweep.folder(run))
+    return True
+
+
+def _ended(sweep: Sweep, run: Run, error: Exception | None) -> State:
+    """Keep what went wrong, if anything did, and return what becomes of the run."""
+    folder = sweep.folder(run)
+    if error is None:
+        forget(folder)
+        return "done"
+    before = failure_of(folder, launch=sweep.launch)
+    failure = failure_after(error, before, launch=sweep.launch, retries=sweep.retries)
+    failure.write(folder)
+    return "failed" if failure.due is None else "later"
 
 
 def _error(sweep: Sweep, run: Run) -> str:

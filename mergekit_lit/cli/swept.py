@@ -1,0 +1,44 @@
+"""This file is what the jobs of sweeps share: a command at every point, each a run of its own."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mergekit_lit.cli.dotted import interpolated
+from mergekit_lit.search.sweeping.jobs import Alike, Config, Cost
+
+
+@dataclass(frozen=True)
+class SweptCommand:
+    """A command as a sweep repeats it.
+
+    Attributes:
+        stage: name of the command.
+        idle: keys that change no result, such as where it goes.
+        given: what file and flags say, nested, without what is the sweep's own.
+    """
+
+    stage: ClassVar[str]
+    idle: ClassVar[frozenset[str]]
+
+    given: Mapping[str, Any]
+
+    def kind(self, point: Mapping[str, Any]) -> Hashable:
+        """Return what interpolations in the file refer to."""
+        return interpolated(self.given, point)
+
+    def separate(self, config: Config) -> Sequence[Config]:
+        """Return the configuration: it is one run."""
+        return [config]
+
+    def identity(self, config: Config) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        """Return all that decides the result, and no steps."""
+        return {key: value for key, value in config.items() if key not in self.idle}, ()
+
+    def alike(self, config: Config) -> Alike:  # noqa: ARG002 (all the same here)
+        """Return that there are no steps to take together."""
+        return Alike(obstacle=f"runs of {self.stage!r} have no steps")
+
+    def trial(self, config: Config, folder: Path) -> Cost | None:
+        """Return None: a part of a run tells little of the whole."""
