@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mergekit_lit.callbacks import DeltaGeometry, MergeCallback
-from mergekit_lit.callbacks import delta_geometry as module
 from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.merging import merge
+from mergekit_lit.theory import geometry as module
 
 
 def observed(experts, geometry=None):
