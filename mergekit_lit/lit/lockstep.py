@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lit.lit.passes import inputs
+from mergekit_lit.lit.preemption import hold, preemptible
 from mergekit_lit.lit.quiet import quiet
 from mergekit_lit.lit.stacking import stacked_losses
 
@@ -91,11 +92,11 @@ def in_lockstep(
         pace: whether one pass serves all, or how that is found out.
 
     Raises:
-        BaseException: a training left because its process was told to, as the others did.
+        SystemExit: the process was told to end; each training has kept what it had.
     """
     members = [_Member(training) for training in trainings]
     # What each thread silences would end with the first of them.
-    with quiet():
+    with preemptible(), quiet():
         try:
             for member in members:
                 member.start()
@@ -117,6 +118,8 @@ def _lead(members: Sequence["_Member"], pace: Pace) -> None:
         # A round in which one ends, or measures something, tells nothing of a step.
         if _is_step([*begun, *asked.values()]) and len(asked) == len(begun):
             pace.end(together=together)
+        # Each leaves at the end of its step, with a checkpoint, if the process is told to.
+        hold()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Trainings in lockstep: the files of separate ones, failures kept apart, the faster way found."""
 
+import os
+import signal
 import threading
 from functools import partial
 
@@ -22,13 +24,15 @@ OWN = (
 )
 
 
-def training(suite, out, together, *, base, data=None, steps=(2, 4), trainer=None, **own):
-    """Train one expert and return its files."""
+def training(
+    suite, out, together, *, base, data=None, steps=(2, 4), trainer=None, resume=False, **own
+):
+    """Train one expert."""
     module = ExpertModule(base, image_size=8, **{"schedule": "constant", "warmup_steps": 1, **own})
     module.together = together
     task = TaskDataModule(suite, "dots", **{"batch": 8, "reserve": 8, **(data or {})})
     settings = {"accelerator": "cpu", "log_every_n_steps": 1, **(trainer or {})}
-    return train_expert(data=task, model=module, steps=steps, out=out, trainer=settings)
+    train_expert(data=task, model=module, steps=steps, out=out, trainer=settings, resume=resume)
 
 
 def crew(suite, out, *, each, **common):
@@ -174,6 +178,26 @@ def test_members_leave_with_their_leader(monkeypatch):
         in_lockstep([endless, endless], Pace(together=True))
     assert len(ended) == 2
     assert not any(thread.is_alive() for thread in ended)
+
+
+@pytest.mark.slow
+def test_all_keep_what_they_have_when_told_to_end(tiny_suite, tmp_path, monkeypatch):
+    told = []
+
+    def losses(calls):
+        told.append(calls)
+        if len(told) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stacked(calls)
+
+    stacked = lockstep._losses
+    monkeypatch.setattr(lockstep, "_losses", losses)
+    runs = crew(tiny_suite, tmp_path, each=OWN, base=VIT, steps=(9,), resume=True)
+    with pytest.raises(SystemExit, match="143"):
+        in_lockstep(runs, Pace(together=True))
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 2
+    assert in_lockstep(runs, Pace(together=True)) == [None, None]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
 def test_a_member_that_is_told_to_leave_ends_all():
