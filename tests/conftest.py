@@ -1,6 +1,9 @@
 """What every test shares: one thread, no network, a guard on speed, and tiny experts."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -208,3 +211,66 @@ def tiny_suite(tmp_path_factory: pytest.TempPathFactory) -> str:
         split = (np.arange(150) >= 120).astype(np.uint8)
         np.savez(folder / f"{name}.npz", x=x, y=y, split=split, classes=np.array(["a", "b", "c"]))
     return str(folder)
+
+
+@dataclass
+class OfflineRun:
+    """What one offline file of W&B holds, as W&B's own reader tells it."""
+
+    run: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    artifacts: list[dict] = field(default_factory=list)
+    alerts: list[dict] = field(default_factory=list)
+    exit_code: int | None = None
+
+    def artifact(self, name: str) -> dict:
+        (found,) = [each for each in self.artifacts if each["name"] == name]
+        return found
+
+    def made(self) -> list[str]:
+        """Names of the models that the run made."""
+        return [a["name"] for a in self.artifacts if "_table" not in a["type"] and not used(a)]
+
+    def used(self) -> list[str]:
+        """Names of the models that it used."""
+        return [a["name"] for a in self.artifacts if used(a)]
+
+
+def used(artifact: Mapping) -> bool:
+    return bool(artifact.get("use_after_commit"))
+
+
+@pytest.fixture
+def offline_runs() -> Callable[[Path], list[OfflineRun]]:
+    """Reads the offline runs below a folder by `wandb leet inspect`, oldest first."""
+
+    def read(folder: Path) -> list[OfflineRun]:
+        files = sorted(folder.rglob("run-*.wandb"), key=lambda path: path.parent.name)
+        return [_read_offline(file) for file in files]
+
+    return read
+
+
+def _read_offline(file: Path) -> OfflineRun:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = OfflineRun()
+    for record in map(json.loads, told.splitlines()):
+        value = record[record["type"]]
+        match record["type"]:
+            case "run":
+                found.run = value
+                found.config |= value["config"]["update"]
+            case "config" | "summary" as kind:
+                getattr(found, kind).update(value.get("update", {}))
+            case "history":
+                found.history.append(value["item"])
+            case "artifact":
+                found.artifacts.append(value)
+            case "alert":
+                found.alerts.append(value)
+            case "exit":
+                found.exit_code = value["exit_code"]
+    return found

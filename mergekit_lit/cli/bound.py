@@ -18,7 +18,7 @@ from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiate
 from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.stages.bounds import compare_bounds
 from mergekit_lit.theory.constants import Effort
@@ -59,8 +59,8 @@ def options(  # noqa: PLR0913
             stability of any merge, linear or not.
         out: folder of the records and of `report.html`, which compares them; or the record's file,
             ending in .json, for one method. Nothing is written without one.
-        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with the terms
-            as its summary, and as a table.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with the terms as its summary, and as a table.
         json: whether to print the record as JSON; a list of them for several methods.
     """
 

@@ -86,8 +86,8 @@ def merge(  # noqa: PLR0913
         callbacks: observers of the merge by class path, such as
             `mergekit_lit.callbacks.DeltaGeometry`, or `{class_path: ..., init_args: {...}}`; they
             see the deltas and may change them.
-        logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
-            merged model as its artifact.
+        logger: `csv` (the record alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one
+            run with the merged model as its artifact.
         dry_run: whether to tell what would be done, by the files' headers, and do nothing.
         json: whether to print the record, or what would be done, as JSON.
     """

@@ -20,7 +20,7 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import trainer_arguments
 from mergekit_lit.lit.preemption import leave_if_told, preemptible
-from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.train import train_expert, world_size
 
@@ -46,7 +46,8 @@ def options(
 
     Args:
         seed: short for `model.seed`: the seed of data order, augmentation and dropout.
-        logger: `csv` (with JSON lines, always written), `wandb` (offline) or `wandb-online`.
+        logger: `csv` (with JSON lines, always written), `tensorboard`, `wandb` (offline) or
+            `wandb-online`.
         jobs: processes that train tasks side by side, with one thread each, at least 1.
         json: whether to print the cards as JSON.
     """

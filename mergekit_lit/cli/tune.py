@@ -13,7 +13,7 @@ from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.core.records import Record
-from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.search.tuning.plan import TuningPlan, told
 from mergekit_lit.search.tuning.tune import tune_files
 
@@ -49,8 +49,8 @@ def options(  # noqa: PLR0913
             1 for those not named.
         base: the base, if not the one that the first card names.
         allow_different_base: whether to take experts whose card names another base, or none.
-        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with the table
-            of trials, and the best model as its artifact.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with the table of trials, and the best model as its artifact.
         json: whether to print the record as JSON, and nothing else.
     """
 

@@ -111,6 +111,15 @@ def index_of(path: Path) -> Path:
     return path.with_name(path.name + _INDEX_SUFFIX)
 
 
+def model_files(path: Path) -> list[Path]:
+    """Return the files of a model: the one of that name, or its shards and then their index."""
+    index = index_of(path)
+    if path != index and path.is_file():
+        return [path]
+    shards = {index.with_name(shard) for shard in _read_index(index)[0].values()}
+    return [*sorted(shards), index]
+
+
 def check_shard_size(max_shard_bytes: int) -> None:
     """Refuse shards of no size.
 

@@ -32,6 +32,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def by_task(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, value: str = "accuracy"
+) -> list[dict[str, Any]]:
+    """Return a row a model, or whatever `keys` tell apart, with a column a task.
+
+    Args:
+        rows: a row a model and task, with `task` in it.
+        keys: columns that stay.
+        value: the column that is spread over the tasks; None where there is no such row.
+    """
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kept = {key: row.get(key) for key in keys}
+        found.setdefault(repr(kept), {**kept, **dict.fromkeys(tasks)})[row["task"]] = row[value]
+    return list(found.values())
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV with a heading; None is an empty cell."""
     text = io.StringIO()

@@ -10,9 +10,10 @@ from rich.console import Console
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.suites import load_suite
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome, file_model
 from mergekit_lit.lit.suite_data import MergeDataModule
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
-from mergekit_lit.reports.results import csv_text, result_rows, summary
+from mergekit_lit.lit.tracking import check_logger, log_run
+from mergekit_lit.reports.results import by_task, csv_text, result_rows, summary
 from mergekit_lit.search.candidates import WELL_KNOWN, chosen_methods
 from mergekit_lit.search.coefficients import Choice
 from mergekit_lit.search.crew import Crew, Message
@@ -21,6 +22,7 @@ from mergekit_lit.search.stations import Made, Plan, merge_one, train_one
 from mergekit_lit.stages.evaluate import evaluate_files
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.report import build_report
+from mergekit_lit.stages.run_groups import facts_of_run
 
 _BATCH = 32
 _WARMUP_STEPS = 20
@@ -83,7 +85,8 @@ def run_quickstart(  # noqa: PLR0913
             images for both shipped bases.
         seed: seed of the data split, the order of images and all else.
         jobs: worker processes of one thread each; 1 runs everything in this process.
-        logger: `csv` (with JSON, always written), `wandb` (offline) or `wandb-online`.
+        logger: `csv` (with JSON, always written), `tensorboard`, `wandb` (offline) or
+            `wandb-online`.
         quiet: whether to draw no progress and print no table.
 
     Raises:
@@ -112,7 +115,8 @@ def run_quickstart(  # noqa: PLR0913
     report = build_report(plan.out, title=_title(plan))
     console.print(results(record))
     console.print(f"{record.seconds:.0f} s. Report: {report}", highlight=False)
-    _tell_wandb(plan, record, rows, made)
+    if plan.logger != "csv":
+        _track(plan, record, rows, made)
     merged = {merge.method: merge.path for merge in made}
     return QuickstartResult(record, record_path, table_path, report, tuple(experts), merged)
 
@@ -191,24 +195,19 @@ def _record(plan: Plan, scored: Record, made: list[Made], jobs: int) -> Record:
     )
 
 
-def _tell_wandb(
+def _track(
     plan: Plan, record: Record, rows: Sequence[Mapping[str, Any]], made: Sequence[Made]
 ) -> None:
-    """Tell W&B the results, if asked; the experts' runs, in the same group, have ended by now."""
-    facts = RunFacts(
-        name="results",
-        job=record.stage,
-        group=plan.out.name,
-        tags=[Path(plan.suite).name, plan.backbone],
-        config=record.config,
-    )
+    """Tell of the results; the experts' runs, in the same group, have ended by now."""
     outcome = Outcome(
         summary=summary(rows),
-        rows=rows,
-        files={merge.path: merge.facts for merge in made},
-        kind="merged",
+        tables={"results": rows, "accuracy": by_task(rows, ["model"])},
+        used=[file_model(path, "expert") for path in plan.expert_paths()],
+        made=[file_model(merge.path, "merged", merge.facts) for merge in made],
     )
-    log_run(plan.logger, plan.out / "logs" / "results", facts, outcome)
+    tags = [Path(plan.suite).name, plan.backbone]
+    told = facts_of_run(record.stage, "results", plan.out, tags=tags, config=record.config)
+    log_run(plan.logger, plan.out / "logs" / "results", told, outcome)
 
 
 def _with_val(models: Mapping[str, Any], made: Sequence[Made]) -> dict[str, Any]:

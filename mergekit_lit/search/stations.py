@@ -15,7 +15,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, recalibrate
-from mergekit_lit.lit.wandb_runs import LoggerKind
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.engine import merge_many
 from mergekit_lit.merging.gather import in_memory, load_experts

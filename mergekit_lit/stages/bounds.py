@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.records import Record
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome
+from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe, check_recipe
 from mergekit_lit.stages.report import build_report
+from mergekit_lit.stages.run_groups import facts_of_run, used_files
 from mergekit_lit.theory.constants import Effort
 
 
@@ -36,8 +38,8 @@ def compare_bounds(
         refits: whether to merge the refits too.
         out: folder of `<method>.record.json` and of the page `report.html`, which compares them; or
             the record's file, ending in `.json`, for one recipe alone. None writes nothing.
-        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with every
-            term as its summary, and as a table.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with every term as its summary, and as a table.
 
     Raises:
         FileNotFoundError: an expert is missing.
@@ -69,7 +71,8 @@ def compare_bounds(
     if folder is not None:
         if folder == out:
             build_report(folder, title="What bounds the excess error")
-        _tell_wandb(records, folder, logger)
+        if logger != "csv":
+            _track(records, folder, logger)
     return records
 
 
@@ -91,21 +94,19 @@ def _paths(recipes: Sequence[Recipe], out: Path | None) -> list[Path | None]:
     return [out / f"{name}.record.json" for name in names]
 
 
-def _tell_wandb(records: Sequence[Record], folder: Path, logger: LoggerKind) -> None:
-    """Tell W&B the merges, if asked: their terms as summary and as a table."""
+def _track(records: Sequence[Record], folder: Path, logger: LoggerKind) -> None:
+    """Tell of the merges: their terms as summary and as a table."""
     names = [record.name for record in records]
-    facts = RunFacts(
-        name="bound",
-        job="bound",
-        group=folder.resolve().name,
-        tags=names,
-        config={record.name: record.config for record in records},
-    )
     totals = {record.name: {"total": record.metrics["bound"]["total"]} for record in records}
     rows = list(_rows(records))
     for row in rows:
         totals[row["method"]][row["name"]] = row["value"]
-    log_run(logger, folder / "logs" / "bound", facts, Outcome(summary=totals, rows=rows))
+    outcome = Outcome(
+        summary=totals, tables={"terms": rows}, used=used_files(dict(records[0].inputs))
+    )
+    config = {record.name: record.config for record in records}
+    told = facts_of_run("bound", "bound", folder, tags=names, config=config)
+    log_run(logger, folder / "logs" / "bound", told, outcome)
 
 
 def _rows(records: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -28,14 +28,16 @@ from mergekit_lit.lit.launch import check_world_size, trainer_arguments
 from mergekit_lit.lit.merge import MergeModule
 from mergekit_lit.lit.passes import pixels
 from mergekit_lit.lit.quiet import interruptible, quiet
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome, base_model
 from mergekit_lit.lit.scores import OutcomeLog, Outcomes, score_table
 from mergekit_lit.lit.suite_data import MergeDataModule, split_images
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
+from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.models.backbones import Backbone
-from mergekit_lit.reports.results import csv_text, result_rows, summary
+from mergekit_lit.reports.results import by_task, csv_text, result_rows, summary
 from mergekit_lit.stages.cautions import cautions
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.model_files import load_models
+from mergekit_lit.stages.run_groups import facts_of_run, used_files
 
 
 # Each argument is one flag of the command line, hence so many.
@@ -67,8 +69,8 @@ def evaluate_files(  # noqa: PLR0913
             and task.
         trainer: arguments of Lightning's Trainer, such as `devices`.
         callbacks: callbacks for the Trainer.
-        logger: `csv` (with JSON, always written), `wandb` (offline) or `wandb-online`: one run with
-            the table of results.
+        logger: `csv` (with JSON, always written), `tensorboard`, `wandb` (offline) or
+            `wandb-online`: one run with tables of the results, which used the models.
         seed: seed of the bootstrap intervals.
 
     Returns:
@@ -111,7 +113,9 @@ def evaluate_files(  # noqa: PLR0913
     )
     watch.finish(record)
     if out is not None and runner.is_global_zero:
-        _write(record, Path(out), logger)
+        _write(record, Path(out))
+        if logger != "csv":
+            _track(record, Path(out), loaded.by_name, logger)
     return record
 
 
@@ -161,19 +165,25 @@ def evaluate_models(
     return score_table(outcomes, experts=experts, seed=seed)
 
 
-def _write(record: Record, out: Path, logger: LoggerKind) -> None:
-    """Write the record and its table, and tell W&B if asked."""
-    rows = result_rows(record)
-    write_text(out / f"{record.name}.csv", csv_text(rows))
+def _write(record: Record, out: Path) -> None:
+    """Write the record and its table."""
+    write_text(out / f"{record.name}.csv", csv_text(result_rows(record)))
     record.write(out / f"{record.name}.record.json")
-    facts = RunFacts(
-        name=record.name,
-        job=record.stage,
-        group=out.name,
-        tags=[Path(record.config["suite"]).name, record.config["split"]],
-        config=record.config,
+
+
+def _track(record: Record, out: Path, models: Mapping[str, Model], logger: LoggerKind) -> None:
+    """Tell of the evaluation: means, every score, models by tasks, and which files were used."""
+    rows = result_rows(record)
+    bases = [model for model in models.values() if isinstance(model, Base)]
+    methods = {str(row["method"]) for row in rows if row["method"]}
+    tags = [Path(record.config["suite"]).name, record.config["split"], *sorted(methods)]
+    outcome = Outcome(
+        summary=summary(rows),
+        tables={"results": rows, "accuracy": by_task(rows, ["model"])},
+        used=[*map(base_model, bases), *used_files(record.inputs)],
     )
-    log_run(logger, out / "logs" / record.name, facts, Outcome(summary=summary(rows), rows=rows))
+    told = facts_of_run(record.stage, record.name, out, tags=tags, config=record.config)
+    log_run(logger, out / "logs" / record.name, told, outcome)
 
 
 def _choose_tasks(data: MergeDataModule, models: Mapping[str, Model]) -> None:

@@ -10,7 +10,8 @@ from mergekit_lit.core.files import together
 from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.shards import check_shard_size
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome, base_model, file_model
+from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
@@ -19,6 +20,7 @@ from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
 from mergekit_lit.stages.recipes import Recipe, check_recipe, images_for, merge_recipe
+from mergekit_lit.stages.run_groups import facts_of_run, used_files
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def merge_files(  # noqa: PLR0913
         observers: see every tensor's deltas; what their `to_json` returns goes to the record.
         max_shard_bytes: write several files of at most so many bytes, and an index; None writes
             one.
-        logger: `csv` (the record alone), `wandb` (offline) or `wandb-online`: one run with the
-            merged model as its artifact.
+        logger: `csv` (the record alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one
+            run with the merged model as its artifact, made from those of base and experts.
 
     Raises:
         FileNotFoundError: an expert is missing.
@@ -106,7 +108,8 @@ def merge_files(  # noqa: PLR0913
         # Tensors are merged as they are written, so that the time is known only afterwards.
         save(out, merged, max_shard_bytes=max_shard_bytes)
         watch.finish(record).write(record_path)
-    _tell_wandb(record, out, merged, logger)
+    if logger != "csv":
+        _track(record, out, merged, found, logger)
     return MergeResult(out, record_path, record)
 
 
@@ -194,26 +197,29 @@ def _check_no_input(out: Path, inputs: Sequence[Path]) -> None:
         )
 
 
-def _tell_wandb(record: Record, out: Path, merged: Merged, logger: LoggerKind) -> None:
-    """Tell W&B the merge, if asked: its facts, its coefficients, and the model as an artifact."""
-    coefficients = merged.facts.get("coefficients") or [None] * len(merged.tasks)
-    facts = RunFacts(
-        name=record.name,
-        job=record.stage,
-        group=out.resolve().parent.name,
-        tags=[merged.facts["method"], merged.facts["base"]],
-        config=record.config,
-    )
+def _track(
+    record: Record, out: Path, merged: Merged, base: Base | None, logger: LoggerKind
+) -> None:
+    """Tell of the merge: its facts, its coefficients, and the model with what it is made from."""
+    facts = dict(merged.facts)
+    coefficients = facts.get("coefficients") or [None] * len(merged.tasks)
+    suite = (record.config["calibration"] or {}).get("suite")
+    tags = [facts["method"], facts["base"], *([Path(suite).name] if suite else [])]
     outcome = Outcome(
-        summary=merged.facts,
-        rows=[
-            {"task": task, "coefficient": coefficient}
-            for task, coefficient in zip(merged.tasks, coefficients, strict=True)
-        ],
-        files={out: merged.facts},
-        kind="merged",
+        summary=facts,
+        # Flat, to filter by: first what the merged model says of itself, then the parameters.
+        config=facts | facts["config"],
+        tables={
+            "coefficients": [
+                {"task": task, "coefficient": coefficient}
+                for task, coefficient in zip(merged.tasks, coefficients, strict=True)
+            ]
+        },
+        used=[*([base_model(base)] if base else []), *used_files(record.inputs)],
+        made=[file_model(out, "merged", facts)],
     )
-    log_run(logger, out.parent / "logs" / out.stem, facts, outcome)
+    told = facts_of_run(record.stage, record.name, out.parent, tags=tags, config=record.config)
+    log_run(logger, out.parent / "logs" / out.stem, told, outcome)
 
 
 def _record(

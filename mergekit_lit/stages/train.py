@@ -1,14 +1,13 @@
 """This file is the first stage: one task in, its expert files and record out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from mergekit_lit.callbacks.base_score import BaseScore
@@ -23,12 +22,14 @@ from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.launch import check_world_size, trainer_arguments
-from mergekit_lit.lit.loggers import log_outcome, make_loggers
+from mergekit_lit.lit.loggers import log_failure, make_loggers
 from mergekit_lit.lit.preemption import hold, preemptible, without_lightning
 from mergekit_lit.lit.quiet import interruptible, quiet
+from mergekit_lit.lit.run_facts import LoggerKind, RunFacts
 from mergekit_lit.lit.sync import SyncedBatchNorm
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger
+from mergekit_lit.lit.tracking import check_logger
 from mergekit_lit.stages.folders import check_folder, check_record
+from mergekit_lit.stages.training_log import TrainingLog, log_experts
 
 _DEFAULTS: Mapping[str, Any] = {
     "enable_progress_bar": False,
@@ -56,20 +57,6 @@ _TRAJECTORY = (
 )
 # Trainer arguments that say how many processes there are.
 _PLACEMENT = ("accelerator", "devices", "num_nodes")
-
-
-class _LoggersAtStart(Callback):
-    """Makes the loggers when training really starts, so that a refused run leaves no W&B run.
-
-    Lightning opens the loggers that a Trainer is made with before data and head are looked at.
-    """
-
-    def __init__(self, make: Callable[[], list[Logger]]) -> None:
-        self._make = make
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Hand the loggers to the Trainer."""
-        trainer.loggers = self._make()
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ def train_expert(  # noqa: PLR0913
         out: folder of the run.
         trainer: arguments of Lightning's Trainer, such as `devices` or `gradient_clip_val`.
         callbacks: further callbacks, or the standard ones set up differently.
-        loggers: `csv`, `wandb` (offline) or `wandb-online`, or loggers.
+        loggers: `csv`, `tensorboard`, `wandb` (offline) or `wandb-online`, or loggers.
         resume: whether to go on from the last checkpoint, or the one before if that is damaged,
             or anew if both are; a finished run is left as it is.
         name: stem of the files; None for the task's name.
@@ -156,15 +143,8 @@ def train_expert(  # noqa: PLR0913
     export = ExpertExport(Path(out), steps=chosen, name=name)
     starting: list[Callback] = []
     if isinstance(loggers, str):
-        facts = RunFacts(
-            name=name,
-            job="train",
-            group=Path(out).name,
-            tags=[Path(data.suite).name, model.base.name],
-            config=config,
-        )
-        starting = [_LoggersAtStart(partial(make_loggers, loggers, logs, facts))]
-        loggers = make_loggers("csv", logs, facts)
+        starting = [TrainingLog(loggers, logs, config=config, resume=resume)]
+        loggers = make_loggers("csv", logs, RunFacts(name=name))
     with quiet(), interruptible():
         observers = [last, *starting, *_standard(callbacks), *callbacks, export]
         fitter = _trainer(trainer or {}, chosen[-1], callbacks=observers, logger=loggers)
@@ -174,10 +154,12 @@ def train_expert(  # noqa: PLR0913
         with _logs_told(fitter, logs):
             fitter.fit(model, datamodule=data, ckpt_path=checkpoint)
     if fitter.global_step < chosen[-1]:
-        raise ValueError(
+        stopped = ValueError(
             f"Training must reach step {chosen[-1]}, but was stopped at step {fitter.global_step} "
             "by a time limit or a callback. Leave that out, or ask for fewer `steps`."
         )
+        log_failure(fitter.loggers, stopped)
+        raise stopped
     experts = tuple(export.path(data.task, step) for step in chosen)
     record = _record(name, config, data, model, experts)
     if fitter.is_global_zero:
@@ -185,12 +167,7 @@ def train_expert(  # noqa: PLR0913
         record.metrics = {"experts": cards}
         stopwatch.finish(record).write(record_path)
         last.remove()
-        outcome = Outcome(
-            summary=cards[experts[-1].stem],
-            rows=[{"expert": stem, **card} for stem, card in cards.items()],
-            files={path: cards[path.stem] for path in experts},
-        )
-        log_outcome(fitter.loggers, outcome)
+        log_experts(fitter.loggers, model.base, {path: cards[path.stem] for path in experts})
     return TrainResult(experts, record_path, record)
 
 

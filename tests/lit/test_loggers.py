@@ -1,14 +1,25 @@
 import csv
+import hashlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from mergekit_lit.lit.loggers import FileLogger, log_outcome, make_loggers
-from mergekit_lit.lit.wandb_runs import Outcome, RunFacts, check_logger, log_run, wandb_key
+from mergekit_lit.lit.loggers import (
+    FileLogger,
+    RunLogger,
+    log_failure,
+    log_outcome,
+    make_loggers,
+)
+from mergekit_lit.lit.run_facts import Outcome, RunFacts, TrackedModel, file_model
+from mergekit_lit.lit.tracking import check_logger, log_run
+from mergekit_lit.lit.wandb_runs import kept_run_id, wandb_key
 
 MNIST = RunFacts(name="mnist")
 
@@ -106,9 +117,7 @@ def test_a_key_is_found_where_wandb_login_leaves_it(tmp_path, monkeypatch):
 
 def test_wandb_is_offline_unless_asked_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    facts = RunFacts(name="mnist", group="demo", tags=["a" * 99, ""])
-    _, logger = make_loggers("wandb", tmp_path, facts)
-    assert facts.arguments()["tags"] == ["a" * 64]
+    _, logger = make_loggers("wandb", tmp_path, MNIST)
     assert isinstance(logger, WandbLogger)
     assert logger._offline
     assert os.environ["WANDB_MODE"] == "offline"
@@ -119,7 +128,7 @@ def test_wandb_is_offline_unless_asked_otherwise(tmp_path, monkeypatch):
     [
         ("wandb", None, "`logger` 'wandb' must be told a folder for its files"),
         ("wandb-online", "here", "must find an API key"),
-        ("tensorboard", "here", "No logger named 'tensorboard'"),
+        ("tensorbord", "here", "No logger named 'tensorbord'. Did you mean 'tensorboard'"),
     ],
 )
 def test_a_logger_is_refused_before_any_work(tmp_path, kind, folder, message):
@@ -134,47 +143,182 @@ def test_csv_tells_wandb_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def stored_run(folder, until):
-    """Return the bytes of the one offline run, once W&B's own process has written `until`."""
-    (run,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60
-    while until not in (stored := run.read_bytes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return stored
+def test_what_is_not_installed_is_told_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_lit.lit.tensorboard_runs.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mergekit-lit\[tensorboard\]'"):
+        make_loggers("tensorboard", tmp_path, MNIST)
+
+
+def test_a_run_goes_on_under_its_name_and_a_new_one_has_another(tmp_path):
+    other = RunFacts(name="mnist", config={"lr": 0.2})
+    first = kept_run_id(tmp_path, MNIST, resume=False)
+    assert kept_run_id(tmp_path, MNIST, resume=True) == first
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert kept_run_id(moved, MNIST, resume=True) == first
+    ids = [kept_run_id(moved, facts, resume=True) for facts in (other, MNIST)]
+    ids.append(kept_run_id(moved, MNIST, resume=False))
+    assert len({first, *ids}) == 4
+    assert kept_run_id(tmp_path, MNIST, resume=False) == first
 
 
 @pytest.mark.slow
-def test_an_offline_run_keeps_summary_table_and_expert(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    expert = tmp_path / "mnist.safetensors"
+def test_an_offline_run_keeps_everything_where_wandb_finds_it(tmp_path, offline_runs):
+    expert = tmp_path / "two tasks, tuned.safetensors"
     expert.write_bytes(b"bytes")
-    facts = RunFacts(name="mnist", config={"lr": 0.1})
+    facts = RunFacts(
+        name="mnist",
+        job="train",
+        group="demo",
+        tags=["embedded8", "a" * 99, "", "embedded8"],
+        config={"lr": 0.1, "data": {"task": "mnist"}},
+    )
     loggers = make_loggers("wandb", tmp_path / "logs", facts)
-    for logger in loggers:
-        logger.log_metrics({"loss": 1.0}, step=0)
-    rows = [{"task": "mnist", "accuracy": 0.5}]
-    outcome = Outcome(summary={"val_loss": 1.0}, rows=rows, files={expert: {"lr": 0.1}})
+    loggers[1].experiment.log({"mine": 1})
+    for step in (0, 4):
+        for logger in loggers:
+            logger.log_metrics({"loss": 1.0 / (step + 1), "nan": float("nan")}, step=step)
+    base = TrackedModel(name="vit@random:0", kind="base", facts={"content": "ab"})
+    outcome = Outcome(
+        summary={"val_loss": 1.0},
+        config={"steps": 5},
+        tables={"scores": [{"task": "mnist", "accuracy": 0.5}, {"task": "x", "accuracy": None}]},
+        used=[base],
+        made=[file_model(expert, "expert", {"lr": 0.1})],
+    )
     log_outcome(loggers, outcome)
-    stored = stored_run(tmp_path / "logs", b"results")
-    for text in (b"mnist", b"val_loss", b"results", b"loss", b"lr"):
-        assert text in stored
-    assert lines_of(tmp_path / "logs") == [{"step": 0, "loss": 1.0}]
+    (kept,) = offline_runs(tmp_path)
+    assert kept.run["display_name"] == "mnist"
+    assert kept.run["run_group"] == "demo"
+    assert kept.run["job_type"] == "train"
+    assert kept.run["tags"] == ["embedded8", "a" * 64, "train"]
+    assert (kept.config["lr"], kept.config["steps"]) == (0.1, 5)
+    assert kept.config["data"] == {"task": "mnist"}
+    assert kept.summary["val_loss"] == 1
+    # A row of somebody else's without a step moves W&B's own on, and nothing is lost.
+    assert [row["_step"] for row in kept.history] == [0, 1, 4, 5]
+    assert [row["loss"] for row in kept.history if "loss" in row] == [1, 0.2]
+    assert [row["trainer/global_step"] for row in kept.history[1:3]] == [0, 4]
+    assert kept.history[-1]["scores.nrows"] == 2
+    assert (kept.used(), kept.made()) == (["base-vit-random-0"], ["expert-two-tasks--tuned"])
+    made = kept.artifact("expert-two-tasks--tuned")
+    (content,) = made["manifest"]["contents"]
+    assert content["local_path"] == str(expert.resolve())
+    told = json.loads(made["metadata"])
+    assert told["made_from"] == {"base-vit@random:0": "ab"}
+    assert told["content"] == hashlib.sha256(b"bytes").hexdigest()
+    assert kept.exit_code == 0
+    assert lines_of(tmp_path / "logs")[0]["loss"] == 1
 
 
 @pytest.mark.slow
-def test_an_ended_run_is_told_at_once_and_leaves_the_caller_s_open(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    file = tmp_path / "two tasks, merged.safetensors"
-    file.write_bytes(b"bytes")
-    facts = RunFacts(name="ties", job="merge", group="runs", tags=["a-tag"], config={"scale": 0.5})
-    rows = [{"task": "mnist", "coefficient": None}, {"task": "letters", "coefficient": 0.5}]
-    outcome = Outcome(summary={"method": "ties"}, rows=rows, files={file: {}}, kind="merged")
+def test_an_ended_run_is_told_at_once_and_leaves_the_caller_s_open(tmp_path, offline_runs):
     import wandb
 
-    own = wandb.init(dir=tmp_path, name="own")
-    log_run("wandb", tmp_path / "logs", facts, outcome)
+    facts = RunFacts(name="ties", job="merge")
+    own = wandb.init(dir=tmp_path / "own", name="own", mode="offline")
+    log_run("wandb", tmp_path / "logs", facts, Outcome(summary={"method": "ties"}))
     assert wandb.run is own
     own.finish()
-    stored = stored_run(tmp_path / "logs", b"two-tasks--merged")
-    for text in (b"ties", b"merge", b"runs", b"a-tag", b"scale", b"results"):
-        assert text in stored
+    (kept,) = offline_runs(tmp_path / "logs")
+    assert kept.summary["method"] == "ties"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mergekit_lit.lit.loggers import make_loggers
+from mergekit_lit.lit.run_facts import RunFacts
+
+loggers = make_loggers("wandb", Path(sys.argv[1]), RunFacts(name="mnist"))
+for step in range(5):
+    for logger in loggers:
+        logger.log_metrics({"loss": float(step)}, step=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def go_on(folder, steps):
+    """Resume a run, log rows, and return its loggers."""
+    loggers = make_loggers("wandb", folder, MNIST, resume=True)
+    for step in steps:
+        for logger in loggers:
+            logger.log_metrics({"loss": float(step)}, step=step)
+    return loggers
+
+
+def steps_told(runs):
+    return [row["_step"] for run in runs for row in run.history if "loss" in row]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_lacks_no_step_and_has_none_twice(tmp_path, offline_runs):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    # W&B had written next to nothing; metrics.jsonl has every row.
+    assert len(lines_of(tmp_path)) == 5
+    loggers = go_on(tmp_path, [3, 4, 5])
+    log_failure(loggers, KeyboardInterrupt())
+    time.sleep(1)  # Files of W&B are named by the second.
+    log_outcome(go_on(tmp_path, [4, 5, 6]), Outcome(summary={}, tables={"t": [{"a": 1}]}))
+    *_, stopped, ended = offline_runs(tmp_path)
+    assert sorted(steps_told(offline_runs(tmp_path))) == list(range(7))
+    assert steps_told([ended]) == [6]
+    assert [row["_step"] for row in ended.history] == [6, 7]
+    assert ended.run["run_id"] == stopped.run["run_id"] == kept_run_id(tmp_path, MNIST, resume=True)
+    assert ended.run["resume"]
+    assert (stopped.exit_code, stopped.alerts, ended.exit_code) == (1, [], 0)
+
+
+@pytest.mark.slow
+def test_a_failure_is_an_alert_and_leaves_the_next_run_alone(tmp_path, offline_runs):
+    loggers = make_loggers("wandb", tmp_path / "a", MNIST)
+    log_failure(loggers, ValueError("The loss must be finite, but is nan at step 9."))
+    log_outcome(make_loggers("wandb", tmp_path / "b", MNIST), Outcome(summary={"x": 1}))
+    failed, fine = offline_runs(tmp_path)
+    (alert,) = failed.alerts
+    assert alert["title"] == "Training of mnist failed"
+    assert alert["level"] == "ERROR"
+    assert "but is nan" in alert["text"]
+    assert (failed.exit_code, fine.exit_code) == (1, 0)
+    assert fine.run["run_id"] != failed.run["run_id"]
+
+
+def test_a_logger_of_the_user_is_told_and_stays_open(tmp_path):
+    class Run:
+        def __getattr__(self, name):
+            if name == "finish":
+                pytest.fail("ended")
+            return {"config": self, "summary": self}.get(name, lambda *_, **__: None)
+
+    own = WandbLogger(save_dir=tmp_path, offline=True, experiment=Run())
+    assert not isinstance(own, RunLogger)
+    log_outcome([own], Outcome(summary={"x": 1}))
+    log_failure([own], ValueError("nan"))
+
+
+def test_tensorboard_shows_what_counts(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def logged(steps, start):
+        loggers = make_loggers("tensorboard", tmp_path, MNIST, step=start)
+        for step in steps:
+            for logger in loggers:
+                logger.log_metrics({"loss": float(step)}, step=step)
+                logger.save()
+        return loggers
+
+    logged([0, 1, 2, 3], 0)[1].experiment.flush()
+    time.sleep(1)  # Event files are named by the second.
+    loggers = logged([2, 3, 4], 2)
+    for logger in loggers:
+        logger.finalize("success")
+    rows = [{"task": "a|b", "accuracy": 0.5}]
+    summary = {"val_loss": 0.25, "base": "vit"}
+    log_outcome(loggers, Outcome(summary=summary, config={"lr": 0.1}, tables={"t": rows}))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
+    (found,) = events.Scalars("summary/val_loss")
+    assert found.value == 0.25
+    assert {"t/text_summary", "config/text_summary"} <= set(events.Tags()["tensors"])

@@ -12,7 +12,8 @@ from mergekit_lit.core.files import file_hash, write_text
 from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData, split_hash
-from mergekit_lit.lit.wandb_runs import LoggerKind, Outcome, RunFacts, check_logger, log_run
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome, file_model
+from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.reports.results import csv_text
 from mergekit_lit.search.display import Display
@@ -30,6 +31,7 @@ from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import MergeResult, merge_files
 from mergekit_lit.stages.opening import load_base_of
 from mergekit_lit.stages.recipes import Recipe, check_recipe
+from mergekit_lit.stages.run_groups import facts_of_run, used_files
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def tune_files(
             and for methods that look at some.
         base: spec of the base; the one that the first card names by default.
         allow_different_base: take experts whose card names another base, or none.
-        logger: `csv` (the files alone), `wandb` (offline) or `wandb-online`: one run with the table
-            of trials, and the best model as its artifact.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with the table of trials, and the best model as its artifact.
         quiet: whether to draw no progress.
 
     Raises:
@@ -122,7 +124,8 @@ def tune_files(
         rows = trial_rows(log, plan.methods)
         write_text(out / "trials.csv", csv_text(rows))
         record.write(out / "tune.record.json")
-        _tell_wandb(record, made, rows, logger)
+        if logger != "csv":
+            _track(record, made, rows, logger)
     return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
 
 
@@ -207,25 +210,20 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
     )
 
 
-def _tell_wandb(
+def _track(
     record: Record, made: MergeResult, rows: Sequence[Mapping[str, Any]], logger: LoggerKind
 ) -> None:
-    """Tell W&B the search, if asked: what was found, every trial, and the model as an artifact."""
+    """Tell of the search: what was found, every trial, and the model that came of it."""
     out = made.path.parent
-    facts = RunFacts(
-        name=record.name,
-        job=record.stage,
-        group=out.resolve().name,
-        tags=[*record.metrics["methods"], str(record.config["base"])],
-        config=record.config,
-    )
     outcome = Outcome(
         summary=record.metrics,
-        rows=rows,
-        files={made.path: made.record.metrics["merged"]},
-        kind="merged",
+        tables={"trials": rows},
+        used=used_files(made.record.inputs),
+        made=[file_model(made.path, "merged", made.record.metrics["merged"])],
     )
-    log_run(logger, out / "logs" / "tune", facts, outcome)
+    tags = [*record.metrics["methods"], str(record.config["base"])]
+    told = facts_of_run(record.stage, record.name, out, tags=tags, config=record.config)
+    log_run(logger, out / "logs" / "tune", told, outcome)
 
 
 def _scores(run: Run) -> dict[str, Any]:
