@@ -18,6 +18,8 @@ from mergekit_lit.search.predicting.predictors import Fit, Predict
 from mergekit_lit.search.predicting.rows import Numbers, Rows, Words, mean_by
 
 LEVEL = 0.9
+_TASKS = 8
+"""Tasks that residuals are looked at of: each costs a fit."""
 _LEAST_SPREAD = 0.01
 
 
@@ -54,12 +56,12 @@ class Calibrated:
 
     def rows(self, new: Rows) -> Predicted:
         """Return what each task of each merge will have."""
-        return _within(new.task, self.predict(new), self.row_width)
+        return _within(new.task, self.predict(new), self.row_width, new.ends)
 
     def merges(self, new: Rows) -> Predicted:
         """Return what each merge will have on average over its tasks, in the order of names."""
         names, values = mean_by(new.merge, self.predict(new))
-        return _within(names, values, self.merge_width)
+        return _within(names, values, self.merge_width, new.ends)
 
 
 def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
@@ -78,8 +80,9 @@ def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
 
 
 def held_out(fit: Fit, rows: Rows) -> tuple[Numbers, Numbers, Words]:
-    """Return outcomes, predictions without the row's task, and merges of all rows of all folds."""
+    """Return outcomes, predictions without the row's task, and merges, of the rows of some tasks."""
     folds = [fold for fold in leave_one_task_out(rows) if len(fold.train)]
+    folds = [folds[i] for i in np.linspace(0, len(folds) - 1, min(_TASKS, len(folds))).astype(int)]
     if not folds:
         raise ValueError(
             "Intervals must be found on merges that a task has no part in, but every task has a "
@@ -87,7 +90,7 @@ def held_out(fit: Fit, rows: Rows) -> tuple[Numbers, Numbers, Words]:
         )
     found = [fit(fold.train)(fold.test) for fold in folds]
     return (
-        np.concatenate([fold.test.accuracy for fold in folds]),
+        np.concatenate([fold.test.outcome for fold in folds]),
         np.concatenate(found),
         np.concatenate([fold.test.merge for fold in folds]),
     )
@@ -100,5 +103,6 @@ def _width(residuals: Numbers, level: float) -> float:
     return max(float(distances[place - 1]), _LEAST_SPREAD)
 
 
-def _within(labels: Words, values: Numbers, width: float) -> Predicted:
-    return Predicted(labels, values, np.clip(values - width, 0, 1), np.clip(values + width, 0, 1))
+def _within(labels: Words, values: Numbers, width: float, ends: tuple[float, float]) -> Predicted:
+    low, high = (np.clip(values + side * width, *ends) for side in (-1, 1))
+    return Predicted(labels, values, low, high)

@@ -58,8 +58,8 @@ def judge_intervals(folds: Sequence[Fold], models: Sequence[Calibrated]) -> Judg
     rows = [model.rows(fold.test) for model, fold in zip(models, folds, strict=True)]
     merges = [model.merges(fold.test) for model, fold in zip(models, folds, strict=True)]
     plain = _judged(folds, [each.value for each in rows], order_alone=False)
-    truth = np.concatenate([fold.test.accuracy for fold in folds])
-    means = np.concatenate([mean_by(f.test.merge, f.test.accuracy)[1] for f in folds])
+    truth = np.concatenate([fold.test.outcome for fold in folds])
+    means = np.concatenate([mean_by(f.test.merge, f.test.outcome)[1] for f in folds])
     low, high = (np.concatenate([getattr(each, end) for each in rows]) for end in ("low", "high"))
     return Judgement(
         **{
@@ -85,7 +85,7 @@ def spearman(left: Numbers, right: Numbers) -> float:
 
 def regrets(rows: Rows, predicted: Numbers) -> list[float]:
     """Return, for each group with several merges, what choosing by a prediction loses."""
-    merges, truth = mean_by(rows.merge, rows.accuracy)
+    merges, truth = mean_by(rows.merge, rows.outcome)
     _, promise = mean_by(rows.merge, predicted)
     group = dict(zip(rows.merge, rows.group, strict=True))
     groups = np.array([group[merge] for merge in merges])
@@ -99,7 +99,7 @@ def regrets(rows: Rows, predicted: Numbers) -> list[float]:
 
 
 def _judged(folds: Sequence[Fold], found: Sequence[Numbers], *, order_alone: bool) -> Judgement:
-    truth = [fold.test.accuracy for fold in folds]
+    truth = [fold.test.outcome for fold in folds]
     both, all_found = np.concatenate(truth), np.concatenate(found)
     return Judgement(
         per_fold={f.name: spearman(y, p) for f, y, p in zip(folds, truth, found, strict=True)},

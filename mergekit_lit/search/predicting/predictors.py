@@ -1,7 +1,7 @@
-"""This file is predictors of a merge's accuracy: trees, a linear model, and what they must beat.
+"""This file is predictors of merges: trees, a linear model, and what they must beat.
 
-Each learns the step from an anchor, the expert's own accuracy where that is known, so that a task
-that was never seen is not drawn to the mean of those that were.
+Those that are fitted learn the step from the rows' anchor, such as the expert's own accuracy, so
+that a task that was never seen is not drawn to the mean of those that were.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,6 @@ Predict: TypeAlias = Callable[[Rows], Numbers]
 Fit: TypeAlias = Callable[[Rows], Predict]
 """Learns from rows."""
 
-ANCHOR = "expert_val_accuracy"
 _LEARNING_RATE, _LEAVES, _LEAF_ROWS = 0.05, 15, 20
 _RIDGES = tuple(float(10.0**k) for k in range(-2, 5))
 
@@ -28,7 +27,7 @@ class Boosting:
     """Boosted trees that fall, or rise, in the features of which theory says so.
 
     Attributes:
-        directions: -1 for features in which the accuracy must not rise, 1 for those in which it
+        directions: -1 for features in which the outcome must not rise, 1 for those in which it
             must not fall.
         seed: of what is drawn at random.
         trees: how many of them.
@@ -41,8 +40,8 @@ class Boosting:
     def __call__(self, rows: Rows) -> Predict:
         """Learn from rows."""
         model = self._model(rows.names)
-        model.fit(rows.features, rows.accuracy - anchors(rows))
-        return lambda new: np.clip(anchors(new) + model.predict(new.features), 0, 1)
+        model.fit(rows.features, rows.outcome - rows.anchor)
+        return lambda new: np.clip(new.anchor + model.predict(new.features), *new.ends)
 
     def _model(self, names: Sequence[str]) -> Any:
         from sklearn.ensemble import HistGradientBoostingRegressor
@@ -72,38 +71,39 @@ def linear(rows: Rows) -> Predict:
         ),
         RidgeCV(_RIDGES),
     )
-    steps.fit(rows.features, rows.accuracy - anchors(rows))
-    return lambda new: np.clip(anchors(new) + steps.predict(new.features), 0, 1)
+    steps.fit(rows.features, rows.outcome - rows.anchor)
+    return lambda new: np.clip(new.anchor + steps.predict(new.features), *new.ends)
 
 
-def alone(name: str, sign: int = 1) -> Fit:
-    """Return the predictor that takes one feature as it is; unknown values count as their mean."""
+def alone(*names: str, sign: int = 1) -> Fit:
+    """Return the predictor that takes a feature as it is, or the sum of several.
+
+    Unknown values count as their mean.
+    """
 
     def fit(rows: Rows) -> Predict:
-        fill = _mean(rows.column(name))
-        return lambda new: sign * np.nan_to_num(new.column(name), nan=fill)
+        fill = {name: _mean(rows.column(name)) for name in names}
+
+        def predict(new: Rows) -> Numbers:
+            known = [np.nan_to_num(new.column(name), nan=fill[name]) for name in names]
+            return sign * np.stack(known).sum(axis=0)
+
+        return predict
 
     return fit
 
 
 def constant(rows: Rows) -> Predict:
     """Predict the mean of everything seen."""
-    mean = float(rows.accuracy.mean())
+    mean = float(rows.outcome.mean())
     return lambda new: np.full(len(new), mean)
 
 
 def task_mean(rows: Rows) -> Predict:
     """Predict the mean of the task; of a task that was not seen, that of everything."""
-    whole = float(rows.accuracy.mean())
-    means = {task: float(rows.accuracy[rows.task == task].mean()) for task in np.unique(rows.task)}
+    whole = float(rows.outcome.mean())
+    means = {task: float(rows.outcome[rows.task == task].mean()) for task in np.unique(rows.task)}
     return lambda new: np.array([means.get(task, whole) for task in new.task])
-
-
-def anchors(rows: Rows) -> Numbers:
-    """Return what each prediction starts from: the expert's accuracy, or 0 where it is not told."""
-    if ANCHOR not in rows.names:
-        return np.zeros(len(rows))
-    return np.nan_to_num(rows.column(ANCHOR), nan=0.0)
 
 
 def _mean(values: Numbers) -> float:

@@ -18,7 +18,9 @@ class Rows:
     Attributes:
         names: of the features, p of them.
         features: what is known before the merge is scored, (n, p); NaN for unknown.
-        accuracy: of the merge on the task's test images, in [0, 1], (n,); NaN for unknown.
+        outcome: what is to be predicted, (n,); NaN for unknown.
+        anchor: what its prediction starts from, (n,): 0, or the expert's own accuracy.
+        ends: least and largest value that an outcome can have.
         task: name of the task, (n,).
         merge: name of the merge, whose tasks are averaged over, (n,).
         group: name of the group of experts, of which there are several merges, (n,).
@@ -28,7 +30,9 @@ class Rows:
 
     names: tuple[str, ...]
     features: Numbers
-    accuracy: Numbers
+    outcome: Numbers
+    anchor: Numbers
+    ends: tuple[float, float]
     task: Words
     merge: Words
     group: Words
@@ -42,7 +46,11 @@ class Rows:
         """Return some of the rows."""
         return replace(
             self,
-            **{f.name: getattr(self, f.name)[places] for f in fields(self) if f.name != "names"},
+            **{
+                field.name: getattr(self, field.name)[places]
+                for field in fields(self)
+                if field.name not in ("names", "ends")
+            },
         )
 
     def column(self, name: str) -> Numbers:

@@ -34,7 +34,9 @@ def rows_of(*, groups=40, seed=0, spread=0.03, tasks=12):
     return Rows(
         names=NAMES,
         features=np.stack([expert, blocked, draw.normal(size=len(task))], axis=1),
-        accuracy=value,
+        outcome=value,
+        anchor=expert,
+        ends=(0, 1),
         task=np.char.add("t", task.astype(str)),
         merge=np.char.add(np.char.add(group.astype(str), "/"), merge.astype(str)),
         group=group.astype(str),
@@ -93,11 +95,11 @@ def test_a_law_is_found(rows, fit):
 def test_nulls_are_what_they_say(rows):
     folds = list(leave_one_task_out(rows))
     assert judge(folds, predictors.constant).per_fold == {fold.name: 0.0 for fold in folds}
-    assert judge(folds, predictors.alone("interference", -1), order_alone=True).pooled > 0.3
+    assert judge(folds, predictors.alone("interference", sign=-1), order_alone=True).pooled > 0.3
     assert judge(folds, predictors.alone("noise"), order_alone=True).error is None
     tasks = predictors.task_mean(rows)(rows)
     assert np.unique(tasks[rows.task == "t3"]) == pytest.approx(
-        rows.accuracy[rows.task == "t3"].mean()
+        rows.outcome[rows.task == "t3"].mean()
     )
 
 
@@ -134,10 +136,11 @@ def test_held_out_predictions_never_saw_their_task(rows):
 
     def fit(train):
         seen.append(set(train.task))
-        return lambda new: np.zeros(len(new))
+        return lambda new: np.array([float(task in seen[-1]) for task in new.task])
 
-    held_out(fit, rows)
-    assert all(task not in tasks for task, tasks in zip(sorted(set(rows.task)), seen, strict=True))
+    _, found, _ = held_out(fit, rows)
+    assert len(seen) == 8
+    assert not found.any()
 
 
 def test_every_task_in_every_merge_leaves_nothing_to_learn_from(rows):
@@ -148,11 +151,11 @@ def test_every_task_in_every_merge_leaves_nothing_to_learn_from(rows):
 
 def test_regret_is_what_choosing_loses(rows):
     small = rows.at(np.isin(rows.group, ["0", "1"]))
-    assert regrets(small, small.accuracy) == pytest.approx([0, 0])
-    worst = regrets(small, -small.accuracy)
+    assert regrets(small, small.outcome) == pytest.approx([0, 0])
+    worst = regrets(small, -small.outcome)
     for group, lost in zip(["0", "1"], worst, strict=True):
         part = small.group == group
-        means = mean_by(small.merge[part], small.accuracy[part])[1]
+        means = mean_by(small.merge[part], small.outcome[part])[1]
         assert lost == pytest.approx(np.ptp(means))
 
 
