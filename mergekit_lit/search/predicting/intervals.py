@@ -80,7 +80,7 @@ def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
 
 
 def held_out(fit: Fit, rows: Rows) -> tuple[Numbers, Numbers, Words]:
-    """Return outcomes, predictions without the row's task, and merges, of the rows of some tasks."""
+    """Return outcomes, predictions without the row's task, and merges of the rows of some tasks."""
     folds = [fold for fold in leave_one_task_out(rows) if len(fold.train)]
     folds = [folds[i] for i in np.linspace(0, len(folds) - 1, min(_TASKS, len(folds))).astype(int)]
     if not folds:

@@ -86,7 +86,8 @@ def alone(*names: str, sign: int = 1) -> Fit:
 
         def predict(new: Rows) -> Numbers:
             known = [np.nan_to_num(new.column(name), nan=fill[name]) for name in names]
-            return sign * np.stack(known).sum(axis=0)
+            total: Numbers = np.stack(known).sum(axis=0)
+            return sign * total
 
         return predict
 
