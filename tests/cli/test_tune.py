@@ -132,7 +132,7 @@ def test_weights_and_biases_is_told_offline(words, tmp_path, capsys):
     assert main([*words, *flags, f"--out={tmp_path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["best"]
     (run,) = (tmp_path / "logs" / "tune").glob("wandb/offline-run-*")
-    (table,) = run.glob("files/media/table/results_*.table.json")
+    (table,) = run.glob("files/media/table/trials_*.table.json")
     rows = json.loads(table.read_text())
     assert [row[rows["columns"].index("method")] for row in rows["data"]] == [
         *["task_arithmetic"] * 2,

@@ -65,13 +65,16 @@ def files(family, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_keeps_one_run_of_an_evaluation(files, tiny_suite, tmp_path):
+def test_wandb_keeps_one_run_of_an_evaluation(files, tiny_suite, tmp_path, offline_runs):
     out = tmp_path / "out"
     evaluate_files([BASE, *files], data=_data(tiny_suite), out=out, logger="wandb")
-    (run,) = (out / "logs" / "evaluation" / "wandb").glob("offline-run-*")
-    tables = [path.read_text() for path in run.rglob("results_*.table.json")]
-    assert len(tables) == 1
-    assert '"stripes"' in tables[0]
+    (kept,) = offline_runs(out)
+    assert kept.made() == []
+    assert kept.used()[1:] == ["expert-dots", "expert-stripes", "merged-average"]
+    (wide,) = [json.loads(path.read_text()) for path in out.rglob("accuracy_*.table.json")]
+    assert wide["columns"] == ["model", "dots", "stripes", "(mean)"]
+    assert [row[0] for row in wide["data"]] == ["base", "average", "experts"]
+    assert wide["data"][1][3] == pytest.approx(sum(wide["data"][1][1:3]) / 2)
 
 
 def test_wandb_without_a_folder_is_refused_before_anything_is_read(tiny_suite):

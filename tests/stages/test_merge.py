@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -123,15 +122,17 @@ def test_models_without_batchnorm_need_no_images(make_family, tmp_path, tiny_sui
 
 
 @pytest.mark.slow
-def test_wandb_keeps_the_merged_model(family, tmp_path):
-    merge_files(family.paths, out=tmp_path / "m.safetensors", logger="wandb")
-    (run,) = (tmp_path / "logs" / "m" / "wandb").glob("offline-run-*")
-    assert len(list(run.rglob("results_*.table.json"))) == 1
-    (stored,) = run.glob("run-*.wandb")
-    deadline = time.monotonic() + 60
-    while b"merged" not in (text := stored.read_bytes()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert b"base_hash" in text
+def test_wandb_keeps_the_merged_model_in_its_shards(family, tmp_path, offline_runs):
+    recipe = Recipe(method="task_arithmetic", config={"scale": 0.25})
+    out = tmp_path / "m.safetensors"
+    merge_files(family.paths, out=out, recipe=recipe, max_shard_bytes=100_000, logger="wandb")
+    (kept,) = offline_runs(tmp_path)
+    assert (kept.config["method"], kept.config["scale"]) == ("task_arithmetic", 0.25)
+    assert kept.used()[1:] == ["expert-dots", "expert-stripes"]
+    files = [each["path"] for each in kept.artifact("merged-m")["manifest"]["contents"]]
+    assert sorted(files) == sorted(path.name for path in tmp_path.glob("m*.safetensors*"))
+    assert len(files) > 2
+    assert len(list(tmp_path.rglob("coefficients_*.table.json"))) == 1
 
 
 def test_a_users_callback_changes_the_merge(family, tmp_path):
