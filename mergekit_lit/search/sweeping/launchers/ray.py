@@ -44,8 +44,15 @@ def ray_cluster(options: Mapping[str, Any]) -> Mapping[str, Any]:
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **given)
         ray.remote(**worker)(_work)
-    except (ConnectionError, RuntimeError, ValueError, TypeError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TypeError, ray.exceptions.RayError) as error:
         told = " ".join(str(error).split())
+        if "authentication" in told.lower():
+            # From 2.60 on a cluster asks for one; Ray's own words go on about it at length.
+            told = (
+                f"{told.partition('.')[0]}. Put the cluster's token into RAY_AUTH_TOKEN, or into "
+                "~/.ray/auth_token, here and on each node; RAY_AUTH_MODE=disabled, for all of "
+                "them, does without."
+            )
         raise ValueError(f"Ray cannot start workers with {dict(options)!r}: {told}") from None
     return worker
 
