@@ -82,6 +82,11 @@ def _evaluate_words(record: Record, out: str) -> list[str]:
     return [*models, *_flags({"data": data, **rest, **seed, "out": out, "name": record.name})]
 
 
+def _sweep_words(record: Record, out: str) -> list[str]:
+    # The file that a sweep leaves says all of it, flags included.
+    return [f"{record.config.get('out', out)}/{record.outputs[0]}"]
+
+
 def _plain_words(record: Record, _: str) -> list[str]:
     return _flags(record.config)
 
@@ -91,6 +96,7 @@ _STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
     "merge": _merge_words,
     "bound": _bound_words,
     "evaluate": _evaluate_words,
+    "sweep": _sweep_words,
 }
 
 

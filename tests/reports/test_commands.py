@@ -72,3 +72,9 @@ def test_evaluation_names_models_and_data():
 def test_other_stages_are_written_flag_by_flag():
     record = Record(stage="quickstart", name="x", config={"backbone": "vit", "lr": None, "jobs": 2})
     assert command_line(record) == "mergekit-lit quickstart --backbone vit --jobs 2"
+
+
+def test_a_sweep_is_made_again_from_its_file():
+    config = {"axes": {"model.lr": [0.1]}, "out": "runs/rates", "job": "train"}
+    record = Record(stage="sweep", name="rates", config=config, outputs=["sweep.yaml"])
+    assert command_line(record) == "mergekit-lit sweep runs/rates/sweep.yaml"
