@@ -35,7 +35,7 @@ from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.sweeping.axes import read_axes
 from mergekit_lit.search.sweeping.estimates import Estimate, estimate
 from mergekit_lit.search.sweeping.jobs import Job
-from mergekit_lit.search.sweeping.lockstep import LockstepMode
+from mergekit_lit.search.sweeping.lockstep import Finding, LockstepMode
 from mergekit_lit.search.sweeping.studies import Study
 from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, first_plan, run_sweep
 from mergekit_lit.search.sweeping.worker import Sweep
@@ -227,3 +227,5 @@ def _print(result: SweepResult) -> None:
     if best:
         print(f"Best {metrics['metric']}: {best['value']:.4f} at {told(best['point'])}.")
     print(f"{metrics['done']} of {metrics['runs']} runs are done. Results: {result.table}")
+    for finding in metrics.get("lockstep", ()):
+        print(Finding(**finding))

@@ -46,6 +46,10 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bars, to stay."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Draw or move the bar `name`; its clock starts at the second call."""
         if name not in self._bars:

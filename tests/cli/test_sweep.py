@@ -9,12 +9,18 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from mergekit_lit.cli import main
+from mergekit_lit.cli.dotted import nested
+from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train_job import TrainJob
+from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.records import Record
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.search.sweeping.axes import read_axes
 from mergekit_lit.search.sweeping.plan import plan_runs
@@ -179,9 +185,11 @@ def test_optuna_chooses_for_all_tasks_together(sweep_file, tmp_path, capsys):
 def test_failures_are_listed_and_the_rest_is_done(sweep_file, capsys):
     path = sweep_file({"data.task": ["dots"], "data.n": [10**6, 30]})
     assert run(path) == 1
-    told = capsys.readouterr().out
-    assert "`n` must" in told
-    assert "1 of 2 runs are done." in told
+    told = capsys.readouterr()
+    assert "`n` must" in told.out
+    assert "1 of 2 runs are done." in told.out
+    (line,) = [line for line in told.err.splitlines() if "failed: `n` must" in line]
+    assert line.startswith("Run ")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +218,8 @@ def test_failures_are_listed_and_the_rest_is_done(sweep_file, capsys):
         ({"data.task": ["dots"]}, ["--optuna.trials=3"], "`optuna.metric` must be given"),
         ({"data.task": ["dots"]}, ["--model.seeds=1"], "Did you mean 'model.seed'?"),
         ({"data.task": ["dots"]}, ["--steps=a"], "`steps` must be"),
+        ({"model.seed": [0, 1]}, ["--seed=3"], "`seed` must be left out beside the axis"),
+        ({"model.seed": [0, 1], "seed": [3]}, [], "`seed` must be left out beside the axis"),
         ({"data.task": ["dots"]}, ["more"], "must be given as a YAML file, but 'more' is none"),
     ],
 )
@@ -285,6 +295,60 @@ def test_kills_lose_nothing_that_is_done(sweep_file, tmp_path):
     assert not list(out.rglob("failure.json"))
 
 
+def test_runs_in_lockstep_keep_their_names_and_results(sweep_file, tmp_path, capsys):
+    axes = {"data.task": ["dots"], "model.lr": [0.001, 0.002], "steps": [2]}
+    assert run(sweep_file({**axes, "model.lr": [0.001]}), "--lockstep=always") == 0
+    assert run(sweep_file({**axes, "model.lr": [0.001, 0.002, 0.003]}), "--lockstep=always") == 0
+    assert "In lockstep on cpu, as asked." in capsys.readouterr().out
+    kept = tmp_path / "out"
+    one_by_one = sweep_file({**axes, "model.lr": [0.001, 0.002, 0.003]}, out=str(tmp_path / "each"))
+    assert run(one_by_one, "--lockstep=never") == 0
+    found, alone = (experts(folder) for folder in (kept, tmp_path / "each"))
+    assert [Path(path).parts[-2:] for path in found] == [Path(p).parts[-2:] for p in alone]
+    assert len(found) == 3
+    assert sum(found[p] == other for p, other in zip(found, alone.values(), strict=True)) < 3
+    for path, other in zip(found, alone, strict=True):
+        one, two = load_expert(Path(path)), load_expert(Path(other))
+        for name, tensor in one.backbone.items():
+            torch.testing.assert_close(tensor, two.backbone[name], rtol=1e-4, atol=1e-5)
+    records = [Record.read(path) for path in kept.glob("runs/*/*.record.json")]
+    assert sorted(r.metrics.get("lockstep", {}).get("runs", 1) for r in records) == [1, 2, 2]
+    told = Record.read(kept / "sweep.record.json").metrics["lockstep"]
+    assert [(each["device"], each["together"]) for each in told] == [("cpu", True)]
+
+
+def test_what_cannot_go_in_lockstep_is_said_once(sweep_file, tmp_path, capsys):
+    axes = {"data.task": ["dots"], "model.lr": [0.001, 0.002]}
+    path = sweep_file(axes, steps=1)
+    flags = ["--model.warmup_steps=0", "--model.sam_radius=0.01", "--lockstep=always"]
+    assert run(path, *flags) == 0
+    told = capsys.readouterr().err
+    assert told.count("Not in lockstep, but one by one: `model.sam_radius` is 0.01.") == 1
+    assert len(experts(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "tried"),
+    [
+        ({"data.batch": 8}, True),
+        ({"data.batch": 32}, False),
+        ({"data.batch": 8, "model.finetuning": "lora"}, False),
+        ({"data.batch": 8, "trainer.precision": "bf16-mixed"}, False),
+        ({"data.batch": 8, "trainer.gradient_clip_val": 1.0}, True),
+        ({"data.batch": 8, "logger": "wandb"}, False),
+    ],
+)
+def test_lockstep_is_tried_where_it_may_pay(more, tried, tiny_suite, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {"data": {"suite": tiny_suite, "task": "dots"}, "steps": 2}
+    job = TrainJob(merged_values(given, nested(more)))
+    points = ({"model.lr": 0.1, "data.n": 9}, {"model.lr": 0.2, "model.seed": 3})
+    one, other = (job.alike(job.complete(point)) for point in points)
+    assert bool(one.execute and one.may_pay) == tried
+    assert one.kind == other.kind
+    assert one.kind != job.alike(job.complete({"model.label_smoothing": 0.1})).kind or not tried
+
+
 @pytest.mark.slow
 def test_two_launches_on_one_folder_share_the_runs(sweep_file, tmp_path):
     axes = {"data.task": ["dots", "stripes"], "model.seed": [0, 1, 2], "steps": [20]}
@@ -313,6 +377,24 @@ def test_ray_is_an_extra(sweep_file, tmp_path, capsys, monkeypatch):
     assert run(sweep_file({"data.task": ["dots"]}), "--launcher=ray") == 2
     told = capsys.readouterr().err
     assert "needs the extra: pip install 'mergekit-lit[ray]'" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_ray_asks_for_is_told(sweep_file, tmp_path, capsys, monkeypatch):
+    class AuthenticationError(Exception):
+        def __str__(self):
+            return "Token authentication is enabled but no token was found. Ensure that ..."
+
+    def init(**_):
+        raise AuthenticationError
+
+    stand_in = ModuleType("ray")
+    vars(stand_in).update(init=init, is_initialized=lambda: False)
+    stand_in.exceptions = SimpleNamespace(RayError=AuthenticationError)
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    assert run(sweep_file({"data.task": ["dots"]}), "--launcher=ray") == 2
+    told = capsys.readouterr().err
+    assert "no token was found. Put the cluster's token into RAY_AUTH_TOKEN" in told
     assert not (tmp_path / "out").exists()
 
 

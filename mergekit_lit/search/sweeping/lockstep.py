@@ -55,6 +55,18 @@ class Finding:
     together_s: float | None = None
     refusal: str = ""
 
+    def __str__(self) -> str:
+        """Return the finding in a sentence."""
+        if self.refusal:
+            return f"Not in lockstep, but one by one: {self.refusal}"
+        way = "In lockstep" if self.together else "Not in lockstep"
+        if self.alone_s is None or self.together_s is None:
+            return f"{way} on {self.device}, as asked."
+        return (
+            f"{way} on {self.device}: a step of {self.members} runs took "
+            f"{1000 * self.together_s:.1f} ms, and {1000 * self.alone_s:.1f} ms one by one."
+        )
+
 
 def findings(out: Path) -> list[Finding]:
     """Return all that was found out in a sweep's folder."""
@@ -63,18 +75,24 @@ def findings(out: Path) -> list[Finding]:
 
 
 def kinds_of(sweep: "Sweep", runs: Sequence[Run]) -> dict[str, Alike]:
-    """Return by name those runs that are done at once with others, if any are of their kind."""
+    """Return by name what agrees among runs that are worth a try in lockstep."""
     if sweep.lockstep == "never":
         return {}
     each = {run.name: sweep.job.alike(sweep.plan.config(run)) for run in runs}
-    tries = sweep.lockstep == "always"
-    return {
-        name: alike for name, alike in each.items() if alike.execute and (tries or alike.may_pay)
-    }
+    always = sweep.lockstep == "always"
+    return {name: alike for name, alike in each.items() if always or alike.may_pay}
+
+
+def obstacles(sweep: "Sweep") -> list[str]:
+    """Return why runs that are worth a try can only be done alone, a sentence each."""
+    found = dict.fromkeys(alike.obstacle for alike in kinds_of(sweep, sweep.plan.runs).values())
+    return [f"Not in lockstep, but one by one: {why}." for why in found if why]
 
 
 def is_ready(sweep: "Sweep", run: Run, alike: Alike) -> bool:
     """Return whether a run may be done at once with others: fresh, and of a kind that gains."""
+    if alike.execute is None:
+        return False
     known, folder = _read(_path(sweep.out, alike)), sweep.folder(run)
     if known and not known.together:
         return False

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
 from mergekit_lit.search.sweeping.launchers.ray import ray_cluster, run_ray
 from mergekit_lit.search.sweeping.launchers.slurm import run_slurm, slurm_executor
-from mergekit_lit.search.sweeping.lockstep import LockstepMode
+from mergekit_lit.search.sweeping.lockstep import LockstepMode, findings, obstacles
 from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
 from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
@@ -95,6 +95,8 @@ def run_sweep(  # noqa: PLR0913
     launch = secrets.token_hex(8)
     sweep = Sweep(plan=plan, job=job, out=out, launch=launch, retries=retries, lockstep=lockstep)
     with Display(Console(quiet=quiet, stderr=True)) as display:
+        for line in obstacles(sweep):
+            display.say(line)
         _run(start, sweep, display, jobs)
         while trials and trials.ask(sweep):
             sweep = replace(sweep, plan=trials.plan())
@@ -106,7 +108,7 @@ def run_sweep(  # noqa: PLR0913
             stage="sweep",
             name=out.resolve().name,
             config=plain(config or {}),
-            metrics=_metrics(sweep.plan, outcome) | (trials.told(sweep) if trials else {}),
+            metrics=_metrics(sweep, outcome) | (trials.told(sweep) if trials else {}),
             outputs=[SWEEP_FILE, table.name],
         )
     )
@@ -161,17 +163,19 @@ def _run(
     start(sweep, _drawer(display, runs), min(jobs, max(1, runs)))
 
 
-def _metrics(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+def _metrics(sweep: Sweep, outcome: Outcome) -> dict[str, Any]:
+    found = findings(sweep.out)
     return {
-        "runs": len(plan.runs),
-        "results": plan.results,
+        "runs": len(sweep.plan.runs),
+        "results": sweep.plan.results,
         "done": len(outcome.done),
         "failed": dict(outcome.failed),
+        **({"lockstep": [asdict(each) for each in found]} if found else {}),
     }
 
 
 def _drawer(display: Display, total: int) -> Listen:
-    """Return what draws a bar of the runs, and which began last."""
+    """Return what draws a bar of the runs, and tells of each that fails."""
     ended: set[str] = set()
     failed: set[str] = set()
 
@@ -180,7 +184,8 @@ def _drawer(display: Display, total: int) -> Listen:
             ended.add(name)
         if state == "failed":
             failed.add(name)
-        note = f"{len(failed)} failed, last: {error or name}" if failed else name
+            display.say(f"Run {name} failed: {error}")
+        note = f"{len(failed)} failed, now {name}" if failed else name
         display.show("runs", len(ended), total, note)
 
     display.show("runs", 0, total)
