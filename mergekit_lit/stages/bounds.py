@@ -95,14 +95,19 @@ def _paths(recipes: Sequence[Recipe], out: Path | None) -> list[Path | None]:
 
 
 def _track(records: Sequence[Record], folder: Path, logger: LoggerKind) -> None:
-    """Tell of the merges: their terms as summary and as a table."""
+    """Tell of the merges: their terms as summary and as a table, and each expert's part."""
     names = [record.name for record in records]
     totals = {record.name: {"total": record.metrics["bound"]["total"]} for record in records}
     rows = list(_rows(records))
     for row in rows:
         totals[row["method"]][row["name"]] = row["value"]
+    experts = [
+        {"method": record.name, **row} for record in records for row in record.metrics["experts"]
+    ]
     outcome = Outcome(
-        summary=totals, tables={"terms": rows}, used=used_files(dict(records[0].inputs))
+        summary=totals,
+        tables={"terms": rows, "experts": experts},
+        used=used_files(records[0].inputs),
     )
     config = {record.name: record.config for record in records}
     told = facts_of_run("bound", "bound", folder, tags=names, config=config)
