@@ -112,22 +112,26 @@ def _attempt(
     taken: list[tuple[Run, Claim]] = []
     with ExitStack() as holding:
         for run in crew:
-            state = _known(sweep, run)
-            claim = (
-                None
-                if state
-                else take(sweep.folder(run), launch=sweep.launch, silent_s=sweep.silent_s)
-            )
-            if claim is not None:
-                holding.enter_context(held(claim, _lose, beat_s=sweep.beat_s))
-                # Its last holder may have ended while this process looked.
-                state = _known(sweep, run)
-            if claim is None or state:
-                states[run.name] = state or "busy"
-                continue
-            listen("begun", run.name, "")
-            taken.append((run, claim))
+            found = _take(sweep, run, holding)
+            if isinstance(found, Claim):
+                listen("begun", run.name, "")
+                taken.append((run, found))
+            else:
+                states[run.name] = found
         return states | _execute(sweep, taken, alike)
+
+
+def _take(sweep: Sweep, run: Run, holding: ExitStack) -> Claim | State:
+    """Return a claim that is kept alive meanwhile, or why a run is not to be done now."""
+    known = _known(sweep, run)
+    if known:
+        return known
+    claim = take(sweep.folder(run), launch=sweep.launch, silent_s=sweep.silent_s)
+    if claim is None:
+        return "busy"
+    holding.enter_context(held(claim, _lose, beat_s=sweep.beat_s))
+    # Its last holder may have ended while this process looked.
+    return _known(sweep, run) or claim
 
 
 def _known(sweep: Sweep, run: Run) -> State | None:
