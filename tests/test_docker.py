@@ -201,16 +201,23 @@ def test_a_batch_job_runs_in_an_image_if_it_is_given_one(stand_ins, tmp_path):
     assert "apptainer exec --nv lit.sif mergekit-lit tasks" in (tmp_path / "said").read_text()
 
 
-def test_a_batch_job_is_queued_again_before_its_time_is_over(stand_ins, tmp_path):
-    environment = stand_ins(srun='sleep 20 & echo $! > "$(dirname "$0")/pid"; wait', scontrol="")
-    job = subprocess.Popen(["bash", str(DOCKER / "slurm.sbatch"), "tasks"], env=environment)
-    pid, deadline = tmp_path / "pid", time.monotonic() + 20
-    while not (pid.exists() and pid.read_text().strip()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) != 0
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-    assert (tmp_path / "said").read_text().splitlines()[1] == "scontrol requeue 7"
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_batch_job_is_queued_again_where_its_time_ends_before_its_work(code, stand_ins, tmp_path):
+    # What the processes of srun do: they come to the end of a step, and leave with that code.
+    told = f'told() {{ sleep 0.2; echo kept >> "{tmp_path}/said"; exit {code}; }}; trap told USR1'
+    environment = stand_ins(srun=f"{told}; sleep 20 & echo > ready; wait", scontrol="")
+    script = ["bash", str(DOCKER / "slurm.sbatch"), "tasks"]
+    job = subprocess.Popen(script, env=environment, cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == code
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+    said = (tmp_path / "said").read_text().splitlines()[1:]
+    assert said == ["kept", *["scontrol requeue 7"][: code > 0]]
 
 
 def test_a_batch_job_needs_a_command():
