@@ -80,13 +80,19 @@ class MergeJob(SweptCommand):
         if not _has_record(folder, _MERGED):
             parser, flags = _merge_parser(config["method"])
             made = instantiated(parser, parse_mapping(parser, nested(values)))
-            merged_files(made, recipe_of(made, flags))
             _save(values, folder)
+            merged_files(made, recipe_of(made, flags))
         if self.score != "none":
             images = {key: config[f"data.{key}"] for key in _IMAGES}
             root = Path(images["root"]) if images.pop("root") else None
             data = MergeDataModule(config["data.suite"], split=self.score, root=root, **images)
-            evaluate_files([out], data=data, out=folder, name=f"{_SCORES}-{self.score}")
+            evaluate_files(
+                [out],
+                data=data,
+                out=folder,
+                name=f"{_SCORES}-{self.score}",
+                logger=config["logger"],
+            )
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return the scores by task, and their means; or the file alone if there are none."""
@@ -127,8 +133,8 @@ class EvaluateJob(SweptCommand):
         parser = _evaluate_parser()
         made = vars(instantiated(parser, parse_mapping(parser, nested(values))))
         made.pop("json")
-        evaluated(made)
         _save(values, folder)
+        evaluated(made)
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """Return the scores of each model by task, and their means."""

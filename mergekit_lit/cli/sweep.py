@@ -5,7 +5,7 @@ keys.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ from mergekit_lit.search.sweeping.estimates import Estimate, estimate
 from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.lockstep import Finding, LockstepMode
 from mergekit_lit.search.sweeping.studies import Study
-from mergekit_lit.search.sweeping.sweep import LauncherName, SweepResult, first_plan, run_sweep
+from mergekit_lit.search.sweeping.sweep import (
+    LauncherName,
+    SweepResult,
+    first_plan,
+    run_one,
+    run_sweep,
+)
 from mergekit_lit.search.sweeping.worker import Sweep
 from mergekit_lit.search.tuning.plan import told
 
@@ -59,6 +65,7 @@ def options(  # noqa: PLR0913
     jobs: int | None = None,
     retries: int = 2,
     lockstep: LockstepMode = "auto",
+    run: str | None = None,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -78,11 +85,12 @@ def options(  # noqa: PLR0913
             `results.csv`; its mean over all other axes counts), `trials`, `batch` (trials at once)
             and `seed`.
         launcher: where workers run: `local`, processes of this machine, each pinned to a core or
-            GPU; `slurm`, jobs of an array; `ray`, tasks of a Ray cluster. Where there are several
-            machines, `out` must be on a disk that they share.
+            GPU; `slurm`, jobs of an array; `ray`, tasks of a Ray cluster; `wandb`, agents of a W&B
+            sweep. Where there are several machines, `out` must be on a disk that they share.
         launcher_options: of `slurm`: parameters of submitit's executor, such as `timeout_min`,
             `mem_gb`, `gpus_per_node` or `slurm_partition`; of `ray`: arguments of `ray.init`, such
-            as `address`, and `worker`, what each worker needs: `{num_cpus: 1, num_gpus: 0.5}`.
+            as `address`, and `worker`, what each worker needs: `{num_cpus: 1, num_gpus: 0.5}`; of
+            `wandb`: `entity` and `project`.
         jobs: workers, each of one thread; null for one a GPU, or a core where there is none.
         retries: how often a run that failed, or whose process died, is tried again; errors of input
             are not.
@@ -90,6 +98,7 @@ def options(  # noqa: PLR0913
             decay, seed or data share at once, with one pass for all: `auto` where it may be faster
             (on a GPU, or up to 8 samples a batch) and was, in steps of both ways; `always` where
             it can be; or `never`. Weights differ by rounding from those of separate runs.
+        run: do this run alone, by the name of its folder, in this process, as agents of W&B do.
         dry_run: whether to tell what would be done, and do nothing.
         json: whether to print the record, or the plan, as JSON.
     """
@@ -111,6 +120,10 @@ def run(argv: Sequence[str]) -> int:
         sweep = Sweep(plan=plan, job=job, out=made.out, launch="")
         _print_plan(estimate(sweep), as_json=made.json)
         return 0
+    if made.run is not None:
+        one = run_one(axes, job, made.run, out=made.out, study=study, retries=made.retries)
+        _print_failed(one.failed)
+        return _SOME_FAILED if one.failed else 0
     result = run_sweep(
         axes,
         job,
@@ -121,6 +134,7 @@ def run(argv: Sequence[str]) -> int:
         jobs=_places() if made.jobs is None else made.jobs,
         retries=made.retries,
         lockstep=made.lockstep,
+        logger=given.get("logger", "csv"),
         config={**settings, **given},
         quiet=made.json,
     )
@@ -218,14 +232,18 @@ def _print_plan(plan: Estimate, *, as_json: bool) -> None:
     print(f"About {hours} and {plan.disk_mb:,.0f} MB of disk, by {plan.source}.")
 
 
-def _print(result: SweepResult) -> None:
-    metrics = result.record.metrics
-    rows = [{"run": name, "error": error} for name, error in metrics["failed"].items()]
+def _print_failed(failed: Mapping[str, str]) -> None:
+    rows = [{"run": name, "error": error} for name, error in failed.items()]
     if rows:
         print_table(rows, {"run": "failed", "error": "error"})
+
+
+def _print(result: SweepResult) -> None:
+    metrics = result.record.metrics
+    _print_failed(metrics["failed"])
+    for finding in metrics.get("lockstep", ()):
+        print(Finding(**finding))
     best = metrics.get("best")
     if best:
         print(f"Best {metrics['metric']}: {best['value']:.4f} at {told(best['point'])}.")
     print(f"{metrics['done']} of {metrics['runs']} runs are done. Results: {result.table}")
-    for finding in metrics.get("lockstep", ()):
-        print(Finding(**finding))

@@ -62,8 +62,9 @@ def prepare(*, online: bool) -> None:
 
 
 def is_online(kind: str) -> bool:
-    """Return whether W&B talks to its server."""
-    return kind == "wandb-online" or os.environ.get("WANDB_MODE") == "online"
+    """Return whether W&B talks to its server: if it is told to, or its agent started this."""
+    agent = "WANDB_SWEEP_ID" in os.environ
+    return kind == "wandb-online" or agent or os.environ.get("WANDB_MODE") == "online"
 
 
 def wandb_key() -> bool:

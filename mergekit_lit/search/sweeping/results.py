@@ -42,10 +42,15 @@ def outcome_of(sweep: Sweep) -> Outcome:
 def write_table(sweep: Sweep, outcome: Outcome) -> Path:
     """Write `results.csv`: the axes' values of each expert or model, and what was measured."""
     path = sweep.out / TABLE
+    write_text(path, csv_text(table_rows(sweep, outcome)))
+    return path
+
+
+def table_rows(sweep: Sweep, outcome: Outcome) -> list[dict[str, Any]]:
+    """Return a row for each expert or model, all with the same keys."""
     rows = list(_rows(sweep, outcome))
     columns = dict.fromkeys(name for row in rows for name in row)
-    write_text(path, csv_text([{name: row.get(name) for name in columns} for row in rows]))
-    return path
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def _rows(sweep: Sweep, outcome: Outcome) -> Iterator[dict[str, Any]]:

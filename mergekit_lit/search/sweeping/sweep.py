@@ -13,20 +13,24 @@ from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.lit.preemption import preemptible
+from mergekit_lit.lit.run_facts import LoggerKind
+from mergekit_lit.lit.tracking import check_logger
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.sweeping.axes import Axes
 from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
 from mergekit_lit.search.sweeping.launchers.ray import ray_cluster, run_ray
 from mergekit_lit.search.sweeping.launchers.slurm import run_slurm, slurm_executor
+from mergekit_lit.search.sweeping.launchers.wandb import check_options, run_wandb, write_definition
 from mergekit_lit.search.sweeping.lockstep import LockstepMode, findings, obstacles
 from mergekit_lit.search.sweeping.plan import Plan, plan_runs
 from mergekit_lit.search.sweeping.results import Outcome, outcome_of, write_table
 from mergekit_lit.search.sweeping.studies import Study, Trials, check_study
+from mergekit_lit.search.sweeping.tracking import log_sweep
 from mergekit_lit.search.sweeping.worker import Listen, Sweep
 from mergekit_lit.stages.folders import SWEEP_FILE, SWEEP_RECORD, check_folder, check_record
 
-LauncherName = Literal["local", "ray", "slurm"]
+LauncherName = Literal["local", "ray", "slurm", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def run_sweep(  # noqa: PLR0913
     jobs: int = 1,
     retries: int = 2,
     lockstep: LockstepMode = "never",
+    logger: LoggerKind = "csv",
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> SweepResult:
@@ -76,6 +81,8 @@ def run_sweep(  # noqa: PLR0913
         jobs: number of workers, at least 1.
         retries: how often a run that failed is tried again, at least 0.
         lockstep: which runs are done at once, with one pass for all.
+        logger: where the sweep is told as a whole, beside its files; its runs are told as their
+            configuration says.
         config: the sweep's file, to be kept.
         quiet: whether to draw no progress.
 
@@ -85,6 +92,11 @@ def run_sweep(  # noqa: PLR0913
         SystemExit: the process was told to end by a signal.
     """
     watch = Stopwatch()
+    if launcher == "wandb":
+        logger = "wandb-online"
+        check_known(study)
+    else:
+        check_logger(logger)
     plan, trials = first_plan(axes, job, study)
     check_folder(out)
     check_record(out / SWEEP_RECORD, "sweep")
@@ -94,6 +106,8 @@ def run_sweep(  # noqa: PLR0913
     out = out.absolute()
     launch = secrets.token_hex(8)
     sweep = Sweep(plan=plan, job=job, out=out, launch=launch, retries=retries, lockstep=lockstep)
+    if launcher == "wandb":
+        write_definition(sweep, options or {})
     with Display(Console(quiet=quiet, stderr=True)) as display:
         for line in obstacles(sweep):
             display.say(line)
@@ -113,7 +127,64 @@ def run_sweep(  # noqa: PLR0913
         )
     )
     record.write(out / SWEEP_RECORD)
+    if logger != "csv":
+        log_sweep(sweep, outcome, record, logger)
     return SweepResult(record, table, outcome)
+
+
+@preemptible("The same sweep goes on.")
+def run_one(
+    axes: Sequence[Axes],
+    job: Job,
+    name: str,
+    *,
+    out: Path,
+    study: Study | None = None,
+    retries: int = 2,
+) -> Outcome:
+    """Do one run of a sweep in this process, unless it is done; wait where another is at it.
+
+    Args:
+        axes: of the sweep, as `run_sweep` takes them, like the arguments that follow.
+        job: what is done at each point.
+        name: of the run.
+        out: the sweep's folder.
+        study: must be None: which runs Optuna asks for is not known before.
+        retries: how often the run is tried again.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    check_known(study)
+    plan = plan_runs(axes, job)
+    runs = tuple(run for run in plan.runs if run.name == name)
+    if not runs:
+        raise ValueError(
+            f"`run` must name one of the sweep's {len(plan.runs)} runs, but is {name!r}. Their "
+            "names change with the sweep's file: launch the sweep again."
+        )
+    sweep = Sweep(
+        plan=replace(plan, runs=runs),
+        job=job,
+        out=out.absolute(),
+        launch=secrets.token_hex(8),
+        retries=retries,
+    )
+    run_local(sweep, lambda *_: None, jobs=1)
+    return outcome_of(sweep)
+
+
+def check_known(study: Study | None) -> None:
+    """Refuse Optuna where every run must be known before the first is done.
+
+    Raises:
+        ValueError: there is a study.
+    """
+    if study is not None:
+        raise ValueError(
+            "`optuna` must be left out where each run is started by its name, as by the launcher "
+            "'wandb': which runs follow is known only later. Use another launcher."
+        )
 
 
 def first_plan(axes: Sequence[Axes], job: Job, study: Study | None) -> tuple[Plan, Trials | None]:
@@ -148,6 +219,11 @@ def _starter(
     if launcher == "ray":
         worker = ray_cluster(options)
         return lambda sweep, listen, workers: run_ray(sweep, listen, jobs=workers, worker=worker)
+    if launcher == "wandb":
+        check_options(options)
+        return lambda sweep, listen, workers: run_wandb(
+            sweep, listen, jobs=workers, options=options
+        )
     if options:
         raise ValueError(
             f"`launcher_options` must be left out with the launcher 'local', but are {options!r}."
