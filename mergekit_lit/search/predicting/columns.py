@@ -122,5 +122,8 @@ def markdown(parts: Mapping[str, Sequence[Column]]) -> str:
     """Return a table of columns: what each is, and of which part."""
     lines = ["| column | part | type | what it is |", "|---|---|---|---|"]
     for part, columns in parts.items():
-        lines += [f"| `{c.name}` | {part} | {c.type} | {c.text} |" for c in columns]
+        for column in columns:
+            # A bar would end the cell.
+            text = column.text.replace("|", r"\|")
+            lines.append(f"| `{column.name}` | {part} | {column.type} | {text} |")
     return "\n".join(lines)

@@ -37,9 +37,8 @@ def feature_names(level: Level) -> list[str]:
 
 def columns_told() -> str:
     """Return the table of all columns as Markdown."""
-    parts: dict[str, Sequence[Column]] = {"key": KEYS}
-    parts.update(FEATURES)
-    return markdown(parts | {"outcome": OUTCOMES})
+    features: dict[str, Sequence[Column]] = dict(FEATURES.items())
+    return markdown({"key": KEYS, **features, "outcome": OUTCOMES})
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
