@@ -54,6 +54,11 @@ FACTS: Mapping[str, tuple[str, Callable[[Card], float]]] = {
     "card_train_loss": ("train loss on the card", lambda c: number(c.train_loss)),
     "card_val_loss": ("val loss on the card", lambda c: number(c.val_loss)),
     "card_val_accuracy": ("val accuracy on the card", lambda c: number(c.val_accuracy)),
+    "card_base_loss": ("the base's val loss on the card", lambda c: number(c.base_val_loss)),
+    "card_base_accuracy": (
+        "the base's val accuracy on the card",
+        lambda c: number(c.base_val_accuracy),
+    ),
     "log_classes": ("log10 of the classes", lambda c: log10(c.classes)),
     "trained_head": ("1 if the head was trained, 0 if frozen", lambda c: number(_trained_head(c))),
 }

@@ -18,7 +18,7 @@ Predict: TypeAlias = Callable[[Rows], Numbers]
 Fit: TypeAlias = Callable[[Rows], Predict]
 """Learns from rows."""
 
-_LEARNING_RATE, _LEAVES, _LEAF_ROWS = 0.05, 15, 20
+_LEARNING_RATE, _LEAVES, _LEAF_ROWS, _BINS = 0.08, 15, 20, 64
 _RIDGES = tuple(float(10.0**k) for k in range(-2, 5))
 
 
@@ -35,7 +35,7 @@ class Boosting:
 
     directions: Mapping[str, int]
     seed: int = 0
-    trees: int = 250
+    trees: int = 150
 
     def __call__(self, rows: Rows) -> Predict:
         """Learn from rows."""
@@ -51,6 +51,7 @@ class Boosting:
             max_iter=self.trees,
             max_leaf_nodes=_LEAVES,
             min_samples_leaf=_LEAF_ROWS,
+            max_bins=_BINS,
             monotonic_cst=[self.directions.get(name, 0) for name in names],
             early_stopping=False,
             random_state=self.seed,

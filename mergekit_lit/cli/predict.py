@@ -1,0 +1,127 @@
+"""This file is `mergekit-lit predict`: what merges of experts will reach, before they are scored.
+
+Like `merge` it is parsed in two passes: the second knows the flags of the method.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.merge import add_method, method_named, recipe_of
+from mergekit_lit.cli.output import print_json, print_table
+from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
+from mergekit_lit.core.records import Record
+from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.search.predicting.predict import predict_files
+
+_USAGE = "EXPERT ... --table FILE [--method NAME[,NAME ...] [flags of one]] [options]"
+
+
+# Each argument is one flag of the command line, hence so many.
+def options(  # noqa: PLR0913
+    experts: list[Path],
+    *,
+    table: Path,
+    method: Sequence[str] = ("average",),
+    then: list[str | dict[str, Any]] | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    allow_different_base: bool = False,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Predict a merge's accuracy from cards and weights alone, with 90 % intervals.
+
+    Args:
+        experts: one file per expert, each of another task, all of one base.
+        table: measured merges to learn from, as `experiments/merges.py` writes them.
+        method: how to merge; `mergekit-lit methods` lists them. Several, such as
+            `--method average,ties`, are compared, each with its defaults.
+        then: veneers, such as `--then lines`.
+        seed: seed of methods that draw at random.
+        base: the base, if not the one that the first card names.
+        allow_different_base: whether to take experts whose card names another base, or none.
+        out: the record's file, ending in .json. Nothing is written without one.
+        json: whether to print the record as JSON.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    names = [name.strip(" []'\"") for name in method_named(argv).split(",")]
+    functions = [MERGE_METHODS.get(name).function for name in names]
+    # Only of one method can the flags be told apart from those of others.
+    own = functions if len(functions) == 1 else []
+    flags = [flag for function in own for flag in parameters(function)]
+    parser = _parser(own, flags)
+    made = instantiated(parser, parse(parser, argv, positional="experts"))
+    made.batch_norm, made.include, made.exclude = "base", None, None
+    recipe = recipe_of(made, flags)
+    record = predict_files(
+        made.experts,
+        [replace(recipe, method=name) for name in made.method],
+        table=made.table,
+        base=made.base,
+        allow_different_base=made.allow_different_base,
+        out=made.out,
+    )
+    if made.json:
+        print_json(vars(record))
+    else:
+        _print(record)
+    return 0
+
+
+def _parser(own: Sequence[Callable[..., Any]], flags: Sequence[str]) -> ArgumentParser:
+    parser = command_parser("predict", COMMANDS["predict"], usage=_USAGE)
+    add_parameters(parser, options, skip=set(flags) & {"seed"})
+    for function in own:
+        add_method(parser, function)
+    return parser
+
+
+def _print(record: Record) -> None:
+    """Print a row for each merge, the best first, then the tasks of each and what is like it."""
+    merges = sorted(record.metrics["merges"], key=lambda found: -found["accuracy"]["value"])
+    rows = [
+        {"method": found["method"], **{name: _told(found[name]) for name in _OUTCOMES}}
+        for found in merges
+    ]
+    print_table(rows, {"method": "method", **_OUTCOMES})
+    tasks = list(merges[0]["tasks"])
+    print_table(
+        [
+            {"task": task, **{m["method"]: _told(m["tasks"][task]["accuracy"]) for m in merges}}
+            for task in tasks
+        ],
+        {"task": "accuracy", **{found["method"]: found["method"] for found in merges}},
+    )
+    print_table(
+        [{"merge": found["method"], **each} for found in merges for each in found["nearest"]],
+        {
+            "merge": "merge",
+            "method": "nearest measured",
+            "config": "with",
+            "task": "task",
+            "tasks": "merged with",
+            "accuracy": "accuracy",
+        },
+    )
+    if record.metrics["unknown"]:
+        print(
+            f"{len(record.metrics['unknown'])} features are unknown, for which the cards lack "
+            f"facts or the methods have none, such as {record.metrics['unknown'][0]!r}: intervals "
+            "are those of predictions without them."
+        )
+
+
+def _told(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+_OUTCOMES = {"accuracy": "mean accuracy", "excess_error": "excess error"}

@@ -1,0 +1,128 @@
+"""Predictions of merges of experts in files, from a table whose law is known."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+
+from mergekit_lit.cli import main
+from mergekit_lit.search.predicting import predict
+from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES
+from mergekit_lit.search.predicting.nearest import nearest
+from mergekit_lit.search.predicting.predict import predict_files
+from mergekit_lit.search.predicting.predictors import Boosting
+from mergekit_lit.search.predicting.table import COLUMNS, write_table
+from mergekit_lit.stages.recipes import Recipe
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("sklearn")
+
+WORDS = {"string": "x", "bool": False, "int64": 0}
+NAMES = {column.name for column in (*KEYS, *OUTCOMES)}
+
+
+def measured(rows, seed=0):
+    """Rows whose accuracy falls with the interference alone, whatever else is known."""
+    draw = np.random.default_rng(seed)
+    for place in range(rows):
+        row = {
+            column.name: WORDS.get(column.type, math.nan)
+            if column.name in NAMES
+            else float(draw.normal())
+            for column in COLUMNS
+        }
+        row["interference"] = float(draw.uniform(0, 4))
+        accuracy = float(np.clip(0.9 - 0.2 * row["interference"], 0, 1))
+        yield {
+            **row,
+            "own_card_val_accuracy": 0.9,
+            "group": str(place // 8),
+            "merge": place // 4 % 2,
+            "task": f"t{(place // 8 * 3 + place % 4) % 7}",
+            "test_accuracy": accuracy,
+            "test_excess_error": 3 * (0.9 - accuracy),
+        }
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    monkeypatch.setattr(predict, "Boosting", partial(Boosting, trees=8))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "merges.parquet"
+    write_table(path, measured(480))
+    return path
+
+
+@pytest.fixture(scope="module")
+def experts(make_family, tmp_path_factory):
+    return make_family("vit@random:0").save(tmp_path_factory.mktemp("experts")).paths
+
+
+RECIPES = [Recipe(), Recipe(method="task_arithmetic", config={"scale": 4.0})]
+
+
+def test_a_merge_is_predicted_with_its_tasks_and_what_is_like_it(experts, table, tmp_path):
+    record = predict_files(experts, RECIPES, table=table, out=tmp_path / "p.record.json")
+    average, longer = record.metrics["merges"]
+    for found in (average, longer):
+        for outcome in ("accuracy", "excess_error"):
+            each = [found[outcome], *(task[outcome] for task in found["tasks"].values())]
+            assert all(one["low"] <= one["value"] <= one["high"] for one in each)
+        assert len(found["nearest"]) == 3
+        mean = np.mean([task["accuracy"]["value"] for task in found["tasks"].values()])
+        assert found["accuracy"]["value"] == pytest.approx(mean)
+    # Four times each delta: more of the others for each of the tasks.
+    assert longer["accuracy"]["value"] < average["accuracy"]["value"]
+    assert longer["excess_error"]["value"] > average["excess_error"]["value"]
+    assert json.loads((tmp_path / "p.record.json").read_text())["stage"] == "predict"
+
+
+def test_the_command_tells_methods_side_by_side(experts, table, capsys):
+    flags = [*map(str, experts), "--table", str(table), "--method", "average,ties"]
+    assert main(["predict", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "mean accuracy" in out
+    assert "nearest measured" in out
+    assert "features are unknown" in out
+    assert main(["predict", *flags[:-1], "ties", "--density", "0.5", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["metrics"]["merges"]
+    assert found["config"]["density"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "regmean"], "images"),
+        (["--method", "tis"], "Did you mean 'ties'?"),
+        (["--table", "none.parquet"], "none.parquet"),
+        (["--method", "average,average"], "each once"),
+    ],
+)
+def test_bad_input_is_one_line(experts, table, capsys, flags, message):
+    given = flags if "--table" in flags else [*flags, "--table", str(table)]
+    assert main(["predict", *map(str, experts), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_too_few_measured_rows_are_refused(experts, tmp_path):
+    write_table(tmp_path / "few.parquet", measured(40))
+    with pytest.raises(ValueError, match="200 measured rows or more"):
+        predict_files(experts, RECIPES, table=tmp_path / "few.parquet")
+
+
+def test_the_nearest_merge_is_the_same_one(table):
+    from mergekit_lit.search.predicting.learning import rows_of
+    from mergekit_lit.search.predicting.table import read_table
+
+    rows = rows_of(read_table(table), "accuracy", level="cards")
+    own = rows.at(rows.merge == rows.merge[40])
+    found = nearest(rows, own)
+    assert rows.merge[found[0]] == rows.merge[40]
+    assert len({rows.merge[place] for place in found}) == 3
