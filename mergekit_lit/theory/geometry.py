@@ -182,11 +182,14 @@ def leading_subspace(delta: Tensor, *, rank: int = 8) -> Subspace:
     """
     matrix = delta.double().flatten(1)
     rank = min(rank, *matrix.shape)
-    # Of tau tau^T, which is small where a matrix is wide, as unrolled convolutions are.
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    tall = matrix.shape[0] > matrix.shape[1]
+    # Of the smaller of tau tau^T and tau^T tau: far cheaper than all singular vectors.
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
+    leading = vectors[:, -rank:]
+    basis = torch.linalg.qr(matrix @ leading).Q if tall else leading
     total = float(values.clamp(min=0).sum())
     share = float(values[-rank:].sum()) / total if total else math.nan
-    return Subspace(vectors[:, -rank:], min(1.0, share) if total else share)
+    return Subspace(basis, min(1.0, share) if total else share)
 
 
 def subspace_overlap(left: Subspace, right: Subspace) -> float:
