@@ -15,8 +15,10 @@ from typing import NoReturn
 
 from mergekit_lit.cli import COMMANDS, one_line
 from mergekit_lit.core.registry import unknown_name
+from mergekit_lit.lit.preemption import exit_code
 
 _PRECISIONS = ("64-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+_HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 _LIGHTNING_USAGE = (
     "usage: lightning run [model] [--devices N] SCRIPT|COMMAND ...  (other commands of `lightning` "
     "need lightning-sdk: pip install lightning-sdk)"
@@ -147,6 +149,9 @@ def _torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # What announces the end of a job's time is handed on too, from torch 2.9 on.
+    if "--signals-to-handle" in torchrun.get_args_parser()._option_string_actions:
+        arguments = [f"--signals-to-handle={_HANDED_ON}", *arguments]
     # The processes tell their own errors; the launcher's account of them would hide those.
     logging.disable(logging.ERROR)
     try:
@@ -156,7 +161,7 @@ def _torchrun(arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as ended:
         # The processes were told of it, and tell it.
-        return 128 + int(ended.sigval)
+        return exit_code(int(ended.sigval))
     return 0
 
 

@@ -3,8 +3,7 @@
 SIGTERM is what a cluster, a container or a person sends before it kills; SIGUSR1 announces the end
 of a job's time (`sbatch --signal`), and so does SIGUSR2, which submitit sends. Lightning has
 handlers of its own, which several processes cannot rely on: each would broadcast from inside the
-handler, in the middle of whatever the others exchange. Nothing here needs a Trainer but the last
-two functions, which take the place of those handlers.
+handler, in the middle of whatever the others exchange. Here they agree between two steps.
 """
 
 import signal
@@ -12,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Trainer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-_ENDED = 128 + signal.SIGTERM
-"""As shells count a process that SIGTERM ended: whoever sent it knows whether to start another."""
+# EX_TEMPFAIL of sysexits.h, "try again": the time was over, and there was more to do. Whoever sends
+# SIGTERM knows whether to start again; its code is 143, as shells count.
 _AGAIN = 75
-"""EX_TEMPFAIL of sysexits.h, "try again": there was more to do, and the time was over."""
 
 
 class _Watch:
@@ -103,14 +102,18 @@ def leave(number: int, *notes: str, code: int | None = None) -> NoReturn:
     Raises:
         SystemExit: always.
     """
-    own = _ENDED if number == signal.SIGTERM else _AGAIN
-    request = SystemExit(own if code is None else code)
+    request = SystemExit(exit_code(number) if code is None else code)
     for note in (f"Ended by {signal.Signals(number).name}.", *notes):
         request.add_note(note)
     raise request
 
 
-def told_anywhere(trainer: Trainer) -> int | None:
+def exit_code(number: int) -> int:
+    """Return the exit code of a process that has left after a signal."""
+    return _AGAIN if number in (signal.SIGUSR1, signal.SIGUSR2) else 128 + number
+
+
+def told_anywhere(trainer: "Trainer") -> int | None:
     """Return the signal that any process of a training was told to end by; all return the same.
 
     Call it at the same place of the same step in each.
@@ -121,17 +124,19 @@ def told_anywhere(trainer: Trainer) -> int | None:
     return int(trainer.strategy.reduce(mine, reduce_op="max")) or None
 
 
-def exit_code_of(trainer: Trainer) -> int | None:
+def exit_code_of(trainer: "Trainer") -> int | None:
     """Return the exit code of a process that leaves with others, if it is not the signal's.
 
     Lightning, where it started the other processes itself, kills the first of them when another
     has ended with any code but 0; only the first one's is seen by anybody.
     """
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return 0 if isinstance(environment, LightningEnvironment) and trainer.global_rank else None
 
 
-def without_lightning(trainer: Trainer) -> None:
+def without_lightning(trainer: "Trainer") -> None:
     """Keep a Trainer from putting signal handlers of its own in the place of ours."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
