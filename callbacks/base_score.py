@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.heads import Head
 from mergekit_lit.lit.passes import Score, score
@@ -27,8 +28,9 @@ class BaseScore(Callback):
             return
         self._score = _UNKNOWN
         if pl_module.head_kind != "trained" and trainer.is_global_zero:
-            base = pl_module.plain_backbone(pl_module.tuned())
-            head = Head(dict(pl_module.head.state_dict()), trained=False).to(pl_module.device)
+            # In float32, as the expert's file holds them, whatever the precision of training.
+            base = pl_module.plain_backbone(floats(pl_module.tuned()))
+            head = Head(floats(pl_module.head.state_dict()), trained=False).to(pl_module.device)
             self._score = score(base, head, pl_module.data.task_data.val)
 
     def card_facts(self) -> dict[str, float | None]:
