@@ -45,21 +45,20 @@ from mergekit_lit.models.backbones import load_base
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.search.predicting.cards import of_cards
 from mergekit_lit.search.predicting.columns import Row, joined
-from mergekit_lit.search.predicting.data import (
+from mergekit_lit.search.predicting.data import of_data, of_probe
+from mergekit_lit.search.predicting.deltas import angles_of, of_deltas, of_step
+from mergekit_lit.search.predicting.sights import (
     OfExpert,
     Score,
     Sight,
     blind,
     look_at_expert,
-    of_data,
-    of_probe,
     probe_of,
     score_of,
     scores_on,
     see,
     sight_of,
 )
-from mergekit_lit.search.predicting.deltas import angles_of, of_deltas, of_step
 from mergekit_lit.search.predicting.table import columns_told, write_table
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.stages.recipes import Recipe, merge_recipe

@@ -12,7 +12,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import load_base
-from mergekit_lit.search.predicting import cards, data, deltas
+from mergekit_lit.search.predicting import cards, data, deltas, sights
 from mergekit_lit.search.predicting.columns import checked, joined, spread
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.theory.constants import Effort
@@ -89,7 +89,7 @@ def test_images_give_gradients_that_agree_with_one_another(resnets):
     experts = in_memory(load_experts(resnets.paths, base=base))
     suite = load_suite(resnets.calibration.suite)
     tasks = [
-        data.blind(suite.task(name).load(SplitOptions(reserve=8)), images=10)
+        sights.blind(suite.task(name).load(SplitOptions(reserve=8)), images=10)
         for name in experts.names
     ]
     assert all(len(task.test) == 0 and len(task.val) == 10 for task in tasks)
@@ -102,13 +102,13 @@ def test_images_give_gradients_that_agree_with_one_another(resnets):
         for t in range(2)
     ]
     pairs = list(zip(ones, tasks, strict=True))
-    sights = [data.sight_of(one, backbone, task, scorer, effort=EFFORT) for one, task in pairs]
+    looks = [sights.sight_of(one, backbone, task, scorer, effort=EFFORT) for one, task in pairs]
     alone = [
-        data.look_at_expert(one, backbone, sight, scorer, effort=EFFORT)
-        for one, sight in zip(ones, sights, strict=True)
+        sights.look_at_expert(one, backbone, sight, scorer, effort=EFFORT)
+        for one, sight in zip(ones, looks, strict=True)
     ]
     average = merge(experts, "average")
-    seen = data.see(experts, average, sights, alone)
+    seen = sights.see(experts, average, looks, alone)
     rows = data.of_data(experts, average, seen)
     assert all(set(row) == {column.name for column in data.DATA_COLUMNS} for row in rows)
     for row in rows:
@@ -117,7 +117,7 @@ def test_images_give_gradients_that_agree_with_one_another(resnets):
     squares = sum(row["gradient2"] for row in rows) / 2
     assert rows[0]["zeta2_mean"] == pytest.approx(squares - rows[0]["group_gradient2"])
     assert rows[0]["bound_merged_noise"] != rows[0]["bound_merged_noise"]
-    probe = data.probe_of(average, backbone, sights, scorer, effort=EFFORT)
+    probe = sights.probe_of(average, backbone, looks, scorer, effort=EFFORT)
     probed = data.of_probe(experts, seen, probe)
     assert all(set(row) == {column.name for column in data.PROBE_COLUMNS} for row in probed)
     accuracies = [row["probe_val_accuracy"] for row in probed]
