@@ -40,7 +40,8 @@ class LastCheckpoint(Callback):
         Args:
             path: the checkpoint.
             every: steps between two checkpoints, at least 0; 0 for none.
-            at: further steps after which one is written, unless none are.
+            at: further steps after which one is written, unless none are: a run that goes on must
+                not be past one that it was not asked for before.
             config: what decides the weights' path; a resumed run must have the same.
         """
         if every < 0:
@@ -79,8 +80,8 @@ class LastCheckpoint(Callback):
             _end_before(checkpoint["loops"]["fit_loop"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the configuration of the run."""
-        return {"config": self.config}
+        """Return the configuration of the run, and the steps that were asked for."""
+        return {"config": self.config, "at": sorted(self.at)}
 
     def find(self, *, tells: bool = True) -> Path | None:
         """Return the newest whole checkpoint, if there is any; damaged ones are put aside.
@@ -103,10 +104,15 @@ class LastCheckpoint(Callback):
                 with suppress(FileNotFoundError):
                     path.replace(_aside(path))
                 continue
-            self._check(saved["callbacks"][type(self).__qualname__]["config"])
-            self._tell(damages if tells else [], f"goes on at step {saved['global_step']}")
+            before, step = saved["callbacks"][type(self).__qualname__], saved["global_step"]
+            self._check(before["config"])
+            passed = sorted(k for k in self.at - set(before["at"]) if k <= step)
+            if passed:
+                damages.append(f"{str(path)!r} is past step {passed[0]}, which is asked for now.")
+                continue
+            self._tell(damages if tells else [], f"goes on at step {step}")
             return path
-        self._tell(damages if tells else [], "begins anew, since there is no whole one")
+        self._tell(damages if tells else [], "begins anew, since no checkpoint serves it")
         return None
 
     def remove(self) -> None:
@@ -163,7 +169,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         if broken:
             raise ValueError(f"{broken} does not match its checksum")
         saved: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _ = saved["callbacks"][LastCheckpoint.__qualname__]["config"], saved["global_step"]
+        own = saved["callbacks"][LastCheckpoint.__qualname__]
+        _ = own["config"], own["at"], saved["global_step"]
     except MemoryError:
         raise
     # A damaged zip or pickle raises whatever its reader meets first.

@@ -144,8 +144,10 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def fail(self, error: BaseException) -> None:
-        """End the run as one that failed; alert whoever wants to know, unless it was stopped."""
+        """End the run as one that failed, with an alert, or as one that was told to end."""
         run = self.experiment
+        if isinstance(error, SystemExit):
+            run.mark_preempting()
         if isinstance(error, Exception):
             title = f"Training of {self._facts.name} failed"
             run.alert(title[:_TITLE_LENGTH], str(error), level="ERROR")
@@ -224,8 +226,15 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
+    rows = []
     # A killed run may leave half a line, without its newline, at the end.
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            # A disk that lost its power: what follows is no more to be trusted.
+            break
+    return rows
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

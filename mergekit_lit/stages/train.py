@@ -133,7 +133,7 @@ def train_expert(  # noqa: PLR0913
         every=checkpoint_every,
         # So that no expert that is written is trained again.
         at=chosen,
-        config=config,
+        config=_path_config(config, model, chosen[-1]),
     )
     finished = _finished(record_path, config) if resume else None
     if finished:
@@ -283,6 +283,14 @@ def _config(
             }
         )
     )
+
+
+def _path_config(config: Mapping[str, Any], model: ExpertModule, steps: int) -> dict[str, Any]:
+    """Return what a resumed run must keep: K only where the weights' path depends on it."""
+    kept = {**config, "warmup": model.optimization.warmup(steps)}
+    if not model.optimization.horizon_matters:
+        del kept["steps"]
+    return kept
 
 
 def _finished(record_path: Path, config: Mapping[str, Any]) -> TrainResult | None:

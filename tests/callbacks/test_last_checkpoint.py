@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
+from mergekit_lit.core.experts import load_expert
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.stages.train import train_expert
@@ -35,13 +36,13 @@ def stop():
     raise StopError
 
 
-def train(suite, out, *, lr=0.01, every=2, **options):
+def train(suite, out, *, lr=0.01, every=2, steps=(8,), **options):
     return train_expert(
         data=TaskDataModule(suite, "dots", batch=12, reserve=8),
         model=ExpertModule(
             "vit@random:0", image_size=8, lr=lr, schedule="constant", warmup_steps=1
         ),
-        steps=[8],
+        steps=steps,
         out=out,
         trainer={"accelerator": "cpu", "log_every_n_steps": 1},
         checkpoint_every=every,
@@ -93,6 +94,25 @@ def test_the_last_two_are_kept_and_go_with_the_run(tiny_suite, stopped, whole):
     assert not folder.parent.exists()
 
 
+def test_a_run_goes_on_to_steps_that_are_asked_for_later(tiny_suite, stopped, whole, caplog):
+    first, last = train(tiny_suite, stopped, steps=[7, 8], resume=True).experts
+    assert not caplog.messages
+    assert load_expert(first).card.steps == 7
+    assert params_of(last) == params_of(whole)
+
+
+def test_a_run_past_a_step_that_is_asked_for_now_begins_anew(tiny_suite, stopped, whole, caplog):
+    first, last = train(tiny_suite, stopped, steps=[3, 8], resume=True).experts
+    (told,) = caplog.messages
+    assert told.count("is past step 3, which is asked for now.") == 2
+    assert load_expert(first).card.steps == 3
+    assert params_of(last) == params_of(whole)
+
+
+def params_of(path):
+    return {name: tensor.tolist() for name, tensor in load_expert(path).backbone.items()}
+
+
 def cut_short(content):
     return content[: len(content) // 2]
 
@@ -129,7 +149,7 @@ def test_with_both_damaged_the_run_begins_anew(tiny_suite, stopped, whole, caplo
     result = train(tiny_suite, stopped, resume=True)
     (told,) = caplog.messages
     assert told.count("is damaged") == 2
-    assert told.endswith("The run begins anew, since there is no whole one.")
+    assert told.endswith("The run begins anew, since no checkpoint serves it.")
     assert result.experts[0].read_bytes() == whole.read_bytes()
     assert logs(stopped) == logs(whole.parent)
     assert not (stopped / "checkpoints").exists()
@@ -150,7 +170,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_matters(tmp_path):
     last = LastCheckpoint(tmp_path / "last.ckpt", config=config)
     saved = {
         "global_step": 3,
-        "callbacks": {"LastCheckpoint": {"config": config}},
+        "callbacks": {"LastCheckpoint": {"config": config, "at": []}},
         "state_dict": {"weight": torch.randn(40, generator=torch.Generator().manual_seed(0))},
     }
     torch.save(saved, last.path)

@@ -120,6 +120,8 @@ def test_distances_are_those_of_ordinary_runs(tiny_suite, tmp_path, settings):
                 "noise_estimates",
                 "eps_path",
                 "gradient_norm",
+                "base_val_loss",
+                "base_val_accuracy",
             ]
         ),
     )

@@ -190,7 +190,7 @@ def test_resume_begins_anew_where_no_checkpoint_is_whole(tiny_suite, tmp_path, c
     result = train(tiny_suite, tmp_path / "cut", resume=True)
     (told,) = caplog.messages
     assert "last.ckpt' is damaged" in told
-    assert told.endswith("The run begins anew, since there is no whole one.")
+    assert told.endswith("The run begins anew, since no checkpoint serves it.")
     whole = train(tiny_suite, tmp_path / "whole")
     assert file_hash(result.experts[0]) == file_hash(whole.experts[0])
     assert not path.parent.parent.exists()
