@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import add_method, calibration, method_named, recipe_of
+from mergekit_lit.cli.merge import add_method, calibration, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.merging import BatchNormPolicy
@@ -67,7 +67,7 @@ def options(  # noqa: PLR0913
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    functions = [MERGE_METHODS.get(name).function for name in _methods(argv)]
+    functions = [MERGE_METHODS.get(name).function for name in methods_named(argv)]
     # Only of one method can the flags be told apart from those of others.
     own = functions if len(functions) == 1 else []
     flags = [flag for function in own for flag in parameters(function)]
@@ -92,11 +92,6 @@ def run(argv: Sequence[str]) -> int:
     else:
         _print_compared(records)
     return 0
-
-
-def _methods(argv: Sequence[str]) -> list[str]:
-    """Return the methods named, before the parser that knows one's flags is made."""
-    return [name.strip(" []'\"") for name in method_named(argv).split(",")]
 
 
 def _parser(own: Sequence[Callable[..., Any]], flags: Sequence[str]) -> ArgumentParser:

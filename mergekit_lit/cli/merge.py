@@ -178,6 +178,11 @@ def method_named(argv: Sequence[str]) -> str:
     return [name, *values_of(argv, "method")][-1]
 
 
+def methods_named(argv: Sequence[str]) -> list[str]:
+    """Return the methods named, one or several with commas between, before flags are known."""
+    return [name.strip(" []'\"") for name in method_named(argv).split(",")]
+
+
 def merge_parser(method: str) -> tuple[ArgumentParser, list[str]]:
     """Return the parser of `merge` with the flags of one method, and their names.
 

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import add_method, method_named, recipe_of
+from mergekit_lit.cli.merge import add_method, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.records import Record
@@ -53,8 +53,7 @@ def options(  # noqa: PLR0913
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    names = [name.strip(" []'\"") for name in method_named(argv).split(",")]
-    functions = [MERGE_METHODS.get(name).function for name in names]
+    functions = [MERGE_METHODS.get(name).function for name in methods_named(argv)]
     # Only of one method can the flags be told apart from those of others.
     own = functions if len(functions) == 1 else []
     flags = [flag for function in own for flag in parameters(function)]

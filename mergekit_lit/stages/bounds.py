@@ -10,7 +10,7 @@ from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.recipes import Recipe, check_recipe
+from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe
 from mergekit_lit.stages.report import build_report
 from mergekit_lit.stages.run_groups import facts_of_run, used_files
 from mergekit_lit.theory.constants import Effort
@@ -78,9 +78,7 @@ def compare_bounds(
 
 def _paths(recipes: Sequence[Recipe], out: Path | None) -> list[Path | None]:
     """Return where each record goes, or refuse names that clash."""
-    names = [recipe.method for recipe in recipes]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"`method` must name methods, each once, but is {','.join(names)!r}.")
+    names = check_methods(recipes)
     if out is None:
         return [None] * len(names)
     if out.suffix == ".json":

@@ -119,6 +119,18 @@ def check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
         )
 
 
+def check_methods(recipes: Sequence[Recipe]) -> list[str]:
+    """Return the method of each of several recipes that are compared by their methods' names.
+
+    Raises:
+        ValueError: there is none, or two are of one method.
+    """
+    names = [recipe.method for recipe in recipes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`method` must name methods, each once, but is {','.join(names)!r}.")
+    return names
+
+
 def images_for(
     experts: Experts, recipe: Recipe, calibration: Calibration | None, *, plain: bool
 ) -> ImagesBySplit:

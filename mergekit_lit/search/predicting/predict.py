@@ -25,7 +25,7 @@ from mergekit_lit.search.predicting.rows import Rows
 from mergekit_lit.search.predicting.table import feature_names, read_table
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.opening import base_of
-from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
+from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe, merge_recipe
 
 _LEVEL: Level = "cards"
 _LEAST_ROWS = 200
@@ -77,9 +77,7 @@ def predict_files(
     watch = Stopwatch()
     if out is not None:
         check_record(out, "predict")
-    names = [recipe.method for recipe in recipes]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"`method` must name methods, each once, but is {','.join(names)!r}.")
+    check_methods(recipes)
     for recipe in recipes:
         check_recipe(recipe, None)
     measured = read_table(table)
