@@ -73,6 +73,10 @@ def read_table(path: Path) -> list[Row]:
         ModuleNotFoundError: pyarrow is not installed.
     """
     _, parquet = _arrow()
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No table of merges {str(path)!r}. Build one: python experiments/merges.py."
+        )
     rows: list[Row] = parquet.read_table(path).to_pylist()
     return rows
 

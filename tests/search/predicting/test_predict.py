@@ -99,7 +99,7 @@ def test_the_command_tells_methods_side_by_side(experts, table, capsys):
     [
         (["--method", "regmean"], "images"),
         (["--method", "tis"], "Did you mean 'ties'?"),
-        (["--table", "none.parquet"], "none.parquet"),
+        (["--table", "none.parquet"], "No table of merges 'none.parquet'. Build one"),
         (["--method", "average,average"], "each once"),
     ],
 )
