@@ -244,10 +244,11 @@ def used(artifact: Mapping) -> bool:
 
 @pytest.fixture
 def offline_runs() -> Callable[[Path], list[OfflineRun]]:
-    """Reads the offline runs below a folder by `wandb leet inspect`, oldest first."""
+    """Reads the offline runs below a folder by `wandb leet inspect`, the first to end first."""
 
     def read(folder: Path) -> list[OfflineRun]:
-        files = sorted(folder.rglob("run-*.wandb"), key=lambda path: path.parent.name)
+        # Not by the folders' names: they tell whole seconds, in which two runs may begin.
+        files = sorted(folder.rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
         return [_read_offline(file) for file in files]
 
     return read
