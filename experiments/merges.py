@@ -53,6 +53,7 @@ from mergekit_lit.search.predicting.sights import (
     Sight,
     blind,
     look_at_expert,
+    one_of,
     probe_of,
     score_of,
     scores_on,
@@ -296,14 +297,14 @@ class Bed:
             options = SplitOptions(seed=self._pool.seed, n=cell.n)
             data = blind(self._suite.task(task).load(options), images=self._pool.val_images)
             self._sights[task, cell.n] = sight_of(
-                _one(experts, t), self.backbone, data, self.val, effort=self._pool.effort
+                one_of(experts, t), self.backbone, data, self.val, effort=self._pool.effort
             )
         return self._sights[task, cell.n]
 
     def alone(self, file: Path, experts: Experts, t: int, sight: Sight) -> OfExpert:
         """Return what images tell of one expert."""
         if file not in self._alone:
-            one, effort = _one(experts, t), self._pool.effort
+            one, effort = one_of(experts, t), self._pool.effort
             self._alone[file] = look_at_expert(one, self.backbone, sight, self.val, effort=effort)
         return self._alone[file]
 
@@ -317,7 +318,7 @@ class Bed:
     def outcomes(self, file: Path, experts: Experts, t: int, sight: Sight) -> Row:
         """Return how base and expert do on the task's test images."""
         if file not in self._known:
-            one = _one(experts, t)
+            one = one_of(experts, t)
             found = {
                 name: score_of(
                     one, params, self.backbone, sight.data, self.test, effort=self._pool.effort
@@ -356,12 +357,6 @@ class Bed:
 def bed_of(pool: Pool) -> Bed:
     """Return the bed of a pool, made once in each process."""
     return Bed(pool)
-
-
-def _one(experts: Experts, t: int) -> Experts:
-    """Return one of the experts."""
-    names = ("tuned", "cards", "heads", "names")
-    return replace(experts, **{name: getattr(experts, name)[t : t + 1] for name in names})
 
 
 def _outcomes(merged: Mapping[str, Score], known: Sequence[Row]) -> list[Row]:

@@ -11,15 +11,19 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import add_method, methods_named, recipe_of
+from mergekit_lit.cli.merge import add_method, calibration, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.search.predicting.columns import Level
 from mergekit_lit.search.predicting.predict import predict_files
 
-_USAGE = "EXPERT ... --table FILE [--method NAME[,NAME ...] [flags of one]] [options]"
+_USAGE = (
+    "EXPERT ... --table FILE [--method NAME[,NAME ...] [flags of one]] [--data.suite SUITE] "
+    "[options]"
+)
 
 
 # Each argument is one flag of the command line, hence so many.
@@ -27,6 +31,7 @@ def options(  # noqa: PLR0913
     experts: list[Path],
     *,
     table: Path,
+    level: Level | None = None,
     method: Sequence[str] = ("average",),
     then: list[str | dict[str, Any]] | None = None,
     seed: int = 0,
@@ -35,18 +40,22 @@ def options(  # noqa: PLR0913
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Predict a merge's accuracy from cards and weights alone, with 90 % intervals.
+    """Predict what merges reach before they are scored, with 90 % intervals.
 
     Args:
         experts: one file per expert, each of another task, all of one base.
         table: measured merges to learn from, as `experiments/merges.py` writes them.
+        level: what is looked at: `cards` and weights (seconds); `data`, training and validation
+            images of the suite too (minutes); `probe`, the plain average's scores on them as well.
+            By default `data` where a suite is named, else `cards`.
         method: how to merge; `mergekit-lit methods` lists them. Several, such as
             `--method average,ties`, are compared, each with its defaults.
         then: veneers, such as `--then lines`.
         seed: seed of methods that draw at random.
         base: the base, if not the one that the first card names.
         allow_different_base: whether to take experts whose card names another base, or none.
-        out: the record's file, ending in .json. Nothing is written without one.
+        out: folder of the record and of the page `report.html`; or the record's file, ending in
+            .json. Nothing is written without one.
         json: whether to print the record as JSON.
     """
 
@@ -60,11 +69,13 @@ def run(argv: Sequence[str]) -> int:
     parser = _parser(own, flags)
     made = instantiated(parser, parse(parser, argv, positional="experts"))
     made.batch_norm, made.include, made.exclude = "base", None, None
-    recipe = recipe_of(made, flags)
+    recipe, images = recipe_of(made, flags), calibration(**vars(made.data))
     record = predict_files(
         made.experts,
         [replace(recipe, method=name) for name in made.method],
         table=made.table,
+        level=made.level or ("data" if images else "cards"),
+        calibration=images,
         base=made.base,
         allow_different_base=made.allow_different_base,
         out=made.out,
@@ -81,6 +92,7 @@ def _parser(own: Sequence[Callable[..., Any]], flags: Sequence[str]) -> Argument
     add_parameters(parser, options, skip=set(flags) & {"seed"})
     for function in own:
         add_method(parser, function)
+    parser.add_function_arguments(calibration, "data")
     return parser
 
 
@@ -92,6 +104,11 @@ def _print(record: Record) -> None:
         for found in merges
     ]
     print_table(rows, {"method": "method", **_OUTCOMES})
+    terms = [name for name, value in merges[0]["terms"].items() if value is not None]
+    print_table(
+        [{"term": name, **{m["method"]: m["terms"][name] for m in merges}} for name in terms],
+        {"term": "what drives it", **{found["method"]: found["method"] for found in merges}},
+    )
     tasks = list(merges[0]["tasks"])
     print_table(
         [

@@ -64,6 +64,18 @@ def _bound_words(record: Record, out: str) -> list[str]:
     return [*words, *_flags(rest)]
 
 
+def _predict_words(record: Record, out: str) -> list[str]:
+    config = record.config
+    recipes = config["recipes"]
+    names = ",".join(recipe["method"] for recipe in recipes)
+    flags = {"method": names, "then": recipes[0]["veneers"], "seed": recipes[0]["seed"]}
+    flags |= {name: config.get(name) for name in ("table", "level", "base")} | {"out": out}
+    given = {name: value for name, value in flags.items() if value not in ([], ())}
+    own = recipes[0]["config"] if len(recipes) == 1 else {}
+    experts = map(str, config["experts"])
+    return [*experts, *_flags(given), *_flags(own, null=True), *_data_flags(config)]
+
+
 def _data_flags(config: Mapping[str, Any]) -> list[str]:
     """Return the flags of the images that a merge looks at."""
     calibration = config.get("calibration") or {}
@@ -95,6 +107,7 @@ _STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
     "train": _train_words,
     "merge": _merge_words,
     "bound": _bound_words,
+    "predict": _predict_words,
     "evaluate": _evaluate_words,
     "sweep": _sweep_words,
 }

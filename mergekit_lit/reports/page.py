@@ -20,6 +20,7 @@ from mergekit_lit.reports.markup import (
     section,
     table,
 )
+from mergekit_lit.reports.predictions import predictions_section
 from mergekit_lit.reports.runs import Run, Series
 from mergekit_lit.reports.tables import Score
 
@@ -78,6 +79,7 @@ def report_page(run: Run, *, title: str) -> str:
     body = [_opening(title, scored)]
     body += [_results(record) for record in scored]
     body += [_coefficients(record) for record in run.records]
+    body += [predictions_section(run.records)]
     body += [_geometry(run.records), bounds_section(run.records, run.curves)]
     body += [_training(run), section("What each number means", definitions(MEANINGS))]
     body += [_provenance(run)]

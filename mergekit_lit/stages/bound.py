@@ -71,7 +71,7 @@ def bound_files(
         select(load_experts(paths, base=found), include=recipe.include, exclude=recipe.exclude)
     )
     tasks = list(calibration.tasks(gathered.names)) if calibration else []
-    _check_same_images(gathered, tasks)
+    check_same_images(gathered, tasks)
     needed = splits_needed(recipe.method, recipe.batch_norm, gathered.structure, recipe.veneers)
     images = {}
     if calibration and needed:
@@ -223,8 +223,12 @@ def _check_one_base(paths: Sequence[Path], base: Base) -> None:
             )
 
 
-def _check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:
-    """Refuse images that the experts were not trained on."""
+def check_same_images(experts: Experts, tasks: Sequence[TaskData]) -> None:
+    """Refuse images that the experts were not trained on.
+
+    Raises:
+        ValueError: a card knows of another split than that of its task.
+    """
     for card, task in zip(experts.cards, tasks, strict=bool(tasks)):
         if card.split_hash is not None and card.split_hash != task.split_hash:
             raise ValueError(

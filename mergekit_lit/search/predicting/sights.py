@@ -118,6 +118,12 @@ def blind(data: TaskData, *, images: int) -> TaskData:
     return replace(data, val=few, test=nothing)
 
 
+def one_of(experts: Experts, t: int) -> Experts:
+    """Return one of the experts."""
+    names = ("tuned", "cards", "heads", "names")
+    return replace(experts, **{name: getattr(experts, name)[t : t + 1] for name in names})
+
+
 def sight_of(
     expert: Experts, backbone: Backbone, data: TaskData, scorer: Scorer, *, effort: Effort
 ) -> Sight:

@@ -3,18 +3,29 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from mergekit_lit.cli import main
+from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.search.predicting import predict
 from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES
+from mergekit_lit.search.predicting.looking import (
+    EFFORT,
+    VAL_IMAGES,
+    known_rows,
+    open_experts,
+)
 from mergekit_lit.search.predicting.nearest import nearest
 from mergekit_lit.search.predicting.predict import predict_files
 from mergekit_lit.search.predicting.predictors import Boosting
-from mergekit_lit.search.predicting.table import COLUMNS, write_table
+from mergekit_lit.search.predicting.table import COLUMNS, feature_names, write_table
+from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe
+from mergekit_lit.theory.constants import Effort
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
@@ -60,7 +71,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experts(make_family, tmp_path_factory):
-    return make_family("vit@random:0").save(tmp_path_factory.mktemp("experts")).paths
+    return make_family("vit@random:0", image_size=8).save(tmp_path_factory.mktemp("experts")).paths
 
 
 RECIPES = [Recipe(), Recipe(method="task_arithmetic", config={"scale": 4.0})]
@@ -94,10 +105,62 @@ def test_the_command_tells_methods_side_by_side(experts, table, capsys):
     assert found["config"]["density"] == 0.5
 
 
+@pytest.mark.parametrize("level", ["data", "probe"])
+def test_images_and_a_probe_tell_more(experts, table, tiny_suite, tmp_path, capsys, level):
+    out = tmp_path / "told"
+    flags = ["--table", str(table), "--data.suite", tiny_suite, "--data.reserve", "4"]
+    flags += ["--method", "average,regmean", "--level", level, "--out", str(out)]
+    assert main(["predict", *map(str, experts), *flags]) == 0
+    assert "what drives it" in capsys.readouterr().out
+    record = json.loads((out / "predict.record.json").read_text())
+    unknown = set(record["metrics"]["unknown"])
+    assert not unknown & {"base_val_loss", "gradient_step", "curvature_own"}
+    assert ("probe_val_loss" in feature_names(level)) == (level == "probe")
+    assert "probe_val_loss" not in unknown
+    average, regmean = record["metrics"]["merges"]
+    assert average["terms"]["a_eff"] == pytest.approx(1.5)
+    assert regmean["terms"]["a_eff"] is None
+    page = (out / "report.html").read_text()
+    assert "What merges are expected to reach" in page
+    assert "mergekit-lit predict" in page
+    assert f"--level {level}" in page
+
+
+def test_what_images_tell_rests_on_no_test_image(experts, tiny_suite, tmp_path):
+    noisy = tmp_path / Path(tiny_suite).name
+    noisy.mkdir()
+    for file in Path(tiny_suite).glob("*.npz"):
+        arrays = dict(np.load(file))
+        arrays["x"] = np.where(arrays["split"][:, None, None, None] == 1, 0, arrays["x"])
+        np.savez(noisy / file.name, **arrays)
+    rows = [
+        list(known_rows(opened, RECIPES, looked))
+        for opened, looked in (
+            open_experts(
+                experts,
+                "probe",
+                Calibration(suite=str(suite), options=SplitOptions(reserve=4)),
+                base=None,
+                allow_different_base=False,
+            )
+            for suite in (tiny_suite, noisy)
+        )
+    ]
+    assert repr(rows[0]) == repr(rows[1])
+
+
+def test_a_look_takes_as_much_as_the_table_did():
+    file = Path(__file__).parents[3] / "experiments" / "merges.yaml"
+    settings = OmegaConf.to_container(OmegaConf.load(file))
+    assert Effort(**settings["effort"]) == EFFORT
+    assert settings["val_images"] == VAL_IMAGES
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--method", "regmean"], "images"),
+        (["--level", "data"], "`level` 'data' must be told a suite"),
         (["--method", "tis"], "Did you mean 'ties'?"),
         (["--table", "none.parquet"], "No table of merges 'none.parquet'. Build one"),
         (["--method", "average,average"], "each once"),
