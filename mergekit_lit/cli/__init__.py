@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "merge": "Merge experts of one base into one model.",
     "tune": "Choose methods and their parameters on validation images.",
     "sweep": "Run train, merge or evaluate at every point of a YAML file's axes, none twice.",
+    "recommend": "Recommend how to train experts that merge well, before they are trained.",
     "predict": "Predict what merges will reach, with intervals, without scoring them.",
     "bound": "Tell what bounds the excess error of a merge, term by term.",
     "constants": "Measure what the bound takes: noise, heterogeneity, smoothness, with intervals.",

@@ -1,0 +1,1 @@
+"""How to train experts that merge well, chosen before they are trained."""

@@ -1,0 +1,279 @@
+"""This file probes: short trainings at every rate, and the constants of the bound around them.
+
+Every rate is tried on a few tasks for a few steps, and the merge of its experts is scored half-way
+and at the end. What only images tell of the loss is measured once: noise, heterogeneity and slope
+at the base; smoothness and gradients of single samples at the merge of the first probe.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Experts, load_expert
+from mergekit_lit.lit.calibration import calibration_on
+from mergekit_lit.search.recommending.site import Site, TaskScore
+from mergekit_lit.search.recommending.space import Way
+from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merge
+from mergekit_lit.theory.constants import (
+    Effort,
+    measure_point,
+    measure_sample_gradients,
+    measure_secant,
+)
+from mergekit_lit.theory.facts import ALL, Gram, effective_travel
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfExpert:
+    """What one expert on a trajectory tells.
+
+    Attributes:
+        task: its task.
+        n: training images.
+        travel: eta ||a||_1; effective for adaptive optimizers.
+        noise: sigma^2 of one sample, averaged along the path.
+        d2: mean squared displacement along the path.
+        train_loss: its own, on all training images.
+        val_loss: its own, on validation images.
+    """
+
+    task: str
+    n: int
+    travel: float
+    noise: float
+    d2: float
+    train_loss: float
+    val_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A merge of experts that were trained in one way for K steps, measured.
+
+    Attributes:
+        way: how they were trained.
+        steps: K.
+        experts: a row an expert.
+        scores: of the merge, by task.
+    """
+
+    way: Way
+    steps: int
+    experts: tuple[OfExpert, ...]
+    scores: Mapping[str, TaskScore]
+
+    @property
+    def travel(self) -> float:
+        """Mean travel of the experts: A_eff of their average."""
+        return math.fsum(each.travel for each in self.experts) / len(self.experts)
+
+    @property
+    def noise(self) -> float:
+        """Mean sigma^2 along the paths."""
+        return math.fsum(each.noise for each in self.experts) / len(self.experts)
+
+    @property
+    def train_loss(self) -> float:
+        """Of the merge, mean over the tasks."""
+        return mean_of(self.scores, "train_loss")
+
+    @property
+    def val_loss(self) -> float:
+        """Of the merge, mean over the tasks."""
+        return mean_of(self.scores, "val_loss")
+
+    @property
+    def accuracy(self) -> float:
+        """Of the merge, mean over the tasks."""
+        return mean_of(self.scores, "accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What images tell of the loss on the probes' tasks.
+
+    Attributes:
+        base: scores of the base, by task.
+        base_loss: F_Si(x0) on all training images, by task.
+        noise: sigma_i^2 at the base, by task.
+        zeta2: ||grad F_Si - grad F_S||^2 there, by task.
+        gradient2: ||grad F_S||^2 there.
+        gram: <grad F_Si, grad F_Sj> there.
+        smoothness: L, the 95th percentile of the secants around a merge; None if nothing moved.
+        sample_gradient2: G^2 at that merge.
+    """
+
+    base: Mapping[str, TaskScore]
+    base_loss: Mapping[str, float]
+    noise: Mapping[str, float]
+    zeta2: Mapping[str, float]
+    gradient2: float
+    gram: Gram
+    smoothness: float | None
+    sample_gradient2: float
+
+    @property
+    def base_gap(self) -> float:
+        """Validation less training loss of the base, on the images that merges are scored on."""
+        return mean_of(self.base, "val_loss") - mean_of(self.base, "train_loss")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probes found.
+
+    Attributes:
+        constants: of the loss.
+        points: of each rate, two.
+        failed: why a rate has none, by name of its probe.
+    """
+
+    constants: Constants
+    points: tuple[Point, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Probed":
+        """Return what `to_json` wrote."""
+        constants = dict(value["constants"])
+        constants["base"] = _scores(constants["base"])
+        points = tuple(point_from(each) for each in value["points"])
+        return cls(Constants(**constants), points, dict(value["failed"]))
+
+
+def probe(
+    site: Site,
+    tasks: Sequence[str],
+    steps: Mapping[Way, Sequence[int]],
+    length: int,
+    effort: Effort,
+) -> Probed:
+    """Probe every rate of the space.
+
+    Args:
+        site: where.
+        tasks: on which.
+        steps: of each probe's trajectory all step counts that it may be asked for.
+        length: K of the probes; half of it is measured too.
+        effort: how many images the constants take.
+
+    Raises:
+        ValueError: every rate diverged.
+    """
+    points, failed = [], {}
+    for way in site.setting.space.probes:
+        try:
+            points += list(measured(site, way, tasks, steps[way], probe_points(length)))
+        except ValueError as error:
+            failed[way.name] = diverged(error)
+    if not points:
+        raise ValueError(
+            f"At least one learning rate must train, but all of {len(failed)} diverged. Give "
+            f"smaller ones: `space.lr`. {next(iter(failed.values()))}"
+        )
+    first = points[1]
+    files = [site.train(first.way, task, steps[first.way], length)[length] for task in tasks]
+    return Probed(_constants(site, files, effort), tuple(points), failed)
+
+
+def probe_points(length: int) -> tuple[int, int]:
+    """Return the step counts at which probes of some length are measured."""
+    return length // 2, length
+
+
+def diverged(error: ValueError) -> str:
+    """Return why a training diverged.
+
+    Raises:
+        ValueError: `error` itself, if it tells of something else.
+    """
+    if "must be finite" not in str(error):
+        raise error
+    return str(error)
+
+
+def measured(
+    site: Site, way: Way, tasks: Sequence[str], steps: Sequence[int], wanted: Sequence[int]
+) -> Iterator[Point]:
+    """Train in one way until the last of some step counts, and yield the merge at each of these."""
+    found = {task: site.train(way, task, steps, max(wanted)) for task in tasks}
+    for k in wanted:
+        files = [found[task][k] for task in tasks]
+        _, merged = site.merged(files)
+        rows = tuple(_of_card(load_expert(file).card, k) for file in files)
+        yield Point(way=way, steps=k, experts=rows, scores=site.scores(merged))
+
+
+def mean_of(scores: Mapping[str, TaskScore], name: str) -> float:
+    """Return the mean of a score over the tasks."""
+    return math.fsum(getattr(each, name) for each in scores.values()) / len(scores)
+
+
+def point_from(value: Mapping[str, Any]) -> Point:
+    """Return a point from plain values."""
+    return Point(
+        way=Way(**value["way"]),
+        steps=value["steps"],
+        experts=tuple(OfExpert(**each) for each in value["experts"]),
+        scores=_scores(value["scores"]),
+    )
+
+
+def _scores(value: Mapping[str, Any]) -> dict[str, TaskScore]:
+    return {task: TaskScore(**each) for task, each in value.items()}
+
+
+def _of_card(card: Card, steps: int) -> OfExpert:
+    facts = {
+        "n": card.n,
+        "travel": effective_travel(card),
+        "noise": card.gradient_noise,
+        "d2": card.mean_squared_displacement,
+        "train_loss": card.train_loss,
+        "val_loss": card.val_loss,
+    }
+    unknown = [name for name, value in facts.items() if value is None]
+    if card.task is None or unknown:
+        raise ValueError(
+            f"The card of {card.task!r} after {steps} steps must tell {', '.join(unknown)}, but "
+            "does not. Give at least one validation image of each task."
+        )
+    return OfExpert(task=card.task, **facts)  # type: ignore[arg-type] # none is unknown
+
+
+def _constants(site: Site, files: Sequence[Path], effort: Effort) -> Constants:
+    """Measure the loss at the base, and around one merge."""
+    experts, merged = site.merged(files)
+    tasks = [site.data(task) for task in experts.names]
+    images = {task.name: task.train for task in tasks}
+    calibration = calibration_on(images, experts, backbone=site.backbone, split="train")
+    at_base = objectives_at_base(experts, site.backbone, tasks, calibration)
+    at_merge = objectives_at_merge(experts, merged, calibration)
+    start, end = _moving(experts, experts.base), _moving(experts, merged.shared)
+    p = [1 / len(experts)] * len(experts)
+    point = measure_point(at_base, start, calibration, p=p, effort=effort)
+    secant = measure_secant(at_merge, start, end, experts, calibration, effort=effort)
+    each = measure_sample_gradients(at_merge, end, calibration, p=p, effort=effort)
+    return Constants(
+        base=site.scores(site.at_base(files)),
+        base_loss=dict(point.losses),
+        noise={task: found.value for task, found in point.noise.items()},
+        zeta2={task: found.value for task, found in point.zeta2.items()},
+        gradient2=point.gradient2.value,
+        gram=point.gram[ALL],
+        smoothness=secant or None,
+        sample_gradient2=each.value,
+    )
+
+
+def _moving(experts: Experts, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: params[name].float() for name in experts.merged_names()}
