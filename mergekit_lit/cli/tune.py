@@ -17,7 +17,9 @@ from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.search.tuning.plan import TuningPlan, told
 from mergekit_lit.search.tuning.tune import tune_files
 
-_USAGE = "EXPERT ... --method NAME[,NAME ...] --data.suite SUITE --out FOLDER [options]"
+_USAGE = (
+    "EXPERT ... --method NAME[,NAME ...] [--budget N] --data.suite SUITE --out FOLDER [options]"
+)
 
 
 # Each argument is one flag of the command line, hence so many.
@@ -120,22 +122,34 @@ def _print(record: Record) -> None:
         {
             **found,
             "method": name,
-            "chosen": told(found["chosen"]),
-            "defaults": found["defaults"]["value"],
+            "chosen": told(found["chosen"]) + (" (given up)" if found["state"] != "scored" else ""),
+            "defaults": found["defaults"] and found["defaults"]["value"],
             "base": metrics["base"]["value"],
             "saved": f"{found['saved_share']:.0%}",
             "regret": found["regret"]["regret"] if found["regret"] else None,
         }
         for name, found in metrics["methods"].items()
     ]
-    names = ("method", "chosen", "value", "defaults", "base", "trials", "discarded", "saved")
+    names = ("method", "chosen", "batch_norm", "value", "defaults", "base", "trials", "discarded")
+    names = (*names, "saved")
     columns = {name: name for name in (*names, "seconds", "regret")}
     print_table(rows, columns | {"value": record.config["metric"], "base": "base (scale 0)"})
     for name, found in metrics["methods"].items():
         if not found["space"]:
             print(f"{name!r} has nothing to search: it is scored as it comes.")
+    if "spent" in metrics:
+        print(_spent(metrics["spent"], metrics["regret"]))
     best = metrics["best"]
     print(
         f"Best: {best['method']}, {best['value']:.4f} as written, on the validation images that "
         "chose it: expect less on test images."
     )
+
+
+def _spent(spent: Mapping[str, Any], regret: Mapping[str, Any] | None) -> str:
+    """Return what a search to a budget cost, and what it missed where that is known."""
+    line = (
+        f"Spent: {spent['evaluations']:.1f} evaluations on {spent['trials']} trials among "
+        f"{spent['candidates']} candidates, {spent['seconds']:.0f} s."
+    )
+    return f"{line} Regret among those tried: {regret['regret']:.4f}." if regret else line

@@ -63,6 +63,10 @@ class Bench:
         """How many validation images there are, of all tasks."""
         return sum(len(places) for stage in self.stages for places in stage.values())
 
+    def under(self, policy: BatchNormPolicy) -> "Bench":
+        """Return the bench that makes candidates with statistics of another policy."""
+        return replace(self, batch_norm=policy)
+
     def at_base(self) -> Merged:
         """Return the base as a candidate, with the statistics that candidates have: scale 0."""
         (merged,) = replace(self, veneers=()).merges("task_arithmetic", [{SCALE: 0.0}])

@@ -49,7 +49,7 @@ def make_bench(
         shown=images_by_split(tasks, looked_at, count=calibration.images, seed=plan.seed),
         statistics=few["train"],
         veneers=plan.then,
-        batch_norm=plan.batch_norm,
+        batch_norm=plan.policies[0],
         seed=plan.seed,
         confidence=plan.confidence,
     )

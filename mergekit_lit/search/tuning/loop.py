@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from mergekit_lit.core.experts import Merged
 from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.tuning.pool import Candidate
 from mergekit_lit.search.tuning.proposals import Propose
 from mergekit_lit.search.tuning.race import Run
-from mergekit_lit.search.tuning.space import Config, key_of
 from mergekit_lit.search.tuning.trials import (
     Trial,
     TrialLog,
@@ -41,7 +41,8 @@ def search_method(
     while configs := propose(log.of(method)):
         merges = bench.merges(method, configs)
         for config in configs:
-            trial = _tried(bench, merges, method, config, log.of(method))
+            candidate = Candidate(method, config, bench.batch_norm)
+            trial = tried(bench, candidate, log.of(method), merges)
             log.add(trial)
             heard(trial)
 
@@ -56,32 +57,51 @@ def score_again(bench: Bench, log: TrialLog, method: str, *, heard: Heard) -> No
         heard: called with each new trial.
     """
     done = {trial.number for trial in log.again(method)}
-    left = [t for t in log.of(method) if t.state == "discarded" and t.number not in done]
-    merges = bench.merges(method, [trial.config for trial in left])
-    for trial in left:
-        blank = Trial(
-            method=method, number=trial.number, config=trial.config, state="failed", again=True
-        )
-        scored = replace(_scored(bench, blank, merges, rival=None), answers={})
-        log.add(scored)
-        heard(scored)
+    out = [t for t in log.of(method) if t.state == "discarded" and t.number not in done]
+    for policy in dict.fromkeys(trial.batch_norm for trial in out):
+        left = [trial for trial in out if trial.batch_norm == policy]
+        merges = bench.under(policy).merges(method, [trial.config for trial in left])
+        for trial in left:
+            blank = replace(trial, state="failed", value=None, upper=None, by_task={}, again=True)
+            scored = replace(_scored(bench, blank, merges, rival=None), answers={})
+            log.add(scored)
+            heard(scored)
 
 
-def _tried(
+def tried(
     bench: Bench,
-    merges: Iterator[Merged | ValueError],
-    method: str,
-    config: Config,
+    candidate: Candidate,
     finished: Sequence[Trial],
+    merges: Iterator[Merged | ValueError] | None = None,
 ) -> Trial:
-    """Return the trial of one configuration; one that was tried before costs nothing."""
-    number = len(finished)
+    """Return the trial of one candidate; one that was tried before costs nothing.
+
+    Args:
+        bench: makes and scores it.
+        candidate: what is tried.
+        finished: earlier trials, the best of which is its rival.
+        merges: yields its merge; None makes it alone.
+
+    Raises:
+        ValueError: it cannot be merged, and nothing else could so far.
+    """
+    method, policy = candidate.method, candidate.batch_norm
+    number = sum(trial.method == method for trial in finished)
     for earlier in finished:
-        if key_of(earlier.config) == key_of(config):
+        if candidate_of(earlier).key == candidate.key:
             again = replace(earlier, number=number, note=f"as trial {earlier.number}", answers={})
             return replace(again, images=0, seconds=0.0, cpu_seconds=0.0)
-    blank = Trial(method=method, number=number, config=config, state="failed")
+    if merges is None:
+        merges = bench.under(policy).merges(method, [candidate.config])
+    blank = Trial(
+        method=method, number=number, config=candidate.config, batch_norm=policy, state="failed"
+    )
     return _scored(bench, blank, merges, rival=_rival(bench, finished))
+
+
+def candidate_of(trial: Trial) -> Candidate:
+    """Return the candidate that a trial is of."""
+    return Candidate(trial.method, trial.config, trial.batch_norm)
 
 
 def _scored(
@@ -99,8 +119,8 @@ def _scored(
 
 def _judged(bench: Bench, blank: Trial, merged: Merged | ValueError, rival: Run | None) -> Trial:
     if isinstance(merged, ValueError):
-        # A method that cannot merge these experts at all is no method to tune.
-        if blank.number == 0:
+        # Where nothing can be merged yet, there is nothing to tune.
+        if rival is None:
             raise merged
         return replace(blank, note=" ".join(str(merged).split()))
     run = bench.run(merged, rival)

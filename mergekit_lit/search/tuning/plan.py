@@ -3,7 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -11,12 +12,15 @@ from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
 from mergekit_lit.lit.recalibration import Veneers
 from mergekit_lit.merging.configuration import check_interval, parameters
+from mergekit_lit.search.tuning.budget import Budget
 from mergekit_lit.search.tuning.objective import Goal, Metric
+from mergekit_lit.search.tuning.pool import Candidate, pool_of
 from mergekit_lit.search.tuning.proposals import Propose, grid_proposals, optuna_proposals
 from mergekit_lit.search.tuning.space import Space, grid_of, space_of
 
 Search = Literal["grid", "optuna"]
 
+_BUDGETS = ("budget", "budget_seconds")
 # Optuna starts with ten random trials; fewer than as many again would hardly be a search.
 _OPTUNA_TRIALS = 40
 
@@ -26,7 +30,17 @@ class TuningPlan:
     """What is searched, and how.
 
     Attributes:
-        method: merge methods, each searched by itself; their bests are compared.
+        method: merge methods. Without a budget each is searched by itself, and their bests are
+            compared; with one, they are searched at once.
+        budget: most evaluations of one search over methods, parameters and BatchNorm policies at
+            once; an evaluation is a look at all validation images, a part of them counts as that
+            part. It chooses among the points of the methods' grids, task arithmetic at scale 0.3
+            first, so that what is chosen is no worse.
+        budget_seconds: most seconds that the trials of such a search may take; the one that is
+            running is finished. With both budgets the first that is spent ends the search.
+        table: measured merges of other experts (`experiments/merges.py`), from which a search with
+            a budget knows beforehand what is likely to be good; without one it knows that merges
+            that are alike do alike.
         search: a `grid` over the range of each parameter, or `optuna`, whose TPE sampler learns
             from the trials before (`pip install 'mergekit-lit[tune]'`).
         trials: most configurations of a method, its defaults among them: a draw from the grid,
@@ -43,7 +57,7 @@ class TuningPlan:
             before the method, or to its result after it.
         batch_norm: BatchNorm statistics of candidates: the `base`'s, the `average` of the experts',
             or estimated again on training images, of all tasks together (`recalibrate`) or of each
-            (`recalibrate-per-task`).
+            (`recalibrate-per-task`); with a budget there may be several, to be searched over.
         discard: confidence at which a candidate that cannot beat the best so far is given up after
             1/8, 1/4 or 1/2 of the images; null scores every candidate on all of them.
         regret: whether to score what was discarded on all images too, at the end, to tell what the
@@ -56,6 +70,9 @@ class TuningPlan:
     """
 
     method: Sequence[str]
+    budget: int | None = None
+    budget_seconds: float | None = None
+    table: Path | None = None
     search: Search = "grid"
     trials: int | None = None
     points: int | None = None
@@ -64,7 +81,7 @@ class TuningPlan:
     metric: Metric = "normalised_accuracy"
     weights: Mapping[str, float] = field(default_factory=dict)
     then: Veneers = ()
-    batch_norm: BatchNormPolicy = "recalibrate-per-task"
+    batch_norm: Sequence[str] = ("recalibrate-per-task",)
     discard: float | None = 0.99
     regret: bool = False
     candidate_images: int = 128
@@ -76,6 +93,26 @@ class TuningPlan:
     def methods(self) -> tuple[str, ...]:
         """The methods, each once."""
         return tuple(dict.fromkeys(self.method))
+
+    @property
+    def policies(self) -> tuple[BatchNormPolicy, ...]:
+        """The BatchNorm policies, each once; `check_plan` refuses names of none."""
+        return cast("tuple[BatchNormPolicy, ...]", tuple(dict.fromkeys(self.batch_norm)))
+
+    @property
+    def joint(self) -> bool:
+        """Whether all methods are searched at once, to a budget."""
+        return self.budget is not None or self.budget_seconds is not None
+
+    @property
+    def spending(self) -> Budget:
+        """What may be spent."""
+        return Budget(evaluations=self.budget, seconds=self.budget_seconds)
+
+    @property
+    def pool(self) -> list[Candidate]:
+        """What a search to a budget chooses among."""
+        return pool_of({name: self.space_of(name) for name in self.methods}, self.policies)
 
     @property
     def confidence(self) -> float:
@@ -113,9 +150,10 @@ class TuningPlan:
 
     def facts(self) -> dict[str, Any]:
         """Return what the values of trials depend on; the log of another search differs in it."""
-        # More trials or methods go on from those that are there; these change no value.
-        apart = ("method", "trials", "regret", "compile", "device")
-        return {name: value for name, value in vars(self).items() if name not in apart}
+        # More trials, methods or budget go on from those that are there; these change no value.
+        apart = ("method", "trials", "regret", "compile", "device", "table", *_BUDGETS)
+        kept = {name: value for name, value in vars(self).items() if name not in apart}
+        return {**kept, "joint": self.joint}
 
 
 def check_plan(plan: TuningPlan) -> None:
@@ -133,6 +171,7 @@ def check_plan(plan: TuningPlan) -> None:
     if plan.search not in get_args(Search):
         raise KeyError(unknown_name("search", plan.search, get_args(Search)))
     _check_numbers(plan)
+    _check_joint(plan)
     plan.torch_device()
     methods = [MERGE_METHODS.get(name) for name in plan.methods]
     _check_data([*methods, *(VENEERS.get(name) for name, _ in plan.then)])
@@ -142,6 +181,26 @@ def check_plan(plan: TuningPlan) -> None:
         raise KeyError(unknown_name(noun, parameter, known_parameters))
     for method in methods:
         plan.proposals(method.name)
+
+
+def _check_joint(plan: TuningPlan) -> None:
+    """Refuse what only a search to a budget has without one, and the other way round."""
+    if not plan.policies:
+        raise ValueError("`batch_norm` must name at least one BatchNorm policy, but is empty.")
+    for policy in plan.policies:
+        if policy not in get_args(BatchNormPolicy):
+            raise KeyError(unknown_name("BatchNorm policy", policy, get_args(BatchNormPolicy)))
+    if plan.joint:
+        plan.spending.check()
+        for name, default in (("search", "grid"), ("trials", None)):
+            if (value := getattr(plan, name)) != default:
+                raise ValueError(
+                    f"`{name}` is for methods that are searched one by one, without a budget, but "
+                    f"is {value!r} beside one. Leave it out, or the budget."
+                )
+    elif len(plan.policies) > 1 or plan.table is not None:
+        what = "several `batch_norm` policies" if plan.table is None else "a `table`"
+        raise ValueError(f"A search with {what} must have a budget, but has none. Give `budget`.")
 
 
 def _check_data(entries: Sequence[Registered[Any]]) -> None:

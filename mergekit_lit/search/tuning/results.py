@@ -1,11 +1,65 @@
 """This file is what a search found, made of its trials alone: the choice, its price, its regret."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from mergekit_lit.search.tuning.space import Space
+from mergekit_lit.search.tuning.plan import TuningPlan
+from mergekit_lit.search.tuning.pool import REFERENCE
+from mergekit_lit.search.tuning.space import Space, key_of, start_of
 from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
+
+
+def results_of(log: TrialLog, plan: TuningPlan, images: int) -> dict[str, Any]:
+    """Return what was found, as JSON.
+
+    Args:
+        log: the trials.
+        plan: what was searched, and how.
+        images: validation images of all tasks.
+
+    Returns:
+        `methods`: what was found of each, as `method_results` has it. Of a search to a budget also
+        what was `spent`: `evaluations`, `seconds` and `cpu_seconds` of so many `trials`, of a pool
+        of so many `candidates`; and its `regret`, if known.
+
+    Raises:
+        ValueError: no candidate of a method has answers that are numbers.
+    """
+    names = _names(log, plan)
+    found: dict[str, Any] = {
+        "methods": {name: method_results(log, name, plan.space_of(name), images) for name in names}
+    }
+    if plan.joint:
+        found["spent"] = {
+            "evaluations": sum(trial.images for trial in log.own) / images,
+            "trials": len(log.own),
+            "candidates": len(plan.pool),
+            **_spent(log.own),
+        }
+        found["regret"] = regret(log.own, [trial for trial in log.trials if trial.again])
+    return found
+
+
+def chosen_of(log: TrialLog, plan: TuningPlan) -> Trial:
+    """Return the best trial of all methods; of equal ones that with the shortest step.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = _names(log, plan)
+    best = best_of([trial for trial in log.own if trial.method in names])
+    if best is None:
+        raise ValueError(_nothing(", ".join(plan.methods), len(log.own)))
+    return best
+
+
+def _names(log: TrialLog, plan: TuningPlan) -> list[str]:
+    """Return the methods there is something to tell of; method by method that is each of them."""
+    if not plan.joint:
+        return list(plan.methods)
+    valued = {trial.method for trial in log.own if trial.value is not None}
+    return [name for name in dict.fromkeys((*plan.methods, REFERENCE)) if name in valued]
 
 
 def method_results(log: TrialLog, method: str, space: Space, images: int) -> dict[str, Any]:
@@ -18,31 +72,29 @@ def method_results(log: TrialLog, method: str, space: Space, images: int) -> dic
         images: validation images of all tasks.
 
     Returns:
-        `chosen` configuration with `value` and `by_task`; the `defaults` likewise, whose value is
-        estimated where they were discarded; the `space`; numbers of `trials`, of those `discarded`
+        `chosen` configuration with its `batch_norm`, `value` and `by_task`, which are estimated if
+        every candidate was discarded (as `state` says); the `defaults` likewise, None where they
+        were not tried; the `space`; numbers of `trials`, of those `discarded`
         and `failed`; `images` that candidates were scored on, and their `saved_share` of what all
         of them would have taken without discarding; `seconds` and `cpu_seconds`; and the `regret`,
         if known.
     """
     trials = log.of(method)
-    best = best_of(trials)
+    best = best_of(trials) or best_of(trials, "discarded")
     if best is None:
-        raise ValueError(
-            f"{method!r} must have a candidate whose answers are numbers, but all {len(trials)} "
-            "failed. Train the experts again with a lower learning rate."
-        )
+        raise ValueError(_nothing(method, len(trials)))
     made = [trial for trial in trials if trial.images]
+    start = next((t for t in trials if key_of(t.config) == key_of(start_of(space))), None)
     seen = sum(trial.images for trial in made)
     return {
         "chosen": dict(best.config),
+        "batch_norm": best.batch_norm,
+        "state": best.state,
         "value": best.value,
         "by_task": dict(best.by_task),
         "trial": best.number,
-        "defaults": {
-            "config": dict(trials[0].config),
-            "value": trials[0].value,
-            "state": trials[0].state,
-        },
+        "defaults": start
+        and {"config": dict(start.config), "value": start.value, "state": start.state},
         "space": {
             name: {"values": list(axis.values), "ends": axis.ends} for name, axis in space.items()
         },
@@ -54,6 +106,13 @@ def method_results(log: TrialLog, method: str, space: Space, images: int) -> dic
         **_spent(trials),
         "regret": regret(trials, log.again(method)),
     }
+
+
+def _nothing(method: str, count: int) -> str:
+    return (
+        f"{method!r} must have a candidate whose answers are numbers, but all {count} failed. "
+        "Train the experts again with a lower learning rate."
+    )
 
 
 def regret(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, Any] | None:
@@ -68,9 +127,10 @@ def regret(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, Any] | 
         the `seconds` and `cpu_seconds` that scoring all candidates on all images takes. None while
         a discarded candidate has not been scored on all images.
     """
-    whole = {trial.number: trial for trial in again}
+    whole = {(trial.method, trial.number): trial for trial in again}
     everyone = [
-        whole.get(trial.number, trial) if trial.state == "discarded" else trial for trial in trials
+        whole.get((trial.method, trial.number), trial) if trial.state == "discarded" else trial
+        for trial in trials
     ]
     if any(trial.state == "discarded" for trial in everyone):
         return None
@@ -92,20 +152,19 @@ def _spent(trials: Sequence[Trial]) -> dict[str, float]:
     }
 
 
-def best_method(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the method with the best value; of equal ones the first."""
-    return max(results, key=lambda method: results[method]["value"])
+def trial_rows(log: TrialLog) -> list[dict[str, Any]]:
+    """Return one row a trial with the same keys, in the order in which they were made.
 
-
-def trial_rows(log: TrialLog, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row a trial with the same keys; None where there is nothing to tell."""
-    trials = [trial for name in methods for trial in (*log.of(name), *log.again(name))]
+    None stands where there is nothing to tell.
+    """
+    trials = log.trials
     tasks = list(dict.fromkeys(task for trial in trials for task in trial.by_task))
     return [
         {
             "method": trial.method,
             "trial": trial.number,
             "config": json.dumps(dict(trial.config), sort_keys=True),
+            "batch_norm": trial.batch_norm,
             "state": trial.state,
             "value": trial.value,
             "upper": trial.upper,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mergekit_lit.core.files import append_text, write_text
+from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.records import plain
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.search.tuning.objective import Answers
@@ -28,6 +29,7 @@ class Trial:
         method: name of the merge method.
         number: place among the method's trials, from 0.
         config: values of the searched parameters.
+        batch_norm: where its BatchNorm statistics come from.
         state: how far it came.
         value: the objective on val; estimated where it is discarded, None where it failed.
         upper: upper end of the interval of an estimate.
@@ -43,6 +45,7 @@ class Trial:
     method: str
     number: int
     config: Mapping[str, Any]
+    batch_norm: BatchNormPolicy = "recalibrate-per-task"
     state: State
     value: float | None = None
     upper: float | None = None
@@ -86,9 +89,14 @@ class TrialLog:
         append_text(self._path, line, durable=True)
         self.trials.append(trial)
 
+    @property
+    def own(self) -> list[Trial]:
+        """The trials that the search itself made."""
+        return [trial for trial in self.trials if not trial.again]
+
     def of(self, method: str) -> list[Trial]:
-        """Return the trials of one method that the search itself made."""
-        return [trial for trial in self.trials if trial.method == method and not trial.again]
+        """Return those of one method."""
+        return [trial for trial in self.own if trial.method == method]
 
     def again(self, method: str) -> list[Trial]:
         """Return the trials of one method that were made for the regret's sake."""
@@ -121,15 +129,15 @@ class TrialLog:
                 )
 
 
-def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """Return the trial with the best value on all images; of equal ones the shortest step.
+def best_of(trials: Sequence[Trial], state: State = "scored") -> Trial | None:
+    """Return the trial of a state with the best value; of equal ones the shortest step.
 
-    Of those the first; None if no trial was scored.
+    Of those the first; None if there is none.
     """
-    scored = [trial for trial in trials if trial.state == "scored" and trial.value is not None]
+    scored = [trial for trial in trials if trial.state == state and trial.value is not None]
     return min(
         scored,
-        key=lambda trial: (-(trial.value or 0.0), _length(trial.config), trial.number),
+        key=lambda trial: (-(trial.value or 0.0), _length(trial.config)),
         default=None,
     )
 

@@ -5,27 +5,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mergekit_lit.core.experts import Base, load_merged
 from mergekit_lit.core.files import file_hash, write_text
 from mergekit_lit.core.locks import sole_writer
-from mergekit_lit.core.records import Record, Stopwatch
+from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.data.splits import TaskData, split_hash
 from mergekit_lit.lit.run_facts import LoggerKind, Outcome, file_model
 from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.reports.results import csv_text
-from mergekit_lit.search.display import Display
-from mergekit_lit.search.tuning.bench import Bench
+from mergekit_lit.search.predicting.table import read_table
 from mergekit_lit.search.tuning.loading import make_bench
-from mergekit_lit.search.tuning.loop import score_again, search_method
+from mergekit_lit.search.tuning.loop import candidate_of
 from mergekit_lit.search.tuning.objective import check_goal
 from mergekit_lit.search.tuning.plan import TuningPlan, check_plan
+from mergekit_lit.search.tuning.pool import Candidate
+from mergekit_lit.search.tuning.prior import measured_of
 from mergekit_lit.search.tuning.race import Run
-from mergekit_lit.search.tuning.results import best_method, method_results, trial_rows
+from mergekit_lit.search.tuning.results import chosen_of, results_of, trial_rows
+from mergekit_lit.search.tuning.running import run_search
 from mergekit_lit.search.tuning.space import start_of
-from mergekit_lit.search.tuning.trials import Trial, TrialLog, best_of
+from mergekit_lit.search.tuning.trials import TrialLog
 from mergekit_lit.stages.folders import check_folder
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import MergeResult, merge_files
@@ -64,6 +64,8 @@ def tune_files(
 ) -> TuningResult:
     """Search the parameters of merge methods on validation images, and merge with the best.
 
+    Method by method; or to a budget, over methods, parameters and BatchNorm policies at once.
+
     Candidates are merged in memory, many in one pass over the files, and their weights copied into
     one module. `out` holds `trials.jsonl`, a line for each trial as soon as it is done, so that the
     same command goes on where a killed one stopped; then `best.safetensors` with its record,
@@ -82,9 +84,9 @@ def tune_files(
         quiet: whether to draw no progress.
 
     Raises:
-        FileNotFoundError: an expert is missing.
+        FileNotFoundError: an expert or the table is missing.
         KeyError: an unknown name.
-        ModuleNotFoundError: Optuna or W&B is wanted and not installed.
+        ModuleNotFoundError: Optuna, pyarrow or W&B is wanted and not installed.
         TypeError: a value of the wrong type.
         ValueError: a value out of range, experts that cannot be merged, tasks without validation
             images, or a folder that holds another search, or is written by another process.
@@ -93,7 +95,10 @@ def tune_files(
     out, paths = Path(out), [Path(path) for path in experts]
     check_plan(plan)
     for method in plan.methods:
-        check_recipe(_recipe(plan, method, start_of(plan.space_of(method))), calibration)
+        start = start_of(plan.space_of(method))
+        for policy in plan.policies:
+            check_recipe(_recipe(plan, Candidate(method, start, policy)), calibration)
+    measured = measured_of(read_table(plan.table)) if plan.table else None
     check_folder(out)
     check_logger(logger)
     with sole_writer(out / "tune.lock"):
@@ -103,25 +108,26 @@ def tune_files(
         tasks = list(calibration.tasks(gathered.names))
         log = TrialLog(out / "trials.jsonl", _facts(plan, calibration, paths, loaded, tasks))
         bench = make_bench(gathered, backbone.to(plan.torch_device()), tasks, plan, calibration)
-        results = _searched(bench, log, plan, quiet=quiet)
-        method = best_method(results)
+        run_search(bench, log, plan, measured, quiet=quiet)
+        results, best = results_of(log, plan, bench.count), chosen_of(log, plan)
         made = merge_files(
             paths,
             out=out / "best.safetensors",
-            recipe=_recipe(plan, method, results[method]["chosen"]),
+            recipe=_recipe(plan, candidate_of(best)),
             base=base,
             allow_different_base=allow_different_base,
             calibration=calibration,
         )
         record = _record(plan, calibration, made, loaded)
+        written = bench.under(best.batch_norm).run(load_merged(made.path))
         record.metrics = {
-            "best": {"method": method, **_scores(bench.run(load_merged(made.path)))},
+            "best": {"method": best.method, "batch_norm": best.batch_norm, **_scores(written)},
             "base": _scores(bench.run(bench.at_base())),
-            "methods": results,
+            **results,
             "validation_images": bench.count,
         }
         watch.finish(record)
-        rows = trial_rows(log, plan.methods)
+        rows = trial_rows(log)
         write_text(out / "trials.csv", csv_text(rows))
         record.write(out / "tune.record.json")
         if logger != "csv":
@@ -129,39 +135,12 @@ def tune_files(
     return TuningResult(record, out / "tune.record.json", out / "trials.csv", made.path)
 
 
-def _searched(bench: Bench, log: TrialLog, plan: TuningPlan, *, quiet: bool) -> dict[str, Any]:
-    """Search every method, and return what was found of each."""
-    with Display(Console(quiet=quiet)) as display:
-        for method in plan.methods:
-            _search(bench, log, method, plan, display)
-    return {
-        name: method_results(log, name, plan.space_of(name), bench.count) for name in plan.methods
-    }
-
-
-def _search(bench: Bench, log: TrialLog, method: str, plan: TuningPlan, display: Display) -> None:
-    """Search one method, and score again what was discarded if the regret is asked for."""
-    propose, count = plan.proposals(method)
-    display.show(method, 0, count, "merging")
-
-    def heard(trial: Trial) -> None:
-        best = best_of(log.of(method))
-        note = f"best {best.value:.4f}" if best and best.value is not None else ""
-        if trial.again:
-            note += f"; {len(log.again(method))} of the discarded scored again"
-        display.show(method, len(log.of(method)), count, note)
-
-    search_method(bench, log, method, propose, heard=heard)
-    if plan.regret:
-        score_again(bench, log, method, heard=heard)
-
-
-def _recipe(plan: TuningPlan, method: str, config: dict[str, Any]) -> Recipe:
+def _recipe(plan: TuningPlan, candidate: Candidate) -> Recipe:
     return Recipe(
-        method=method,
-        config=config,
+        method=candidate.method,
+        config=candidate.config,
         veneers=plan.then,
-        batch_norm=plan.batch_norm,
+        batch_norm=candidate.batch_norm,
         seed=plan.seed,
     )
 
@@ -196,7 +175,7 @@ def _record(plan: TuningPlan, calibration: Calibration, made: MergeResult, base:
         stage="tune",
         name=" or ".join(plan.methods),
         config={
-            **asdict(plan),
+            **plain(asdict(plan)),
             "then": [{"name": name, "config": dict(config)} for name, config in plan.then],
             "experts": list(made.record.inputs),
             "base": base.name,

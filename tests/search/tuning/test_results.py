@@ -1,8 +1,18 @@
 """What a search tells, made of trials that were written by hand."""
 
+from dataclasses import replace
+
 import pytest
 
-from mergekit_lit.search.tuning.results import best_method, method_results, regret, trial_rows
+from mergekit_lit.search.tuning.plan import TuningPlan
+from mergekit_lit.search.tuning.results import (
+    chosen_of,
+    method_results,
+    regret,
+    results_of,
+    trial_rows,
+)
+from mergekit_lit.search.tuning.space import Axis
 from mergekit_lit.search.tuning.trials import Trial, TrialLog
 
 
@@ -29,13 +39,13 @@ def test_results_of_a_method(tmp_path):
     log = TrialLog(tmp_path / "t", {})
     for each in TRIALS:
         log.add(each)
-    told = method_results(log, "ties", {}, 100)
+    told = method_results(log, "ties", {"scale": Axis((0.0, 1.0, 2.0), 0.0)}, 100)
     assert (told["chosen"], told["value"], told["trial"]) == ({"scale": 1.0}, 0.7, 1)
     assert told["defaults"] == {"config": {"scale": 0.0}, "value": 0.5, "state": "scored"}
     assert (told["trials"], told["discarded"], told["failed"]) == (3, 1, 0)
     assert told["images"] == 210
     assert told["saved_share"] == pytest.approx(0.3)
-    rows = trial_rows(log, ["ties"])
+    rows = trial_rows(log)
     assert [row["a"] for row in rows] == [0.5, 0.7, 0.4]
     assert len({tuple(row) for row in rows}) == 1
 
@@ -47,5 +57,23 @@ def test_a_method_without_a_number_is_told(tmp_path):
         method_results(log, "ties", {}, 100)
 
 
-def test_of_equal_methods_the_first_is_taken():
-    assert best_method({"a": {"value": 0.1}, "b": {"value": 0.2}, "c": {"value": 0.2}}) == "b"
+def test_a_search_to_a_budget_tells_of_the_methods_that_it_tried(tmp_path):
+    log = TrialLog(tmp_path / "t", {})
+    reference = replace(trial(0, 0.5), method="task_arithmetic", config={"scale": 0.3})
+    for each in (reference, trial(0, 0.4, "discarded", images=10, upper=0.45)):
+        log.add(each)
+    plan = TuningPlan(method=["ties", "dare"], budget=2)
+    told = results_of(log, plan, 100)
+    assert list(told["methods"]) == ["ties", "task_arithmetic"]
+    assert (told["methods"]["ties"]["state"], told["methods"]["ties"]["value"]) == (
+        "discarded",
+        0.4,
+    )
+    assert told["methods"]["ties"]["defaults"] is None
+    assert (told["spent"]["evaluations"], told["spent"]["trials"]) == (1.1, 2)
+    assert told["regret"] is None
+    assert chosen_of(log, plan) == reference
+    # A trial that was made for the regret's sake alone is never chosen.
+    log.add(trial(0, 0.9, again=True))
+    assert chosen_of(log, plan) == reference
+    assert results_of(log, plan, 100)["regret"]["regret"] == pytest.approx(0.4)

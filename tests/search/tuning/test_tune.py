@@ -68,7 +68,7 @@ def test_a_grid_equals_merging_and_evaluating_each_point(request, tmp_path, kind
         space=space,
         metric="cross_entropy",
         discard=None,
-        batch_norm=policy,
+        batch_norm=[policy],
         candidate_images=family.calibration.images,
     )
     trials = lines_of(tmp_path / "run")
@@ -168,7 +168,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(vits, tmp
         ({"then": [("equal_norms", {"to": "max"})]}, TypeError, "one of 'min'"),
         ({"search": "gird"}, KeyError, "Did you mean 'grid'"),
         ({"metric": "acuracy"}, KeyError, "Did you mean 'accuracy'"),
-        ({"batch_norm": "bse"}, KeyError, "Did you mean 'base'"),
+        ({"batch_norm": ["bse"]}, KeyError, "Did you mean 'base'"),
         ({"trials": 0}, ValueError, "`trials` must be at least 1"),
         ({"candidate_images": 1}, ValueError, "`candidate_images` must be at least 2"),
         ({"discard": 1.0}, ValueError, r"`discard` must lie in \(0, 1\)"),
