@@ -172,6 +172,7 @@ def known_rows(
                 "real": False,
                 "group": "",
                 "merge": place,
+                "method": recipe.method,
                 "task": name,
             }
             for name, card in zip(experts.names, experts.cards, strict=True)

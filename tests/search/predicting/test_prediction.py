@@ -31,9 +31,16 @@ def rows_of(*, groups=40, seed=0, spread=0.03, tasks=12):
                 value = expert - 0.3 * blocked + draw.normal(0, spread)
                 table.append((group, merge, task, expert, blocked, np.clip(value, 0, 1)))
     group, merge, task, expert, blocked, value = map(np.array, zip(*table, strict=True))
+    features = np.stack([expert, blocked, draw.normal(size=len(task))], axis=1)
+    first = {
+        (g, t): i for i, (g, m, t) in enumerate(zip(group, merge, task, strict=True)) if m == 0
+    }
+    plain = [first[place] for place in zip(group, task, strict=True)]
     return Rows(
         names=NAMES,
-        features=np.stack([expert, blocked, draw.normal(size=len(task))], axis=1),
+        features=features,
+        plain_features=features[plain],
+        plain_outcome=np.clip(value, 0, 1)[plain],
         outcome=value,
         anchor=expert,
         ends=(0, 1),
@@ -81,8 +88,12 @@ def test_without_real_tasks_nothing_goes_there(rows):
 
 @pytest.mark.parametrize(
     "fit",
-    [predictors.Boosting({"interference": -1}, trees=60), predictors.linear],
-    ids=["trees", "linear"],
+    [
+        predictors.Boosting({"interference": -1}, trees=60),
+        predictors.FromAverage({"interference": -1}, trees=60),
+        predictors.linear,
+    ],
+    ids=["trees", "two parts", "linear"],
 )
 def test_a_law_is_found(rows, fit):
     found = judge(list(leave_groups_out(rows))[:3], fit)
@@ -109,6 +120,15 @@ def test_trees_never_rise_where_theory_says_so(rows):
     steps = rows.at(np.zeros(50, int))
     steps = replace(steps, features=np.stack([steps.features[:, 0], ladder, 0 * ladder], axis=1))
     assert (np.diff(predict(steps)) <= 1e-12).all()
+
+
+def test_what_no_measured_row_knows_is_not_learned_from(rows):
+    fit = predictors.Boosting({"interference": -1}, trees=5)
+    nowhere = rows.features.copy()
+    nowhere[:, 2] = np.nan
+    blind = fit(replace(rows, features=nowhere))
+    less = rows.with_features(NAMES[:2])
+    assert np.array_equal(blind(rows), fit(less)(less))
 
 
 def test_the_same_rows_give_the_same_predictions(rows):
