@@ -323,6 +323,8 @@ def _print(result: MergeResult) -> None:
         for task, coefficient in zip(facts["tasks"], coefficients, strict=True)
     ]
     print_table(rows, {"task": "task", "coefficient": "coefficient"})
+    for warning in result.record.metrics["warnings"]:
+        print(f"warning: {warning}")
     print(f"{facts['method']}, BatchNorm {facts['batch_norm']}: {result.path}")
 
 

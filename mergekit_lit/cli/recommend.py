@@ -1,4 +1,7 @@
-"""This file is `mergekit-lit recommend`: how to train experts that merge well, before training."""
+"""This file is `mergekit-lit recommend`: how to train experts that merge well, before training.
+
+Of experts that are there, `--experts` tells what will make them merge badly, and what mends it.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -13,8 +16,10 @@ from mergekit_lit.core.records import Record
 from mergekit_lit.search.recommending.recommend import Recommendation, recommend
 from mergekit_lit.search.recommending.request import Request
 from mergekit_lit.search.recommending.space import Space
+from mergekit_lit.stages.cautions import expert_cautions
 
-_USAGE = "SUITE --budget SECONDS --out FOLDER [options]"
+_USAGE = "SUITE --budget SECONDS --out FOLDER [options], or --experts EXPERT ..."
+_EXPERTS = "--experts"
 _SHOWN = 10
 
 
@@ -28,8 +33,19 @@ def options(*, out: Path, json: bool = False) -> None:
     """
 
 
+def advice(experts: list[Path], *, json: bool = False) -> None:
+    """Tell of experts that are there what will make them merge badly, and what mends it.
+
+    Args:
+        experts: their files.
+        json: whether to print the lines as JSON.
+    """
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
+    if _EXPERTS in argv:
+        return _advise([word for word in argv if word != _EXPERTS])
     parser = _parser()
     made = instantiated(parser, parse(parser, argv, positional="suite"))
     given = dict(vars(made))
@@ -45,6 +61,19 @@ def run(argv: Sequence[str]) -> int:
         print_json(vars(found.record))
     else:
         _print(found)
+    return 0
+
+
+def _advise(argv: Sequence[str]) -> int:
+    """Tell of experts that are there; they follow `--experts`."""
+    parser = command_parser("recommend", COMMANDS["recommend"], usage=_USAGE)
+    add_parameters(parser, advice)
+    made = instantiated(parser, parse(parser, argv, positional="experts"))
+    lines = expert_cautions(made.experts)
+    if made.json:
+        print_json(lines)
+    else:
+        print("\n".join(lines) or "Nothing on their cards speaks against merging these experts.")
     return 0
 
 
@@ -72,7 +101,9 @@ def _print(found: Recommendation) -> None:
         f"mean accuracy {expected['accuracy']:.3f} [{expected['low']:.3f}, {expected['high']:.3f}] "
         f"over {expected['tasks']} tasks, beside the base's {expected['base']:.3f}."
     )
+    done = ", ".join(metrics["experts"])
     print(f"To train: mergekit-lit train --config {found.training}. Why: {found.page}")
+    print(f"Experts of {done} are trained so already: {', '.join(metrics['experts'].values())}")
 
 
 def _print_costs(record: Record) -> None:

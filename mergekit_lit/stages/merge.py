@@ -16,6 +16,7 @@ from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
+from mergekit_lit.stages.cautions import expert_cautions
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
@@ -102,6 +103,7 @@ def merge_files(  # noqa: PLR0913
         "max_shard_bytes": max_shard_bytes,
     }
     record = _record(recipe, calibration, inputs, out, merged, observers, choices)
+    record.metrics["warnings"] = [] if plain else expert_cautions(paths)
     save = save_raw if plain else save_merged
     # Should one fail, what an earlier merge left stays whole.
     with together():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Expert
+from mergekit_lit.core.experts import Base, Expert, save_expert
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.stages.cautions import cautions
+from mergekit_lit.stages.cautions import cautions, expert_cautions, nearest_travel
 
 STRUCTURE = {
     "weight": TensorInfo("linear", 0, "stem"),
@@ -109,3 +109,61 @@ def test_without_a_base_the_cards_tell_the_norms():
     assert "delta norms are unequal: 'a' 2.5, 'b' 1" in _told(case)[0]
     _card(case, displacement=None)
     assert _told(case) == []
+
+
+def _written(folder, task, steps, travel, **facts):
+    """Write an expert after some steps of a training that left several."""
+    expert = _expert(task, size=facts.pop("size", 1.0))
+    told = {"steps": steps, "travel": travel, "lr": 0.1, "seed": 0, **facts}
+    path = folder / f"{task}-step{steps}.safetensors"
+    save_expert(path, replace(expert, card=replace(expert.card, **told)))
+    return path
+
+
+def test_experts_that_are_alike_give_no_line(tmp_path):
+    files = [_written(tmp_path, task, 100, 5.0, val_loss=0.5, base_val_loss=1.0) for task in "abc"]
+    assert expert_cautions(files) == []
+
+
+def test_an_expert_that_went_too_far_names_the_checkpoint_to_take_instead(tmp_path):
+    others = [_written(tmp_path, task, 100, 5.0) for task in "bc"]
+    _written(tmp_path, "a", 25, 1.0)
+    earlier = _written(tmp_path, "a", 90, 4.5)
+    far = _written(tmp_path, "a", 900, 45.0)
+    unequal, line = expert_cautions([far, *others])
+    assert "travels are unequal" in unequal
+    assert "--method travel_normalised" in unequal
+    assert line == (
+        f"The expert of 'a' travelled 45, more than twice the others' 5. Merge its earlier "
+        f"checkpoint instead: {earlier}"
+    )
+
+
+def test_without_an_earlier_checkpoint_it_is_to_be_trained_again(tmp_path):
+    files = [_written(tmp_path, task, 100, 5.0) for task in "bc"]
+    files.append(_written(tmp_path, "a", 900, 45.0))
+    assert expert_cautions(files)[-1].endswith("Train it again for fewer steps or at a lower rate.")
+
+
+def test_an_expert_below_its_base_went_past_what_is_good(tmp_path):
+    files = [_written(tmp_path, task, 100, 5.0) for task in "bc"]
+    files.append(_written(tmp_path, "a", 100, 5.0, val_loss=1.5, base_val_loss=1.0))
+    (line,) = expert_cautions(files)
+    assert "validation loss of 1.5, above the base's 1" in line
+
+
+def test_unequal_norms_name_the_veneer(tmp_path):
+    files = [_written(tmp_path, "a", 100, 5.0), _written(tmp_path, "b", 100, 5.0, size=3.0)]
+    (line,) = expert_cautions(files)
+    assert "delta norms are unequal: 'b' 3, 'a' 1" in line
+    assert "--then equal_norms" in line
+
+
+def test_cards_that_know_nothing_give_no_line(tmp_path):
+    files = [_written(tmp_path, task, 100, None, lr=None) for task in "ab"]
+    assert expert_cautions(files) == []
+
+
+def test_the_nearest_travel_is_by_ratio():
+    assert nearest_travel({10: 1.0, 20: 10.0}, 4.0) == 20
+    assert nearest_travel({10: 1.0, 20: 10.0}, 3.0) == 10

@@ -54,7 +54,8 @@ class Shares:
 
     Attributes:
         probe: of the probes, in (0, 1).
-        confirm: of the validation run, in (0, 1); the rest trains the experts.
+        confirm: of the ways that the validation run gives up, in (0, 1); the rest trains the
+            experts, some of them in the validation run.
     """
 
     probe: float = 0.05
@@ -158,12 +159,16 @@ class Budget:
     def _parts(self, limit: float) -> Parts | None:
         fitting = [c for c in self.space.candidates if self.whole(c) <= self.shares.train * limit]
         for length, sample in self._probes():
-            rungs = rungs_of(self.ways, self.shares.confirm * limit / sample)
-            shortest = self.space.lengths[:1]
-            kept = [c for c in fitting if self.within(c.way, shortest, rungs[0].cost)]
+            ways = min(self.ways, len(self.space.ways))
+            rungs = rungs_of(ways, self.shares.confirm * limit / sample)
+            kept = [c for c in fitting if self._enters(c.way, rungs)]
             if kept and self.probe_cost(length, sample) <= self.shares.probe * limit:
                 return Parts(length, sample, tuple(kept), rungs)
         return None
+
+    def _enters(self, way: Way, rungs: Sequence[Rung]) -> bool:
+        """Whether the first round reaches the shortest training of a way."""
+        return not rungs or bool(self.within(way, self.space.lengths[:1], rungs[0].cost))
 
     def _probes(self) -> Iterator[tuple[int, int]]:
         """Yield lengths and numbers of tasks of probes, the best first."""
@@ -179,12 +184,13 @@ class Budget:
 def rungs_of(ways: int, cost: float) -> tuple[Rung, ...]:
     """Return the rounds of successive halving that cost so much in all, on one task.
 
-    Half of the ways, rounded up, go on after each round, until one is left; each round doubles
-    what a way has cost.
+    Half of the ways, rounded up, go on after each round, until one is left, which needs none; each
+    round doubles what a way has cost.
     """
-    counts = [ways]
-    while counts[-1] > 1:
-        counts.append((counts[-1] + 1) // 2)
+    counts = []
+    while ways > 1:
+        counts.append(ways)
+        ways = (ways + 1) // 2
     shares = [2.0 ** (place + 1 - len(counts)) for place in range(len(counts))]
     added = [after - before for before, after in zip([0.0, *shares], shares, strict=False)]
     whole = sum(count * more for count, more in zip(counts, added, strict=True))

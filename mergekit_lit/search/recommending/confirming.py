@@ -3,6 +3,8 @@
 Successive halving over K: each round trains every way that is left as far as its share of the cost
 goes, scores the merge at every K on the way, and looks ahead again with what was measured; the
 better half goes on. One trajectory serves all K, and goes on from where the round before left it.
+The way that is left is trained until longer no longer looks better: on these tasks its experts are
+then there, and are part of what is recommended.
 """
 
 import math
@@ -112,45 +114,70 @@ class Confirmation:
         Raises:
             ValueError: every way diverged.
         """
-        space = self._site.setting.space
-        points = {(point.way, point.steps): point for point in probes}
-        ranking = Ranking(space, constants, list(probes))
-        alive = best_ways(ranking.ranked(self._parts.candidates), self._parts.rungs[0].ways)
+        self._constants = constants
+        self._points = {(point.way, point.steps): point for point in probes}
+        order = self._ranking().ranked(self._parts.candidates)
+        rungs = self._parts.rungs
+        alive = best_ways(order, rungs[0].ways if rungs else 1)
         rounds = []
-        for place, rung in enumerate(self._parts.rungs):
-            until, dropped = {}, {}
-            for way in alive:
-                try:
-                    points |= self._measure(way, rung)
-                except ValueError as error:
-                    dropped[way.name] = diverged(error)
-                until[way.name] = max((k for of, k in points if of == way), default=0)
-            ranking = Ranking(space, constants, list(points.values()))
-            alive = [way for way in alive if way.name not in dropped]
-            left = self._parts.rungs[place + 1].ways if place + 1 < len(self._parts.rungs) else 1
-            order = ranking.ranked([c for c in self._parts.candidates if c.way in alive])
-            kept = best_ways(order, left)
-            dropped |= {way.name: _told(order, way, kept) for way in alive if way not in kept}
-            rounds.append(Round(until, dropped))
-            alive = kept
+        for place, rung in enumerate(rungs):
+            left = rungs[place + 1].ways if place + 1 < len(rungs) else 1
+            alive, told = self._halve(alive, rung, left)
+            rounds.append(told)
+        rounds += [self._finish(way) for way in alive]
         fitting = set(self._parts.candidates)
-        confirmed = [point for key, point in points.items() if Candidate(*key) in fitting]
+        confirmed = [point for key, point in self._points.items() if Candidate(*key) in fitting]
         if not confirmed:
             raise ValueError(
                 "At least one way must train, but all that were tried diverged: "
                 f"{'; '.join(rounds[0].dropped.values())} Give smaller rates: `space.lr`."
             )
-        return Confirmed(
-            best_point(confirmed, by_accuracy=by_accuracy),
-            tuple(points.values()),
-            tuple(rounds),
-            ranking,
-        )
+        chosen = best_point(confirmed, by_accuracy=by_accuracy)
+        return Confirmed(chosen, tuple(self._points.values()), tuple(rounds), self._ranking())
 
-    def _measure(self, way: Way, rung: Rung) -> dict[tuple[Way, int], Point]:
-        """Return the merges of a way up to the end of a round."""
-        lengths = [c.steps for c in self._parts.candidates if c.way == way]
-        wanted = self._budget.within(way, sorted(lengths), rung.cost)
+    def _ranking(self) -> Ranking:
+        space = self._site.setting.space
+        return Ranking(space, self._constants, list(self._points.values()))
+
+    def _halve(self, alive: Sequence[Way], rung: Rung, left: int) -> tuple[list[Way], Round]:
+        """Train some ways a round further, and return those that go on."""
+        until, dropped = {}, {}
+        for way in alive:
+            wanted = self._budget.within(way, self._lengths(way), rung.cost)
+            try:
+                self._points |= self._measure(way, wanted)
+            except ValueError as error:
+                dropped[way.name] = diverged(error)
+            until[way.name] = max((k for of, k in self._points if of == way), default=0)
+        whole = [way for way in alive if way.name not in dropped]
+        order = self._ranking().ranked([c for c in self._parts.candidates if c.way in whole])
+        kept = best_ways(order, left)
+        dropped |= {way.name: _told(order, way, kept) for way in whole if way not in kept}
+        return kept, Round(until, dropped)
+
+    def _finish(self, way: Way) -> Round:
+        """Train the way that is left until longer no longer looks better."""
+        until, dropped = 0, {}
+        try:
+            for k in self._lengths(way):
+                own = [c for c in self._parts.candidates if c.way == way and c.steps >= k]
+                seen = [p.val_loss for (of, _), p in self._points.items() if of == way]
+                ahead = self._ranking().ranked(own)[0].val_loss
+                known = (way, k) in self._points
+                if not known and seen and ahead >= min(seen):
+                    break
+                self._points |= self._measure(way, [k])
+                until = k
+        except ValueError as error:
+            dropped[way.name] = diverged(error)
+        return Round({way.name: until}, dropped)
+
+    def _lengths(self, way: Way) -> list[int]:
+        """Return the step counts of a way whose training fits, ascending."""
+        return sorted(c.steps for c in self._parts.candidates if c.way == way)
+
+    def _measure(self, way: Way, wanted: Sequence[int]) -> dict[tuple[Way, int], Point]:
+        """Return the merges of a way at some step counts; make those that the log lacks."""
         new = [k for k in wanted if (way, k) not in self._log.points]
         if new:
             self._log.add(list(measured(self._site, way, self._tasks, self._steps[way], new)))

@@ -157,7 +157,10 @@ def _found(
         shares = kept.part("base", lambda: {t: asdict(site.base_share(t)) for t in others})
         base |= {task: Share(**share) for task, share in shares.items()}
     merged = {t: Share(s.accuracy, s.images) for t, s in confirmed.chosen.scores.items()}
-    return facts_of(budget, request.limit, probed, confirmed, expected_accuracy(base, merged))
+    expected = expected_accuracy(base, merged)
+    way, k = confirmed.chosen.way, confirmed.chosen.steps
+    experts = {task: str(site.train(way, task, steps[way], k)[k]) for task in sample}
+    return {**facts_of(budget, request.limit, probed, confirmed, expected), "experts": experts}
 
 
 def asked_steps(space: Space, parts: Parts) -> dict[Way, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from mergekit_lit.search.recommending.space import Space
 
 Aim = Literal["cross_entropy", "accuracy"]
 
-_SHARED = ("backbone", "head", "method", "images", "root", "val_share", "reserve", "seed")
+_SHARED = ("backbone", "head", "method", "images", "root", "val_share", "reserve", "n", "seed")
 _LEAST = 2
 
 
@@ -35,7 +35,8 @@ class Request:
         sample: tasks that probes and validation run take, at least 2.
         ways: ways to train that enter the validation run, at least 1.
         probe_share: share of the budget for the probes.
-        confirm_share: share of the budget for the validation run; the rest trains the experts.
+        confirm_share: share of the budget for ways that the validation run gives up; the rest
+            trains the experts, some of them in the validation run already.
         aim: what the validation run chooses by: `cross_entropy`, which few images tell better, or
             `accuracy`.
         head: how heads are made: `frozen-ncm`, `frozen-probe`, `embeddings:FILE` or `trained`.
@@ -44,6 +45,7 @@ class Request:
         root: folder of the downloaded data sets; null for the default one.
         val_share: share of the training images carved out for validation.
         reserve: training images carved out that no run trains on.
+        n: training images of a task, of which `space.share` takes shares; null for all.
         seed: of the split, the order of images and all draws.
     """
 
@@ -63,6 +65,7 @@ class Request:
     root: Path | None = None
     val_share: float = 0.1
     reserve: int = 64
+    n: int | None = None
     seed: int = 0
 
     @property

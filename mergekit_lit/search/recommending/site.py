@@ -59,6 +59,7 @@ class Setting:
         root: folder of the downloaded data sets.
         val_share: share of the training images carved out for validation.
         reserve: training images carved out that no run trains on.
+        n: training images of a task, of which ways take shares; None for all.
         seed: of the split, the order of images and all draws.
     """
 
@@ -73,12 +74,19 @@ class Setting:
     root: Path | None
     val_share: float
     reserve: int
+    n: int | None = None
     seed: int
 
     def split(self, share: float = 1.0) -> SplitOptions:
         """Return how a task is carved."""
+        # A share of n is a number of images too.
+        count = None if self.n is None else max(2, round(share * self.n))
         return SplitOptions(
-            val_share=self.val_share, reserve=self.reserve, train_share=share, seed=self.seed
+            val_share=self.val_share,
+            reserve=self.reserve,
+            train_share=share if self.n is None else 1.0,
+            n=count,
+            seed=self.seed,
         )
 
 
@@ -197,7 +205,8 @@ class Site:
             setting.suite,
             task,
             batch=way.batch,
-            train_share=way.share,
+            n=setting.split(way.share).n,
+            train_share=setting.split(way.share).train_share,
             val_share=setting.val_share,
             reserve=setting.reserve,
             split_seed=setting.seed,

@@ -1,6 +1,6 @@
 """This file tells a recommendation: as plain values for the record, and as a file for `train`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,6 @@ from mergekit_lit.search.recommending.probes import Point, Probed
 from mergekit_lit.search.recommending.ranking import Outlook
 from mergekit_lit.search.recommending.site import Setting
 from mergekit_lit.search.recommending.space import Candidate
-
-_MARGIN = 0.01
-"""Nats by which a longer training must look better to be worth a word."""
 
 
 def facts_of(
@@ -51,10 +48,10 @@ def facts_of(
             "unit": budget.pace.unit,
             "limit": limit,
             "probes": budget.probe_cost(parts.length, parts.sample),
-            "validation run": _spent(budget, confirmed, probed, parts.sample),
+            "validation run": parts.sample * _given_up(budget, confirmed),
             "training": budget.whole(candidate),
         },
-        "cautions": _cautions(budget, candidate, order, alone, expected),
+        "cautions": _cautions(budget, candidate, parts.candidates, alone, expected),
     }
 
 
@@ -66,7 +63,8 @@ def training_file(setting: Setting, metrics: Mapping[str, Any], out: Path) -> st
             "suite": setting.suite,
             "task": ",".join(setting.tasks),
             "batch": chosen["batch"],
-            "train_share": chosen["share"],
+            "train_share": setting.split(chosen["share"]).train_share,
+            "n": setting.split(chosen["share"]).n,
             "val_share": setting.val_share,
             "reserve": setting.reserve,
             "split_seed": setting.seed,
@@ -106,43 +104,31 @@ def _told_point(point: Point) -> dict[str, Any]:
     }
 
 
-def _spent(budget: Budget, confirmed: Confirmed, probed: Probed, tasks: int) -> float:
-    """Return the cost of the validation run, beyond what the probes had trained already."""
-    before = {(point.way, point.steps) for point in probed.points}
-    new = [point for point in confirmed.points if (point.way, point.steps) not in before]
-    cost = 0.0
-    for way in {point.way for point in new}:
-        counts = [point.steps for point in new if point.way == way]
+def _given_up(budget: Budget, confirmed: Confirmed) -> float:
+    """Return the cost, on one task, of what the validation run trained in vain."""
+    chosen, cost = confirmed.chosen, 0.0
+    tried = {name for each in confirmed.rounds for name, k in each.until.items() if k}
+    for way in {point.way for point in confirmed.points if point.way.name in tried}:
+        counts = [point.steps for point in confirmed.points if point.way == way]
         cost += budget.pace.training(way, max(counts), exports=len(counts))
         cost += len(counts) * budget.pace.score
-        probed_to = max((p.steps for p in probed.points if p.way == way), default=0)
-        if probed_to:
-            cost -= budget.pace.training(way, probed_to) - budget.pace.start
-    return cost * tasks
+    return cost - budget.pace.training(chosen.way, chosen.steps)
 
 
 def _cautions(
     budget: Budget,
     chosen: Candidate,
-    order: list[Outlook],
+    fitting: Sequence[Candidate],
     alone: Outlook | None,
     expected: Expected,
 ) -> list[str]:
     """Return what a reader should keep in mind, a sentence each."""
     lines = []
-    own = next(each for each in order if each.candidate == chosen)
-    better = [
-        each
-        for each in order
-        if each.candidate.way == chosen.way
-        and each.candidate.steps > chosen.steps
-        and each.val_loss < own.val_loss - _MARGIN
-    ]
-    if better:
-        best = min(better, key=lambda each: each.val_loss)
+    longest = max(each.steps for each in fitting if each.way == chosen.way)
+    if chosen.steps == longest:
         lines.append(
-            f"{best.candidate.steps} steps look better by {own.val_loss - best.val_loss:.3f} nats, "
-            "but the validation run did not reach them: raise `confirm_share` or the budget."
+            f"{longest} steps are the most that the budget or the space allows in this way, and "
+            "were the best: longer may be better."
         )
     rates = budget.space.lr if chosen.way.optimizer == "sgd" else budget.space.adam_lr
     if len(rates) > 1 and chosen.way.lr in (min(rates), max(rates)):
