@@ -92,8 +92,8 @@ def options(  # noqa: PLR0913
             as `address`, and `worker`, what each worker needs: `{num_cpus: 1, num_gpus: 0.5}`; of
             `wandb`: `entity` and `project`.
         jobs: workers, each of one thread; null for one a GPU, or a core where there is none.
-        retries: how often a run that failed, or whose process died, is tried again; errors of input
-            are not.
+        retries: how often a run that failed, or whose process died, is tried again, by all launches
+            that work at the sweep together; errors of input are not. A later launch tries anew.
         lockstep: whether a worker trains up to 8 experts that differ in learning rate, weight
             decay, seed or data share at once, with one pass for all: `auto` where it may be faster
             (on a GPU, or up to 8 samples a batch) and was, in steps of both ways; `always` where
@@ -117,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
     if made.dry_run:
         whole = study and replace(study, batch=study.trials)
         plan, _ = first_plan(axes, job, whole)
-        sweep = Sweep(plan=plan, job=job, out=made.out, launch="")
+        sweep = Sweep(plan=plan, job=job, out=made.out, begun=0.0)
         _print_plan(estimate(sweep), as_json=made.json)
         return 0
     if made.run is not None:

@@ -32,12 +32,10 @@ class Claim:
     Attributes:
         folder: the run's folder.
         number: how many processes have held it before, and one.
-        launch: which launch of the sweep the holder belongs to.
     """
 
     folder: Path
     number: int
-    launch: str
 
     @property
     def path(self) -> Path:
@@ -51,10 +49,14 @@ class Claim:
             return max(_numbers(self.folder), default=0) == self.number
         return False
 
-    def deaths(self) -> int:
-        """Return how many holders of the same launch died at this run."""
-        texts = (_text(self.folder, number) for number in range(1, self.number))
-        return sum(text.startswith(f"{self.launch}\n") for text in texts)
+    def deaths(self, begun: float) -> int:
+        """Return how many holders died at this run.
+
+        Args:
+            begun: since when, as `server_time` tells it: who was silent by then does not count.
+        """
+        beats = (_last_beat(self.folder, number) for number in range(1, self.number))
+        return sum(beat is not None and beat >= begun for beat in beats)
 
     def release(self) -> None:
         """Give the claim back, and remove those of the dead before it."""
@@ -62,7 +64,7 @@ class Claim:
             (self.folder / f"{_STEM}{number}").unlink(missing_ok=True)
 
 
-def take(folder: Path, *, launch: str, silent_s: float = SILENT_S) -> Claim | None:
+def take(folder: Path, *, silent_s: float = SILENT_S) -> Claim | None:
     """Take a run; None where another process is at it.
 
     Whether the run is still to be done must be looked at afterwards: its last holder may have
@@ -70,7 +72,6 @@ def take(folder: Path, *, launch: str, silent_s: float = SILENT_S) -> Claim | No
 
     Args:
         folder: the run's folder, made if it is not there.
-        launch: which launch of the sweep this process belongs to.
         silent_s: silence after which a holder counts as dead, in seconds.
 
     Raises:
@@ -80,9 +81,9 @@ def take(folder: Path, *, launch: str, silent_s: float = SILENT_S) -> Claim | No
     before = _text(folder, number)
     if number and _holds(folder, number, before, silent_s):
         return None
-    claim = Claim(folder, number + 1, launch)
+    claim = Claim(folder, number + 1)
     try:
-        create_text(claim.path, f"{launch}\n{this_process()}")
+        create_text(claim.path, this_process())
     except FileExistsError:
         return None
     if _text(folder, number) != before:
@@ -90,6 +91,14 @@ def take(folder: Path, *, launch: str, silent_s: float = SILENT_S) -> Claim | No
         claim.path.unlink(missing_ok=True)
         return None
     return claim
+
+
+def server_time(folder: Path) -> float:
+    """Return the time as the server of a folder's files has it, in seconds since 1970."""
+    clock = folder / ".clock"
+    clock.touch()
+    os.utime(clock)
+    return clock.stat().st_mtime
 
 
 @contextmanager
@@ -121,17 +130,17 @@ def held(claim: Claim, lost: Callable[[], None], *, beat_s: float = BEAT_S) -> I
 
 def _holds(folder: Path, number: int, text: str, silent_s: float) -> bool:
     """Return whether the holder of a claim lives, as far as anybody can tell."""
-    if is_of_dead(text.partition("\n")[2]):
+    if is_of_dead(text):
         return False
-    try:
-        last = (folder / f"{_STEM}{number}").stat().st_mtime
-    except FileNotFoundError:
-        return True
-    # The time as the file server has it now.
-    clock = folder / ".clock"
-    clock.touch()
-    os.utime(clock)
-    return clock.stat().st_mtime - last < silent_s
+    last = _last_beat(folder, number)
+    return last is None or server_time(folder) - last < silent_s
+
+
+def _last_beat(folder: Path, number: int) -> float | None:
+    """Return the last sign of life of a claim's holder; None where the claim was given back."""
+    with suppress(FileNotFoundError):
+        return (folder / f"{_STEM}{number}").stat().st_mtime
+    return None
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -1,4 +1,8 @@
-"""This file keeps what went wrong in a run, and when it is to be tried again."""
+"""This file keeps what went wrong in a run, and when it is to be tried again.
+
+All launches that work at a sweep at once read and write the same file, so that they count together
+and wait alike. Only what was given up before a launch began does not count in it.
+"""
 
 import time
 import traceback
@@ -20,14 +24,12 @@ class Failure:
     """What went wrong.
 
     Attributes:
-        launch: which launch of the sweep the run failed in; another one tries again.
-        attempts: how often it failed in that launch.
+        attempts: how often the run failed, in all launches that worked at it together.
         error: the last error, in one line.
         trace: where it came from.
-        due: when to try again, in seconds since 1970; None for never.
+        due: when to try again, in seconds since 1970; None for never: only a later launch will.
     """
 
-    launch: str
     attempts: int
     error: str
     trace: str = ""
@@ -38,17 +40,14 @@ class Failure:
         write_json(folder / FILE, asdict(self))
 
 
-def failure_after(
-    error: Exception, before: Failure | None, *, launch: str, retries: int
-) -> Failure:
+def failure_after(error: Exception, before: Failure | None, *, retries: int) -> Failure:
     """Return what to keep of an error.
 
     Errors of input are final; others are tried again after 2, 4, 8 ... seconds, 300 at most.
 
     Args:
         error: the error.
-        before: what is kept of the same launch so far.
-        launch: which launch this is.
+        before: what went wrong so far.
         retries: how often a run is tried again.
     """
     attempts = 1 + (before.attempts if before else 0)
@@ -56,7 +55,6 @@ def failure_after(
     wait = min(_BACKOFF_S * 2 ** (attempts - 1), _LONGEST_S)
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return Failure(
-        launch=launch,
         attempts=attempts,
         error=" ".join(str(message).split()) or type(error).__name__,
         trace="".join(traceback.format_exception(error)),
@@ -64,11 +62,19 @@ def failure_after(
     )
 
 
-def failure_of(folder: Path, *, launch: str | None = None) -> Failure | None:
-    """Return what went wrong in a run, if anything did; that of one launch alone if it is named."""
+def failure_of(folder: Path, *, begun: float | None = None) -> Failure | None:
+    """Return what went wrong in a run, if anything did.
+
+    Args:
+        folder: the run's folder.
+        begun: when a launch began, as the file server tells it: what was given up before is left
+            out, to be tried again.
+    """
     with suppress(FileNotFoundError, ValueError, TypeError):
         found = Failure(**read_json(folder / FILE))
-        return found if launch in (None, found.launch) else None
+        if found.due is None and begun is not None:
+            return found if (folder / FILE).stat().st_mtime >= begun else None
+        return found
     return None
 
 

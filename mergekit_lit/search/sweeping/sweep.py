@@ -1,6 +1,5 @@
 """This file is a sweep from its plan to its table: launched, watched, and told at the end."""
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.lit.tracking import check_logger
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.sweeping.axes import Axes
+from mergekit_lit.search.sweeping.claims import server_time
 from mergekit_lit.search.sweeping.jobs import Job
 from mergekit_lit.search.sweeping.launchers.local import run_local
 from mergekit_lit.search.sweeping.launchers.ray import ray_cluster, run_ray
@@ -104,8 +104,8 @@ def run_sweep(  # noqa: PLR0913
     write_text(out / SWEEP_FILE, yaml.safe_dump(plain(config or {}), sort_keys=False))
     # Workers elsewhere may stand in another folder.
     out = out.absolute()
-    launch = secrets.token_hex(8)
-    sweep = Sweep(plan=plan, job=job, out=out, launch=launch, retries=retries, lockstep=lockstep)
+    begun = server_time(out)
+    sweep = Sweep(plan=plan, job=job, out=out, begun=begun, retries=retries, lockstep=lockstep)
     if launcher == "wandb":
         write_definition(sweep, options or {})
     with Display(Console(quiet=quiet, stderr=True)) as display:
@@ -163,13 +163,10 @@ def run_one(
             f"`run` must name one of the sweep's {len(plan.runs)} runs, but is {name!r}. Their "
             "names change with the sweep's file: launch the sweep again."
         )
-    sweep = Sweep(
-        plan=replace(plan, runs=runs),
-        job=job,
-        out=out.absolute(),
-        launch=secrets.token_hex(8),
-        retries=retries,
-    )
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    plan = replace(plan, runs=runs)
+    sweep = Sweep(plan=plan, job=job, out=out, begun=server_time(out), retries=retries)
     run_local(sweep, lambda *_: None, jobs=1)
     return outcome_of(sweep)
 

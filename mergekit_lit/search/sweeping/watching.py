@@ -38,7 +38,7 @@ def _tell(sweep: Sweep, run: Run, listen: Listen) -> bool:
         if sweep.is_done(run):
             listen("done", run.name, "")
             return True
-        failure = failure_of(sweep.folder(run), launch=sweep.launch)
+        failure = failure_of(sweep.folder(run), begun=sweep.begun)
         if failure and failure.due is None:
             listen("failed", run.name, failure.error)
             return True

@@ -44,8 +44,10 @@ class Sweep:
         plan: all runs.
         job: how to do one.
         out: the sweep's folder; each run has `runs/<name>` in it.
-        launch: identifies the launch: retries are counted in each anew.
-        retries: how often a run that failed, or whose process died, is tried again.
+        begun: when this launch began, as `claims.server_time` tells it: what other launches gave
+            up before is tried again.
+        retries: how often a run that failed, or whose process died, is tried again, by all
+            launches together.
         beat_s: seconds between two signs of life.
         silent_s: silence after which a worker of another machine counts as dead, in seconds.
         lockstep: which runs are done at once, with one pass for all.
@@ -54,7 +56,7 @@ class Sweep:
     plan: Plan
     job: Job
     out: Path
-    launch: str
+    begun: float
     retries: int = 2
     beat_s: float = BEAT_S
     silent_s: float = SILENT_S
@@ -126,7 +128,7 @@ def _take(sweep: Sweep, run: Run, holding: ExitStack) -> Claim | State:
     known = _known(sweep, run)
     if known:
         return known
-    claim = take(sweep.folder(run), launch=sweep.launch, silent_s=sweep.silent_s)
+    claim = take(sweep.folder(run), silent_s=sweep.silent_s)
     if claim is None:
         return "busy"
     holding.enter_context(held(claim, _lose, beat_s=sweep.beat_s))
@@ -138,7 +140,7 @@ def _known(sweep: Sweep, run: Run) -> State | None:
     """Return what is known of a run without doing it; None if it is to be done now."""
     if sweep.is_done(run):
         return "found"
-    failure = failure_of(sweep.folder(run), launch=sweep.launch)
+    failure = failure_of(sweep.folder(run), begun=sweep.begun)
     if failure is None:
         return None
     if failure.due is None:
@@ -151,7 +153,7 @@ def _execute(
 ) -> dict[str, State]:
     """Do runs that this process has taken."""
     states: dict[str, State] = {run.name: "failed" for run, _ in taken}
-    runs = [run for run, claim in taken if not _given_up(sweep, run, claim.deaths())]
+    runs = [run for run, claim in taken if not _given_up(sweep, run, claim.deaths(sweep.begun))]
     # A run must not end the sweep, whatever is wrong with it.
     try:
         if alike is not None and len(runs) > 1:
@@ -172,7 +174,6 @@ def _given_up(sweep: Sweep, run: Run, deaths: int) -> bool:
     if deaths <= sweep.retries:
         return False
     Failure(
-        launch=sweep.launch,
         attempts=deaths,
         error=f"Its process died {deaths} times: it was killed, or there was too little "
         "memory. Start again with fewer `jobs`.",
@@ -186,8 +187,8 @@ def _ended(sweep: Sweep, run: Run, error: Exception | None) -> State:
     if error is None:
         forget(folder)
         return "done"
-    before = failure_of(folder, launch=sweep.launch)
-    failure = failure_after(error, before, launch=sweep.launch, retries=sweep.retries)
+    before = failure_of(folder, begun=sweep.begun)
+    failure = failure_after(error, before, retries=sweep.retries)
     failure.write(folder)
     return "failed" if failure.due is None else "later"
 

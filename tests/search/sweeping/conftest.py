@@ -86,7 +86,7 @@ def sweep_of(tmp_path) -> Callable[..., Sweep]:
     def make(axes: Any, job: Sums | None = None, out: Path | None = None, **settings: Any) -> Sweep:
         job = job or Sums()
         plan = plan_runs(read_axes(axes), job)
-        settings = {"launch": "this", **settings}
+        settings = {"begun": 0.0, **settings}
         return Sweep(plan=plan, job=job, out=out or tmp_path / "sweep", **settings)
 
     return make

@@ -16,10 +16,10 @@ def elsewhere() -> str:
     return json.dumps({**json.loads(this_process()), "host": "another machine"})
 
 
-def leave_claim(folder, number=1, launch="old", text=None, age_s=0.0):
+def leave_claim(folder, number=1, text=None, age_s=0.0):
     folder.mkdir(exist_ok=True)
     path = folder / f"claim.{number}"
-    path.write_text(f"{launch}\n{text or json.dumps({**json.loads(this_process()), **DEAD})}")
+    path.write_text(text or json.dumps({**json.loads(this_process()), **DEAD}))
     if age_s:
         then = time.time() - age_s
         os.utime(path, (then, then))
@@ -28,12 +28,12 @@ def leave_claim(folder, number=1, launch="old", text=None, age_s=0.0):
 
 def test_one_at_a_time_and_the_next_when_it_is_given_back(tmp_path):
     folder = tmp_path / "run"
-    claim = take(folder, launch="a")
+    claim = take(folder)
     assert claim is not None
-    assert take(folder, launch="b") is None
+    assert take(folder) is None
     claim.release()
     assert not list(folder.glob("claim.*"))
-    assert take(folder, launch="b") is not None
+    assert take(folder) is not None
 
 
 def test_of_many_at_once_one_gets_it(tmp_path):
@@ -42,9 +42,9 @@ def test_of_many_at_once_one_gets_it(tmp_path):
             leave_claim(folder)
         gate = threading.Barrier(16)
 
-        def grab(number, folder=folder, gate=gate):
+        def grab(_, folder=folder, gate=gate):
             gate.wait()
-            return take(folder, launch=str(number))
+            return take(folder)
 
         with ThreadPoolExecutor(16) as pool:
             taken = [claim for claim in pool.map(grab, range(16)) if claim]
@@ -52,34 +52,35 @@ def test_of_many_at_once_one_gets_it(tmp_path):
 
 
 def test_the_dead_of_this_machine_are_followed_at_once(tmp_path):
-    leave_claim(tmp_path / "run", launch="mine")
-    claim = take(tmp_path / "run", launch="mine")
+    leave_claim(tmp_path / "run")
+    claim = take(tmp_path / "run")
     assert claim is not None
     assert claim.number == 2
-    assert claim.deaths() == 1
+    assert claim.deaths(0.0) == 1
     claim.release()
     assert not list((tmp_path / "run").glob("claim.*"))
 
 
-def test_deaths_are_counted_by_launch(tmp_path):
-    leave_claim(tmp_path / "run", 1, launch="before")
-    leave_claim(tmp_path / "run", 2, launch="mine")
-    claim = take(tmp_path / "run", launch="mine")
+def test_deaths_before_the_launch_do_not_count_and_those_in_others_do(tmp_path):
+    leave_claim(tmp_path / "run", 1, age_s=50)
+    leave_claim(tmp_path / "run", 2)
+    claim = take(tmp_path / "run")
     assert claim is not None
-    assert claim.deaths() == 1
+    assert claim.deaths(time.time() - 10) == 1
+    assert claim.deaths(0.0) == 2
 
 
 def test_holders_elsewhere_are_followed_when_they_are_silent_for_long(tmp_path):
     leave_claim(tmp_path / "fresh", text=elsewhere(), age_s=50)
     leave_claim(tmp_path / "silent", text=elsewhere(), age_s=500)
     leave_claim(tmp_path / "torn", text="{", age_s=500)
-    assert take(tmp_path / "fresh", launch="b") is None
-    assert take(tmp_path / "silent", launch="b") is not None
-    assert take(tmp_path / "torn", launch="b") is not None
+    assert take(tmp_path / "fresh") is None
+    assert take(tmp_path / "silent") is not None
+    assert take(tmp_path / "torn") is not None
 
 
 def test_a_holder_gives_signs_of_life(tmp_path):
-    claim = take(tmp_path / "run", launch="a")
+    claim = take(tmp_path / "run")
     assert claim is not None
     os.utime(claim.path, (1, 1))
     with held(claim, lambda: None, beat_s=0.01):
@@ -91,11 +92,11 @@ def test_a_holder_gives_signs_of_life(tmp_path):
 
 
 def test_a_slow_holder_hears_that_it_was_followed(tmp_path):
-    claim = take(tmp_path / "run", launch="a")
+    claim = take(tmp_path / "run")
     assert claim is not None
     lost = threading.Event()
     with held(claim, lost.set, beat_s=0.01):
-        later = leave_claim(tmp_path / "run", 2, launch="b", text=this_process())
+        later = leave_claim(tmp_path / "run", 2, text=this_process())
         assert lost.wait(5)
     assert not claim.path.exists()
     assert later.exists()
@@ -113,5 +114,5 @@ def test_a_claim_whose_predecessor_gave_back_meanwhile_is_not_taken(tmp_path, mo
         create(path, text)
 
     monkeypatch.setattr(claims, "create_text", slowly)
-    assert take(tmp_path / "run", launch="b") is None
+    assert take(tmp_path / "run") is None
     assert not list((tmp_path / "run").glob("claim.*"))

@@ -121,7 +121,7 @@ def test_those_that_died_once_are_done_alone(sweep_of, paired):
     folder = sweep.folder(sweep.plan.runs[1])
     folder.mkdir(parents=True)
     dead = {"host": "elsewhere", "pid": 1, "started": "1"}
-    (folder / "claim.1").write_text(f"this\n{json.dumps(dead)}")
+    (folder / "claim.1").write_text(json.dumps(dead))
     sweep = replace(sweep, silent_s=0)
     work(sweep, lambda *_: None)
     assert at_once(job) == [[0, 2]]

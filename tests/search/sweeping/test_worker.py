@@ -50,7 +50,7 @@ def test_each_worker_begins_in_another_part(sweep_of):
 
 def test_two_launches_at_once_do_no_run_twice(sweep_of, sums):
     job = sums()
-    launches = [sweep_of({"b": list(range(100))}, job, launch=name) for name in "xy"]
+    launches = [sweep_of({"b": list(range(100))}, job) for _ in range(2)]
     threads = [threading.Thread(target=work, args=(sweep, print)) for sweep in launches]
     for thread in threads:
         thread.start()
@@ -82,15 +82,39 @@ def test_failures_are_told_and_the_sweep_goes_on(sweep_of, sums):
     assert "Traceback" in trace
     # The next launch tries again.
     errors.clear()
-    again = sweep_of({"b": [1, 2, 3]}, job, launch="next")
+    again = sweep_of({"b": [1, 2, 3]}, job, begun=failures.time.time() + 1)
     assert sorted(states(again)) == ["done", "done", "found"]
+
+
+def test_two_launches_at_once_count_failures_together(sweep_of, sums):
+    """Each goes back to the run as soon as the other has left it: no run is tried for ever."""
+    job = sums(errors={1: [OSError("disk")] * 99})
+    launches = [sweep_of({"b": [1]}, job, retries=3, begun=begun) for begun in (0.0, 1.0)]
+    run = launches[0].plan.runs[0]
+    for _ in range(200):
+        for sweep in launches:
+            worker._attempt(sweep, [run], None, print)
+        failures.time.sleep(0.001)
+    assert len(job.begun) == 4
+    assert failures.failure_of(launches[0].folder(run)).attempts == 4
+
+
+def test_a_second_launch_waits_as_long_as_the_first(sweep_of, sums, monkeypatch):
+    monkeypatch.setattr(failures, "_BACKOFF_S", 100)
+    job = sums(errors={1: [OSError("disk")]})
+    first, second = (sweep_of({"b": [1]}, job, begun=begun) for begun in (0.0, 2**32))
+    (run,) = first.plan.runs
+    assert worker._attempt(first, [run], None, print) == {run.name: "later"}
+    assert worker._attempt(second, [run], None, print) == {run.name: "later"}
+    monkeypatch.setattr(failures.time, "time", lambda: 2**32)
+    assert worker._attempt(second, [run], None, print) == {run.name: "done"}
 
 
 def test_the_backoff_doubles_and_ends():
     kept = None
     waits = []
     for _ in range(12):
-        kept = failures.failure_after(OSError("x"), kept, launch="a", retries=11)
+        kept = failures.failure_after(OSError("x"), kept, retries=11)
         if kept.due:
             waits.append(kept.due - failures.time.time())
     assert len(waits) == 11
@@ -105,7 +129,7 @@ def test_the_run_of_a_dead_worker_is_followed_but_not_for_ever(sweep_of):
         for number in range(1, deaths + 1):
             folder = sweep.folder(run)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"claim.{number}").write_text(f"this\n{DEAD}")
+            (folder / f"claim.{number}").write_text(DEAD)
     assert states(sweep) == ["done", "failed"]
     assert "died 3 times" in next(iter(outcome_of(sweep).failed.values()))
 
@@ -115,8 +139,8 @@ def test_runs_of_others_are_waited_for(sweep_of):
     folder = sweep.folder(sweep.plan.runs[0])
     folder.mkdir(parents=True)
     claim = folder / "claim.1"
-    claim.write_text(f"other\n{this_process()}")
-    threading.Timer(0.1, claim.write_text, [f"other\n{DEAD}"]).start()
+    claim.write_text(this_process())
+    threading.Timer(0.1, claim.write_text, [DEAD]).start()
     assert states(sweep) == ["done"]
 
 
