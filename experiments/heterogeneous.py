@@ -100,13 +100,13 @@ def mixes_of(settings: Mapping[str, Any], runs: Sequence[Run], out: Path) -> lis
             sizes = settings["groups"].items()
             groups = [g for size, count in sizes for g in groups_of(own[0].tasks, size, count)]
             for name, (first, second) in mixes.items():
-                pair = (_configured(own, first), _configured(own, second))
+                pair = (configured(own, first), _configured(own, second))
                 steps = (first["steps"], second["steps"])
                 found.append(Mix(name, pair, steps, tuple(groups), rows, out))
     return found
 
 
-def _configured(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Run:
+def configured(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Run:
     """Return the run that differs from the centre, the first, in what is wanted alone."""
     names = ("lr", "batch", "train_share")
     chosen = {name: wanted.get(name, getattr(runs[0], name)) for name in names}
