@@ -110,7 +110,8 @@ class Budget:
     Attributes:
         space: of candidates.
         tasks: number of experts to train in the end.
-        sample: tasks that probes and validation run take, if the budget is large enough; else 2.
+        sample: tasks that probes and validation run take at most; a small budget makes them fewer,
+            but not fewer than 2.
         ways: ways to train that enter the validation run, at least 1.
         shares: what parts may cost.
         pace: what work costs.
@@ -171,10 +172,10 @@ class Budget:
         return not rungs or bool(self.within(way, self.space.lengths[:1], rungs[0].cost))
 
     def _probes(self) -> Iterator[tuple[int, int]]:
-        """Yield lengths and numbers of tasks of probes, the best first."""
-        for length in PROBE_LENGTHS:
-            yield length, self.sample
-        yield PROBE_LENGTHS[-1], min(self.sample, _LEAST_TASKS)
+        """Yield lengths and numbers of tasks of probes, the best first: more tasks, then longer."""
+        for sample in range(self.sample, min(self.sample, _LEAST_TASKS) - 1, -1):
+            for length in PROBE_LENGTHS:
+                yield length, sample
 
     def _least(self) -> float:
         """Return the least budget that does, rounded up to three digits."""

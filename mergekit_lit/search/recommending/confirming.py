@@ -136,8 +136,13 @@ class Confirmation:
         return Confirmed(chosen, tuple(self._points.values()), tuple(rounds), self._ranking())
 
     def _ranking(self) -> Ranking:
-        space = self._site.setting.space
-        return Ranking(space, self._constants, list(self._points.values()))
+        setting = self._site.setting
+        return Ranking(
+            setting.space,
+            self._constants,
+            list(self._points.values()),
+            coefficient=setting.coefficient,
+        )
 
     def _halve(self, alive: Sequence[Way], rung: Rung, left: int) -> tuple[list[Way], Round]:
         """Train some ways a round further, and return those that go on."""

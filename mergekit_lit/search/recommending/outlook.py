@@ -3,12 +3,13 @@
 It has the terms of the bound's functional form, each with a factor that is measured:
 
     F_val(merge) = F_S(x0) - c ln(1 + s / s0)              progress, less the drift that eats it
-                   + q L squares sigma^2 / (b N)           noise of the merge, of recent steps
-                   + base gap + g G eps_path / N           generalization
+                   + q L lambda^2 squares sigma^2 N / b    noise of the merge, of recent steps
+                   + base gap + g G lambda eps_path        generalization
 
 s is the travel, `squares` the sum of (eta_k a_k)^2, eps_path the path estimate of stability: all in
 closed form. c, s0 and q are fitted to the training losses of measured merges, g to the gaps between
-validation and training loss of the experts, which are N times the merge's and so easier to see.
+validation and training loss of the experts, which are 1 / lambda times the merge's and so easier to
+see.
 What is proved of the bound (progress at most A_eff / 4 ||grad F_S||^2 below the start, a share of 1
 of noise and generalization) is loose by orders of magnitude here; that progress grows with the
 logarithm of travel is no theorem: it was seen on `embedded8`.
@@ -36,8 +37,8 @@ class Known:
 
     Attributes:
         travel: s.
-        noise: L squares sigma^2 / (b N), the bound's term, of the steps that are remembered.
-        stability: G eps_path / N, the bound's term without its part of second order.
+        noise: L lambda^2 squares sigma^2 N / b, the bound's term, of the steps that are remembered.
+        stability: G lambda eps_path, the bound's term without its part of second order.
     """
 
     travel: float

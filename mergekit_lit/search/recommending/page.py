@@ -28,7 +28,7 @@ MEANINGS: Mapping[str, str] = {
     "grows with the logarithm of travel is no theorem: it was seen on embedded8.",
     "measured": "The merge was made of trained experts and scored on validation images.",
     "bound": "The terms of our reconstruction of the excess-error bound in closed form, for the "
-    "plain average of the sampled tasks: noise, smoothness and heterogeneity are measured, the "
+    "merge of the sampled tasks: noise, smoothness and heterogeneity are measured, the "
     "displacement is taken to grow with travel. Its size is no prediction of the loss.",
     "interval": "95 %: which images were drawn, and which tasks were tried. It knows nothing of "
     "the choice among candidates by the same images.",

@@ -7,7 +7,7 @@ at the base; smoothness and gradients of single samples at the merge of the firs
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def probe(
         tasks: on which.
         steps: of each probe's trajectory all step counts that it may be asked for.
         length: K of the probes; half of it is measured too.
-        effort: how many images the constants take.
+        effort: how many images the constants take at most.
 
     Raises:
         ValueError: every rate diverged.
@@ -255,6 +255,8 @@ def _constants(site: Site, files: Sequence[Path], effort: Effort) -> Constants:
     experts, merged = site.merged(files)
     tasks = [site.data(task) for task in experts.names]
     images = {task.name: task.train for task in tasks}
+    fewest = min(len(each) for each in images.values())
+    effort = replace(effort, batch=max(1, min(effort.batch, fewest // effort.micro_batches)))
     calibration = calibration_on(images, experts, backbone=site.backbone, split="train")
     at_base = objectives_at_base(experts, site.backbone, tasks, calibration)
     at_merge = objectives_at_merge(experts, merged, calibration)

@@ -63,14 +63,23 @@ class Outlook:
 class Ranking:
     """What is known of a space by measured merges; made anew when more are measured."""
 
-    def __init__(self, space: Space, constants: Constants, points: Sequence[Point]) -> None:
+    def __init__(
+        self,
+        space: Space,
+        constants: Constants,
+        points: Sequence[Point],
+        *,
+        coefficient: float | None = None,
+    ) -> None:
         """Fit what the outlook takes.
 
         Args:
             space: of candidates.
             constants: of the loss.
             points: measured merges, at least one, all of the same tasks as the constants.
+            coefficient: lambda of each expert; by default that of their average.
         """
+        self._coefficient = coefficient or 1 / len(constants.base)
         self._space, self._constants, self._points = space, constants, list(points)
         self._weights: dict[tuple[bool, int], Sums] = {}
         self._laws = {
@@ -174,8 +183,8 @@ class Ranking:
         each = [self._stability(row, sums, way, seen) for row in seen.experts]
         return Known(
             travel=sums.travel,
-            noise=smooth * recent * seen.noise / (way.batch * count),
-            stability=math.fsum(each) / count**2,
+            noise=smooth * recent * seen.noise * count * self._coefficient**2 / way.batch,
+            stability=math.fsum(each) / count * self._coefficient,
         )
 
     def _stability(self, row: OfExpert, sums: Sums, way: Way, seen: Point) -> float:
@@ -204,7 +213,7 @@ class Ranking:
         return found
 
     def _bound(self, way: Way, steps: int) -> dict[str, float | None]:
-        """Return the terms of the bound for the average of the probes' tasks, and their total."""
+        """Return the terms of the bound for the merge of the probes' tasks, and their total."""
         seen, constants = self._nearest(way), self._constants
         sums = self.sums(way, steps)
         facts = [self._facts(row, sums, way, seen) for row in seen.experts]
@@ -213,7 +222,7 @@ class Ranking:
             gram={ALL: constants.gram},
             sample_gradient2=constants.sample_gradient2,
         )
-        found = bound(facts, merge, [1 / len(facts)] * len(facts))
+        found = bound(facts, merge, [self._coefficient] * len(facts))
         terms = {name: found.terms[name].value for name in _TERMS}
         values = [value for value in terms.values() if value is not None]
         return {**terms, "total": math.fsum(values) if len(values) == len(_TERMS) else None}

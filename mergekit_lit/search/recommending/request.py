@@ -32,7 +32,7 @@ class Request:
         budget_steps: the budget in steps of 32 samples in place of seconds: the same answer on
             every machine.
         method: how experts will be merged.
-        sample: tasks that probes and validation run take, at least 2.
+        sample: tasks that probes and validation run take at most; a small budget makes them fewer.
         ways: ways to train that enter the validation run, at least 1.
         probe_share: share of the budget for the probes.
         confirm_share: share of the budget for ways that the validation run gives up; the rest
@@ -55,7 +55,7 @@ class Request:
     budget: float | None = None
     budget_steps: int | None = None
     method: str = "average"
-    sample: int = 3
+    sample: int = 8
     ways: int = 3
     probe_share: float = 0.05
     confirm_share: float = 0.2

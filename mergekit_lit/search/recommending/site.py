@@ -77,6 +77,11 @@ class Setting:
     n: int | None = None
     seed: int
 
+    @property
+    def coefficient(self) -> float | None:
+        """The weight of an expert in the average of all tasks; None for other methods."""
+        return 1 / len(self.tasks) if self.method == "average" else None
+
     def split(self, share: float = 1.0) -> SplitOptions:
         """Return how a task is carved."""
         # A share of n is a number of images too.
@@ -152,9 +157,16 @@ class Site:
         return dict(self._train(way, task, steps, until))
 
     def merged(self, files: Sequence[Path]) -> tuple[Experts, Merged]:
-        """Return experts, in memory, and their merge."""
+        """Return experts, in memory, and their merge.
+
+        An average of some of the tasks weighs each expert as the average of all would: with more
+        weight it would bear, and seem to want, more training.
+        """
         experts = in_memory(load_experts(files, base=self.base))
-        return experts, self._with_statistics(experts, self.setting.method, self.setting.config)
+        method, config = self.setting.method, self.setting.config
+        if self.setting.coefficient is not None:
+            method, config = "task_arithmetic", {"scale": self.setting.coefficient}
+        return experts, self._with_statistics(experts, method, config)
 
     def at_base(self, files: Sequence[Path]) -> Merged:
         """Return the base under the heads of some experts, statistics estimated as for merges."""

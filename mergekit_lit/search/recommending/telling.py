@@ -143,8 +143,8 @@ def _cautions(
         lines.append("No merge that was measured beats the base: merging may not help here.")
     if expected.tried < expected.tasks:
         lines.append(
-            f"Merges of {expected.tried} tasks were measured; one of {expected.tasks} is expected "
-            "from their mean gain, and loses more to what the tasks do not share."
+            f"Merges of {expected.tried} of {expected.tasks} tasks were measured: what the other "
+            "experts do to these tasks is not in the expected accuracy."
         )
     return lines
 

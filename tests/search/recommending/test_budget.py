@@ -61,7 +61,7 @@ def test_candidates_are_those_whose_whole_training_fits():
 def test_probes_are_as_long_as_their_share_allows():
     assert budget().parts(600).length == 20  # 3 tasks x 20 steps are 60
     assert budget().parts(2400).length == 80
-    # Ten steps on three tasks would be 30, on two 20.
+    # Ten steps on three tasks would be 30, on two 20: more tasks go before longer probes.
     few = budget(shares=Shares(probe=0.05, confirm=0.4)).parts(500)
     assert (few.length, few.sample) == (10, 2)
 

@@ -140,7 +140,7 @@ def confirmation(monkeypatch, tmp_path):
     monkeypatch.setattr(confirming, "measured", measured)
     budget = Budget(space=SPACE, tasks=4, sample=2, ways=3, shares=Shares(), pace=IN_STEPS)
     parts = budget.parts(4 * 400 / 0.75)
-    site = type("Site", (), {"setting": type("Setting", (), {"space": SPACE})})
+    site = type("Site", (), {"setting": type("Setting", (), {"space": SPACE, "coefficient": None})})
     steps = asked_steps(SPACE, parts)
 
     def make():
