@@ -49,7 +49,7 @@ def test_the_table_of_methods_is_the_registry():
 
 def test_every_command_of_the_readme_exists():
     known = {"quickstart", "train", "merge", "evaluate", "report", "card", "tasks", "methods"}
-    known |= {"doctor", "run", "tune", "COMMAND"}
+    known |= {"doctor", "run", "tune", "predict", "recommend", "COMMAND"}
     used = set(re.findall(r"mergekit-lit ([a-zA-Z]+)", README))
     assert used <= known
 
