@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -32,7 +33,7 @@ COMMANDS: Final = {
 """Every command and what it does; the module of the same name holds its `run(argv)`."""
 
 # Ctrl-C and a closed pipe, as shells count them: 128 + the signal's number.
-_INTERRUPTED, _BROKEN_PIPE, _WRONG_INPUT = 130, 141, 2
+_INTERRUPTED, _BROKEN_PIPE, _WRONG_INPUT, _FAILED = 130, 141, 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _tell(f"mergekit-lit: error: {one_line(error)}", alone=True)
         return _WRONG_INPUT
+    except Exception as error:
+        return _failed(error)
 
 
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks, and without the quotes that KeyError adds."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _failed(error: Exception) -> int:
+    """Tell an unforeseen error in one line, in one of several processes, and return the exit code.
+
+    The first that fails makes the others fail as well: on the screen, the traces of all would hide
+    why. Each writes its own into the folder that torchrun gives it; without one, it is raised.
+    """
+    ours = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not ours or os.environ.get("MERGEKIT_LIT_TRACEBACK") == "1":
+        raise error
+    trace = Path(ours).with_name("traceback.txt")
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first, *_ = str(error).strip().splitlines() or [""]
+    told = f"rank {os.environ.get('RANK')}: {type(error).__name__}: {first}"
+    _tell(f"mergekit-lit: error: {told} Where it comes from: {trace}", alone=True)
+    return _FAILED
 
 
 def _tell(line: str, *, alone: bool) -> None:

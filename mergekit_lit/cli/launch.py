@@ -7,18 +7,29 @@ a `lightning` of its own over ours. `mergekit-lit run` is the spelling that noth
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mergekit_lit.cli import COMMANDS, one_line
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.lit.preemption import exit_code
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 _PRECISIONS = ("64-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 _HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_CRASHED = "A library has crashed: PYTHONFAULTHANDLER=1 shows where."
+_ADVICE: Mapping[int, str] = {
+    signal.SIGKILL: "If nobody sent it, memory ran out (`dmesg` tells): use fewer devices, or a "
+    "smaller batch.",
+    **dict.fromkeys((signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV), _CRASHED),
+}
+"""What to do about a process that a signal ended."""
 _LIGHTNING_USAGE = (
     "usage: lightning run [model] [--devices N] SCRIPT|COMMAND ...  (other commands of `lightning` "
     "need lightning-sdk: pip install lightning-sdk)"
@@ -157,12 +168,24 @@ def _torchrun(arguments: list[str]) -> int:
     try:
         torchrun.main(arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        return _failed(error)
     except SignalException as ended:
         # The processes were told of it, and tell it.
         return exit_code(int(ended.sigval))
     return 0
+
+
+def _failed(error: "ChildFailedError") -> int:
+    """Return the exit code of processes that have failed; tell of one that could not."""
+    killed = {rank: each for rank, each in error.failures.items() if each.exitcode < 0}
+    if not killed:
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    rank, failure = next(iter(killed.items()))
+    number, name = -failure.exitcode, failure.signal_name()
+    told = f"rank {rank} (process {failure.pid}) was ended by {name}. {_ADVICE.get(number, '')}"
+    print(f"mergekit-lit run: error: {told.strip()}", file=sys.stderr)
+    return exit_code(number)
 
 
 def _lightning_sdk() -> int:

@@ -1,9 +1,11 @@
 import os
+import signal
 import sys
 import types
 from importlib import metadata
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mergekit_lit.cli import launch, main
 from mergekit_lit.cli.launch import lightning_main, run
@@ -114,6 +116,41 @@ def test_the_first_of_several_processes_tells_why_it_ends(monkeypatch, tmp_path,
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["trian"]) == 2
         assert capsys.readouterr().err.count("\n") == (rank == "0")
+
+
+def test_the_traceback_of_one_of_several_processes_goes_to_a_file(monkeypatch, tmp_path, capsys):
+    def fail(_):
+        raise RuntimeError("It burns.\nIn many places.")
+
+    monkeypatch.setattr("mergekit_lit.cli._dispatch", fail)
+    monkeypatch.delenv("MERGEKIT_LIT_TRACEBACK", raising=False)
+    (tmp_path / "1").mkdir()
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
+    assert main(["train"]) == 1
+    told, trace = capsys.readouterr().err, tmp_path / "1" / "traceback.txt"
+    assert told == (
+        f"mergekit-lit: error: rank 5: RuntimeError: It burns. Where it comes from: {trace}\n"
+    )
+    assert "In many places." in trace.read_text()
+    monkeypatch.setenv("MERGEKIT_LIT_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(signal.SIGKILL, "memory ran out"), (signal.SIGSEGV, "A library has crashed")],
+)
+def test_a_killed_process_is_named(number, advice, capsys):
+    """One that is cut off by its death may have failed just before that is seen."""
+    cut_off, killed = (ProcessFailure(n, 70 + n, code, "") for n, code in ((0, 1), (1, -number)))
+    assert launch._failed(ChildFailedError("train", {4: cut_off, 5: killed})) == 128 + number
+    told = capsys.readouterr().err
+    assert f"rank 5 (process 71) was ended by {number.name}. " in told
+    assert advice in told
+    assert told.count("\n") == 1
+    assert launch._failed(ChildFailedError("train", {4: cut_off})) == 1
 
 
 @pytest.mark.parametrize("words", [["login"], ["run", "job", "x"], ["--help"], []])

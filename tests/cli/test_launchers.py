@@ -1,6 +1,7 @@
 """Every way to start two processes gives one training, with the same expert to the last byte."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,6 +100,21 @@ def test_a_disagreement_is_an_error_and_writes_nothing(tiny_suite, tmp_path):
     # One line, whichever of the two processes has come to it first.
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_process_ends_the_job_and_is_named(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(300)\n"
+    )
+    done = run([*OURS, "run", "--devices=2", str(script)])
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 (process " in done.stderr
+    assert "was ended by SIGKILL. If nobody sent it, memory ran out" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_plain_script_becomes_one_training(tmp_path):
