@@ -21,7 +21,7 @@ from mergekit_lit.search.tuning.joint import ProposeOne, expected_best, search_j
 from mergekit_lit.search.tuning.loop import candidate_of
 from mergekit_lit.search.tuning.objective import Answers, Objective
 from mergekit_lit.search.tuning.pool import Candidate
-from mergekit_lit.search.tuning.prior import Measured, prior_of
+from mergekit_lit.search.tuning.prior import Measured, Prior, prior_of
 from mergekit_lit.search.tuning.race import Run, Stage, race, stages_of
 from mergekit_lit.search.tuning.trials import Trial, best_of
 
@@ -59,6 +59,12 @@ class Stand:
     def places(self) -> Mapping[str, int]:
         """Where candidates are in the pool, by key."""
         return {candidate.key: place for place, candidate in enumerate(self.grid.pool)}
+
+    @cached_property
+    def prior(self) -> Prior:
+        """What is believed of the pool; where there is one policy alone there is no BatchNorm."""
+        statistics = len({candidate.batch_norm for candidate in self.grid.pool}) > 1
+        return prior_of(self.grid.pool, self.grid.facts, self.measured, statistics=statistics)
 
     @property
     def count(self) -> int:
@@ -119,13 +125,13 @@ def chosen(stand: Stand, trials: Sequence[Trial]) -> int:
 
 def ours(stand: Stand, _: int) -> ProposeOne:
     """Propose as `mergekit-lit tune` does; it draws nothing."""
-    prior = prior_of(stand.grid.pool, stand.grid.facts, stand.measured)
+    prior = stand.prior
     return expected_best(stand.grid.pool, prior, stand.objective, confidence=CONFIDENCE)
 
 
 def prior_alone(stand: Stand, _: int) -> ProposeOne:
     """Propose in the order of the prior's means."""
-    prior = prior_of(stand.grid.pool, stand.grid.facts, stand.measured)
+    prior = stand.prior
     order = np.argsort(-prior.mean, kind="stable")
     return _in_order([stand.grid.pool[place] for place in order])
 

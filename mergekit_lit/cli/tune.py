@@ -149,7 +149,7 @@ def _print(record: Record) -> None:
 def _spent(spent: Mapping[str, Any], regret: Mapping[str, Any] | None) -> str:
     """Return what a search to a budget cost, and what it missed where that is known."""
     line = (
-        f"Spent: {spent['evaluations']:.1f} evaluations on {spent['trials']} trials among "
-        f"{spent['candidates']} candidates, {spent['seconds']:.0f} s."
+        f"Spent: {spent['evaluations']:.1f} evaluations on {spent['trials']} trials, "
+        f"{spent['seconds']:.0f} s."
     )
     return f"{line} Regret among those tried: {regret['regret']:.4f}." if regret else line

@@ -55,6 +55,35 @@ def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):
     assert (tmp_path / "trials.jsonl").read_bytes() == before
 
 
+def test_a_budget_with_a_table_is_told_and_goes_on(words, tmp_path, capsys):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    known = {"backbone": "b", "suite": "s", "group": "g", "task": "a", "experts": 2.0}
+    known |= {"log_relative_norm": -1.0, "group_cosine": 0.0, "merge": 0, "method": "average"}
+    rows = [
+        {**known, "config": "{}", "test_accuracy": 0.5},
+        {**known, "merge": 1, "method": "ties", "config": '{"scale": 2.0}', "test_accuracy": 0.6},
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+    out = tmp_path / "run"
+    command = [*words, "--method=ties,average", "--batch_norm=base,average", f"--out={out}"]
+    command += [f"--table={tmp_path / 'table.parquet'}"]
+    assert main([*command, "--budget=2"]) == 0
+    told = capsys.readouterr().out
+    assert "Spent: 2.0 evaluations on 2 trials" in told
+    assert "task_arithmetic" in told
+    begun = (out / "trials.jsonl").read_bytes()
+    assert main([*command, "--budget=3", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (out / "trials.jsonl").read_bytes().startswith(begun)
+    assert record["metrics"]["spent"]["trials"] >= 3
+    before = (out / "trials.jsonl").read_bytes()
+    assert main(shlex.split(command_line(Record(**record)))[1:]) == 0
+    assert (out / "trials.jsonl").read_bytes() == before
+    parquet.write_table(arrow.Table.from_pylist([{"backbone": "b"}]), tmp_path / "table.parquet")
+    assert main([*command, "--budget=4"]) == 2
+    assert "`table` must hold merges with the column 'suite'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -70,6 +99,9 @@ def test_a_table_for_people_and_a_record_for_programs(words, tmp_path, capsys):
         (["--method=ties", "--then={name: lines, config: {alfa: 1}}"], "named 'alfa'"),
         (["--method=ties", "--logger=wandbb"], "wandb"),
         (["--method=ties", "--data.images=1"], "`images` must be at least 2"),
+        (["--method=ties", "--budget=0"], "`budget` must be at least 1, but is 0"),
+        (["--method=ties", "--budget=2", "--batch_norm=bse"], "Did you mean 'base'"),
+        (["--method=ties", "--table=no.parquet"], "a `table` must have a budget"),
         (["--method=ties", "--device=gpu"], "`device` must be one of this machine"),
         ([], "method"),
     ],

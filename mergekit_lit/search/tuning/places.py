@@ -51,8 +51,12 @@ class Places:
         return len(self.length)
 
 
-def places_of(candidates: Sequence[Candidate]) -> Places:
+def places_of(candidates: Sequence[Candidate], *, statistics: bool = True) -> Places:
     """Return where candidates lie.
+
+    Args:
+        candidates: n merges.
+        statistics: whether the model has BatchNorm statistics; without, policies change nothing.
 
     Raises:
         KeyError: unknown method or parameter.
@@ -65,7 +69,7 @@ def places_of(candidates: Sequence[Candidate]) -> Places:
         length=np.array([length for length, _, _ in found]),
         rest=np.array(padded, dtype=np.float64).reshape(len(found), width),
         words=np.array([words for _, _, words in found]),
-        policy=np.array([_POLICIES[each.batch_norm] for each in candidates]),
+        policy=np.array([_POLICIES[each.batch_norm] * statistics for each in candidates]),
     )
 
 

@@ -109,10 +109,14 @@ class TuningPlan:
         """What may be spent."""
         return Budget(evaluations=self.budget, seconds=self.budget_seconds)
 
-    @property
-    def pool(self) -> list[Candidate]:
-        """What a search to a budget chooses among."""
-        return pool_of({name: self.space_of(name) for name in self.methods}, self.policies)
+    def pool(self, *, statistics: bool) -> list[Candidate]:
+        """Return what a search to a budget chooses among.
+
+        Args:
+            statistics: whether the model has BatchNorm statistics; else one policy is like another.
+        """
+        policies = self.policies if statistics else self.policies[:1]
+        return pool_of({name: self.space_of(name) for name in self.methods}, policies)
 
     @property
     def confidence(self) -> float:

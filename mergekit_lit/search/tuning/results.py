@@ -20,8 +20,8 @@ def results_of(log: TrialLog, plan: TuningPlan, images: int) -> dict[str, Any]:
 
     Returns:
         `methods`: what was found of each, as `method_results` has it. Of a search to a budget also
-        what was `spent`: `evaluations`, `seconds` and `cpu_seconds` of so many `trials`, of a pool
-        of so many `candidates`; and its `regret`, if known.
+        what was `spent`: `evaluations`, `seconds` and `cpu_seconds` of so many `trials`; and its
+        `regret`, if known.
 
     Raises:
         ValueError: no candidate of a method has answers that are numbers.
@@ -34,7 +34,6 @@ def results_of(log: TrialLog, plan: TuningPlan, images: int) -> dict[str, Any]:
         found["spent"] = {
             "evaluations": sum(trial.images for trial in log.own) / images,
             "trials": len(log.own),
-            "candidates": len(plan.pool),
             **_spent(log.own),
         }
         found["regret"] = regret(log.own, [trial for trial in log.trials if trial.again])

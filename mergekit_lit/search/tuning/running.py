@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from mergekit_lit.models.statistics import has_statistics
 from mergekit_lit.search.display import Display
 from mergekit_lit.search.tuning.bench import Bench
 from mergekit_lit.search.tuning.group import facts_of_group
@@ -41,12 +42,12 @@ def _at_once(
     bench: Bench, log: TrialLog, plan: TuningPlan, measured: Measured | None, display: Display
 ) -> None:
     """Search all methods to the budget, and score again what was discarded if that is asked for."""
-    pool = plan.pool
+    statistics = has_statistics(bench.experts.structure)
+    pool = plan.pool(statistics=statistics)
     # Only other groups tell what follows from what is known of this one.
     facts = facts_of_group(bench.experts) if measured else {}
-    propose = expected_best(
-        pool, prior_of(pool, facts, measured), bench.objective, confidence=plan.confidence
-    )
+    prior = prior_of(pool, facts, measured, statistics=statistics)
+    propose = expected_best(pool, prior, bench.objective, confidence=plan.confidence)
     count = plan.budget or len(pool)
     display.show("search", 0, count, "merging")
 

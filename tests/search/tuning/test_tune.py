@@ -170,6 +170,14 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(vits, tmp
         ({"metric": "acuracy"}, KeyError, "Did you mean 'accuracy'"),
         ({"batch_norm": ["bse"]}, KeyError, "Did you mean 'base'"),
         ({"trials": 0}, ValueError, "`trials` must be at least 1"),
+        ({"budget": 0}, ValueError, "`budget` must be at least 1"),
+        ({"budget_seconds": -1.0}, ValueError, "`budget_seconds` must be above 0"),
+        ({"budget": 5, "search": "optuna"}, ValueError, "`search` is for methods that are searche"),
+        ({"budget": 5, "trials": 5}, ValueError, "`trials` is for methods that are searched one"),
+        ({"batch_norm": ["base", "average"]}, ValueError, "must have a budget, but has none"),
+        ({"batch_norm": []}, ValueError, "must name at least one BatchNorm policy"),
+        ({"table": tmp_path / "no"}, ValueError, "a `table` must have a budget"),
+        ({"budget": 5, "table": tmp_path / "no"}, FileNotFoundError, "No table of merges"),
         ({"candidate_images": 1}, ValueError, "`candidate_images` must be at least 2"),
         ({"discard": 1.0}, ValueError, r"`discard` must lie in \(0, 1\)"),
         ({"objective": "weighted", "weights": {"dot": 1.0}}, KeyError, "Did you mean 'dots'"),
@@ -197,6 +205,41 @@ def test_a_folder_of_another_search_is_refused_and_kept(vits, tmp_path):
     with pytest.raises(ValueError, match="had other experts"):
         tuned(fewer, tmp_path, space={"scale": [0.3]})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_budget_is_spent_over_methods_and_policies_at_once(vits, tmp_path):
+    options = {
+        "method": ["ties", "average"],
+        "space": {"scale": [0.3, 0.8], "density": [0.2, 1.0]},
+        "budget": 4,
+        "batch_norm": ["base", "average"],
+        "discard": None,
+    }
+    result = tuned(vits, tmp_path / "a", **options)
+    lines = lines_of(tmp_path / "a")
+    assert (lines[0]["method"], lines[0]["config"]) == ("task_arithmetic", {"scale": 0.3})
+    assert len(lines) == 4
+    # A ViT has no BatchNorm: one policy is enough.
+    assert {line["batch_norm"] for line in lines} == {"base"}
+    metrics = result.record.metrics
+    assert metrics["best"]["value"] == max(line["value"] for line in lines)
+    assert metrics["best"]["value"] >= lines[0]["value"]
+    assert (metrics["spent"]["evaluations"], metrics["spent"]["trials"]) == (4.0, 4)
+    tuned(vits, tmp_path / "b", **options, regret=True)
+    assert lines_of(tmp_path / "b") == lines
+    with pytest.raises(ValueError, match="`out` must be a new folder"):
+        tuned(vits, tmp_path / "a", **{**options, "budget": None, "batch_norm": ["base"]})
+
+
+@pytest.mark.slow
+def test_a_resnet_is_searched_over_policies(resnets, tmp_path):
+    policies = ["recalibrate", "average", "base"]
+    result = tuned(resnets, tmp_path, budget=12, batch_norm=policies, points=2)
+    lines = lines_of(tmp_path)
+    assert {line["batch_norm"] for line in lines} == set(policies)
+    best = result.record.metrics["best"]
+    facts = load_merged(result.best).facts
+    assert facts["batch_norm"] == best["batch_norm"]
 
 
 @pytest.mark.slow
