@@ -88,7 +88,8 @@ def options(  # noqa: PLR0913
             GPU; `slurm`, jobs of an array; `ray`, tasks of a Ray cluster; `wandb`, agents of a W&B
             sweep. Where there are several machines, `out` must be on a disk that they share.
         launcher_options: of `slurm`: parameters of submitit's executor, such as `timeout_min`,
-            `mem_gb`, `gpus_per_node` or `slurm_partition`; of `ray`: arguments of `ray.init`, such
+            `mem_gb`, `gpus_per_node` or `slurm_partition` (a job at its time limit is queued again
+            without end, or `slurm_max_num_timeout` times); of `ray`: arguments of `ray.init`, such
             as `address`, and `worker`, what each worker needs: `{num_cpus: 1, num_gpus: 0.5}`; of
             `wandb`: `entity` and `project`.
         jobs: workers, each of one thread; null for one a GPU, or a core where there is none.

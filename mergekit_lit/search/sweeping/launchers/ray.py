@@ -6,8 +6,10 @@ checkpoint, wherever.
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -16,6 +18,8 @@ from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
 
 # A node that dies takes its workers along; each may be started again so often.
 _RESTARTS = 100
+# A cluster on the other side of the world answers within one.
+_ANSWER_S = 5.0
 
 
 def ray_cluster(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,7 +43,14 @@ def ray_cluster(options: Mapping[str, Any]) -> Mapping[str, Any]:
             "'local' needs nothing."
         ) from None
     given = dict(options)
-    worker = {"num_cpus": 1, **given.pop("worker", {})}
+    worker = given.pop("worker", {})
+    if not isinstance(worker, Mapping):
+        raise ValueError(
+            "`launcher_options.worker` must map resources to amounts, such as {num_cpus: 1}, but "
+            f"is {worker!r}."
+        )
+    worker = {"num_cpus": 1, **worker}
+    _check_reachable(str(given.get("address") or os.environ.get("RAY_ADDRESS", "")))
     try:
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **given)
@@ -83,6 +94,23 @@ def run_ray(sweep: Sweep, listen: Listen, *, jobs: int, worker: Mapping[str, Any
         for each in tasks:
             ray.cancel(each, force=True)
         raise
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse the address of a cluster where nobody answers: Ray itself goes on trying for minutes.
+
+    Raises:
+        ValueError: nobody answers.
+    """
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if place.hostname and place.port:
+            socket.create_connection((place.hostname, place.port), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"The Ray cluster at {address!r} must be reachable from here, but is not: {error}. "
+            "`ray status` tells the address on a node of it; without `address` one is started."
+        ) from None
 
 
 def _work(sweep: Sweep, place: int, workers: int) -> None:

@@ -8,6 +8,7 @@ from its last checkpoint, wherever. The launcher only watches: should it be kill
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from mergekit_lit.search.sweeping.watching import watch
 from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
 
+# submitit's own default, 3, would leave the runs of a long sweep undone.
+_TIMES = 10**6
 _DEFAULTS: Mapping[str, Any] = {"name": "sweep", "timeout_min": 240, "cpus_per_task": 1}
 
 
@@ -24,8 +27,9 @@ def slurm_executor(folder: Path, options: Mapping[str, Any]) -> Any:
     Args:
         folder: where submitit keeps what jobs are given, and what they print.
         options: parameters of the executor, such as `timeout_min`, `mem_gb`, `gpus_per_node` or
-            `slurm_partition`; and `cluster`, which is `slurm` by default, or `local` for processes
-            of this machine.
+            `slurm_partition`; `slurm_max_num_timeout`, how often a job that comes to its time limit
+            is queued again, by default as often as it takes; and `cluster`, which is `slurm` by
+            default, or `local` for processes of this machine.
 
     Raises:
         ModuleNotFoundError: submitit is not installed.
@@ -38,12 +42,17 @@ def slurm_executor(folder: Path, options: Mapping[str, Any]) -> Any:
             "The launcher 'slurm' needs the extra: pip install 'mergekit-lit[slurm]'. "
             "'local' needs nothing."
         ) from None
-    cluster = options.get("cluster", "slurm")
-    given = {name: value for name, value in options.items() if name != "cluster"}
+    given = {**_DEFAULTS, **options}
+    cluster = given.pop("cluster", "slurm")
+    times = given.pop("slurm_max_num_timeout", _TIMES)
+    made = {"cluster": cluster, "slurm_max_num_timeout": times, "local_max_num_timeout": times}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(**{**_DEFAULTS, **given})
-    except (RuntimeError, ValueError, TypeError, NameError) as error:
+        # Some executors make their folder before they look at what they are given.
+        with TemporaryDirectory() as trial:
+            for place in (trial, folder):
+                executor = submitit.AutoExecutor(folder=place, **made)
+                executor.update_parameters(**given)
+    except (RuntimeError, ValueError, TypeError, NameError, AssertionError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"submitit cannot start jobs on {cluster!r}: {told}") from None
     return executor
