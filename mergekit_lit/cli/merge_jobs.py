@@ -14,7 +14,7 @@ from mergekit_lit.cli.evaluate import evaluate_parser, evaluated
 from mergekit_lit.cli.merge import merge_parser, merged_files, recipe_of
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
 from mergekit_lit.cli.saving import write_config
-from mergekit_lit.cli.swept import SweptCommand
+from mergekit_lit.cli.swept import SweptCommand, put_damaged_aside
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.reports.results import result_rows
@@ -75,6 +75,7 @@ class MergeJob(SweptCommand):
 
     def execute(self, config: Config, folder: Path, steps: Sequence[int]) -> None:  # noqa: ARG002
         """Merge, and score, unless that is done."""
+        put_damaged_aside(folder)
         out = folder / f"{_MERGED}.safetensors"
         values = {**config, "out": str(out)}
         if not _has_record(folder, _MERGED):
@@ -129,6 +130,7 @@ class EvaluateJob(SweptCommand):
 
     def execute(self, config: Config, folder: Path, steps: Sequence[int]) -> None:  # noqa: ARG002
         """Evaluate."""
+        put_damaged_aside(folder)
         values = {**config, "out": str(folder), "name": _SCORES}
         parser = _evaluate_parser()
         made = vars(instantiated(parser, parse_mapping(parser, nested(values))))
@@ -146,7 +148,7 @@ class EvaluateJob(SweptCommand):
 
 
 def _has_record(folder: Path, stem: str) -> bool:
-    return (folder / f"{stem}.record.json").is_file()
+    return Record.find(folder / f"{stem}.record.json") is not None
 
 
 def _save(values: Config, folder: Path) -> None:

@@ -1,12 +1,19 @@
 """This file is what the jobs of sweeps share: a command at every point, each a run of its own."""
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mergekit_lit.cli.dotted import interpolated
+from mergekit_lit.core.records import Record
 from mergekit_lit.search.sweeping.jobs import Alike, Config, Cost
+
+RECORDS = "*.record.json"
+"""The records in a run's folder."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,11 @@ class SweptCommand:
 
     def trial(self, config: Config, folder: Path) -> Cost | None:
         """Return None: a part of a run tells little of the whole."""
+
+
+def put_damaged_aside(folder: Path) -> None:
+    """Put damaged records of a run aside, so that what they told is made anew; say so."""
+    for path in sorted(folder.glob(RECORDS)):
+        if Record.find(path) is None:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+            _LOG.warning("%r is damaged: what it was the record of is made anew.", str(path))

@@ -14,8 +14,9 @@ from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli.dotted import nested, refuse_idle, typed
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
-from mergekit_lit.cli.swept import SweptCommand
+from mergekit_lit.cli.swept import RECORDS, SweptCommand, put_damaged_aside
 from mergekit_lit.cli.train import tasks_of, train_made, train_parser
+from mergekit_lit.core.files import has_content
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
@@ -35,7 +36,6 @@ _COSTLY = (
     *("model.base", "model.image_size", "model.finetuning", "model.sam_radius", "data.batch"),
     "trainer.accumulate_grad_batches",
 )
-_RECORDS = "*.record.json"
 _TRIAL_STEPS = (2, 8)
 # What runs of one crew may differ in: none of it changes what a pass computes.
 _OWN = _IDLE | {
@@ -162,6 +162,7 @@ def _train(
     config: Config, folder: Path, steps: Sequence[int], together: Together | None = None
 ) -> None:
     """Train to the K that are left, from the last checkpoint on if there is one."""
+    put_damaged_aside(folder)
     left = sorted(set(steps) - _steps_done(folder).keys())
     name = _name(folder, config["data.task"], left)
     values = {**config, "steps": left, "out": str(folder), "resume": True}
@@ -180,9 +181,9 @@ def _train(
 
 def _train_together(tasks: Sequence[Task], pace: Pace) -> list[Exception | None]:
     """Train several experts at once; each record tells its share of the time."""
-    before = {path for _, folder, _ in tasks for path in folder.glob(_RECORDS)}
+    before = {path for _, folder, _ in tasks for path in folder.glob(RECORDS)}
     errors = in_lockstep([partial(_train, *task) for task in tasks], pace)
-    for path in {path for _, folder, _ in tasks for path in folder.glob(_RECORDS)} - before:
+    for path in {path for _, folder, _ in tasks for path in folder.glob(RECORDS)} - before:
         record = Record.read(path)
         record.seconds, record.cpu_seconds = (
             round(seconds / len(tasks), 3) for seconds in (record.seconds, record.cpu_seconds)
@@ -206,12 +207,12 @@ def _on_gpu(config: Config) -> bool:
 
 
 def _steps_done(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Return file and card of each expert that is there and in a record, by K."""
+    """Return file and card of each expert that is there and in a sound record, by K."""
     found = {}
-    for path in sorted(folder.glob(_RECORDS)):
-        record = Record.read(path)
-        if record.stage == "train":
-            for file in filter(lambda name: (folder / name).is_file(), record.outputs):
+    for path in sorted(folder.glob(RECORDS)):
+        record = Record.find(path)
+        if record and record.stage == "train":
+            for file in filter(lambda name: has_content(folder / name), record.outputs):
                 card = record.metrics["experts"][Path(file).stem]
                 found[int(card["steps"])] = (file, card)
     return found

@@ -212,6 +212,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} must be a JSON file, but is not: {error}.") from None
 
 
+def has_content(path: Path) -> bool:
+    """Return whether a file is there, and not empty as a machine that went down may leave it."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -67,6 +68,13 @@ class Record:
             return cls(**value)
         except TypeError as error:
             raise ValueError(f"{str(path)!r} must be a record, but is not: {error}.") from None
+
+    @classmethod
+    def find(cls, path: Path) -> "Record | None":
+        """Read a record; None where there is none, or a damaged one."""
+        with suppress(FileNotFoundError, ValueError):
+            return cls.read(path)
+        return None
 
 
 class Stopwatch:

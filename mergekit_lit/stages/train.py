@@ -17,7 +17,7 @@ from mergekit_lit.callbacks.gradient_norm import GradientNorm
 from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
 from mergekit_lit.callbacks.path_length import PathLength
 from mergekit_lit.core.experts import load_expert
-from mergekit_lit.core.files import remove_unfinished
+from mergekit_lit.core.files import has_content, remove_unfinished
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
@@ -299,7 +299,7 @@ def _finished(record_path: Path, config: Mapping[str, Any]) -> TrainResult | Non
         return None
     record = Record.read(record_path)
     experts = tuple(record_path.parent / name for name in record.outputs)
-    if record.config != config or not all(path.is_file() for path in experts):
+    if record.config != config or not all(map(has_content, experts)):
         return None
     return TrainResult(experts, record_path, record)
 

@@ -90,7 +90,7 @@ def _of_finished(sweep: Sweep, runs: Sequence[Run]) -> dict[Hashable, Cost]:
     groups: dict[Hashable, list[Cost]] = {}
     for run in runs:
         folder = sweep.folder(run)
-        records = [Record.read(path) for path in folder.glob("*.record.json")]
+        records = filter(None, map(Record.find, folder.glob("*.record.json")))
         seconds = sum(record.cpu_seconds or record.seconds for record in records)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         steps = max(run.steps, default=0)
