@@ -175,17 +175,33 @@ def values_of(argv: Sequence[str], key: str) -> list[str]:
     return values
 
 
+def value_of(parser: ArgumentParser, key: str, text: str | None) -> Any:
+    """Return what a flag says, as a file of parameters would hold it.
+
+    What is to be a word or a path stays one, though it looks like a number: `--out 2024`.
+    """
+    try:
+        value = True if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    kinds = _kinds(getattr(_action(parser, key), "_typehint", None))
+    if {str, Path}.isdisjoint(kinds) or value is None or type(value) in (*kinds, list, dict):
+        return value
+    return text
+
+
 def load_yaml(path: str) -> dict[str, Any]:
     """Read one file of parameters, interpolations as they stand.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML mapping.
+        ValueError: it is no YAML mapping, or gives a key twice.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No file {path!r}.")
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # A safe loader, but for what it refuses.
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path!r} must be a YAML file, but is not: {error}") from None
     if value is None:
@@ -193,6 +209,20 @@ def load_yaml(path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path!r} must be a YAML mapping, but is a {type(value).__name__}.")
     return value
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML drops the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                problem = f"the key {key.value!r} comes twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
 
 
 def check_keys(

@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from torch.cuda import device_count
 
@@ -26,6 +25,7 @@ from mergekit_lit.cli.parsing import (
     load_yaml,
     parse_mapping,
     read,
+    value_of,
     values_of,
 )
 from mergekit_lit.cli.saving import merged_values
@@ -190,13 +190,14 @@ def _given(own: ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], di
         raise ValueError("A sweep must be given as a YAML file: mergekit-lit sweep FILE.yaml.")
     job = [str(values.get("job", "train")), *values_of(argv, "job")][-1]
     method = [str(values.get("method", "average")), *values_of(argv, "method")][-1]
-    given = read(_of_both(own, job, method), argv)
+    both = _of_both(own, job, method)
+    given = read(both, argv)
     for word in given.positionals:
         if word not in files:
             raise ValueError(f"A sweep must be given as a YAML file, but {word!r} is none.")
-    for key, text in given.options:
-        value = True if text is None else yaml.safe_load(text)
-        values = merged_values(values, nested({key.removesuffix("+"): value}))
+    for flag, text in given.options:
+        key = flag.removesuffix("+")
+        values = merged_values(values, nested({key: value_of(both, key, text)}))
     ours = {action.dest for action in own._actions} - {"help", "config"}
     mine = {key: value for key, value in values.items() if key in ours}
     return mine, {key: value for key, value in values.items() if key not in ours}

@@ -7,7 +7,14 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from mergekit_lit.cli.parsing import add_parameters, command_parser, parse, values_of
+from mergekit_lit.cli.parsing import (
+    add_parameters,
+    command_parser,
+    load_yaml,
+    parse,
+    value_of,
+    values_of,
+)
 from mergekit_lit.cli.saving import config_texts, write_config
 
 
@@ -125,6 +132,30 @@ def test_one_value_in_a_file_is_a_list_too(read, tmp_path, text, steps):
     assert (given.steps, given.files, given.out) == (steps, [Path("x")], "s-letters")
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("out", "4072932893982468", "4072932893982468"),
+        ("out", "2024-01-01", "2024-01-01"),
+        ("out", "a: b: c", "a: b: c"),
+        ("data.task", "true", "true"),
+        ("trainer.devices", "2", 2),
+        ("trainer.devices", "0,1", "0,1"),
+        ("data.n", "7", 7),
+        ("data.n", "null", None),
+        ("steps", "[1, 2]", [1, 2]),
+        ("resume", None, True),
+    ],
+)
+def test_a_flag_is_what_a_file_would_hold(parser, key, text, value):
+    assert value_of(parser, key, text) == value
+
+
+def test_what_an_anchor_gives_may_be_given_anew(tmp_path):
+    path = write(tmp_path / "a.yaml", "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert load_yaml(path)["b"] == {"x": 3, "y": 2}
+
+
 def test_classes_are_named_by_path(read, parser):
     path = f"{__name__}.Watch"
     given = read(
@@ -167,6 +198,8 @@ def test_wrong_flags_are_told_in_one_line(read, words, message):
         ("data: {n: many}\n", "`data.n` must be a whole number or null, but is 'many'."),
         ("- 1\n", "must be a YAML mapping, but is a list"),
         ("a: [1\n", "must be a YAML file, but is not"),
+        ("data: {n: 1}\nscale: 1\ndata: {n: 2}\n", "not: the key 'data' comes twice"),
+        ("data: {n: 1, n: 2}\n", "the key 'n' comes twice"),
         ("out: ${data.nothing}\n", "nothing"),
     ],
 )

@@ -154,6 +154,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_look_like_numbers_are_names(sweep_file, tmp_path, monkeypatch, capsys):
+    """Of ten thousand runs a few have names of digits alone; agents of W&B ask for them so."""
+    monkeypatch.chdir(tmp_path)
+    path = sweep_file({"data.task": ["dots"]})
+    assert run(path, "--out=2024", "--run=4072932893982468") == 2
+    told = capsys.readouterr().err
+    assert "`run` must name one of the sweep's 1 runs, but is '4072932893982468'" in told
+
+
 def test_a_file_is_needed(capsys):
     assert run("--jobs=1") == 2
     assert "A sweep must be given as a YAML file" in capsys.readouterr().err
