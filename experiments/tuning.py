@@ -161,7 +161,6 @@ def _without_search(grid: Grid) -> dict[str, dict[str, float]]:
             "to_choice": reference["to_choice"] - gain,
             "to_best": reference["to_best"] - gain,
             "over_reference": gain,
-            "on_val": float("nan"),
             "trials": 0.0,
         },
         "whole grid": {
@@ -195,14 +194,15 @@ _HEADER = (
 
 
 def _line(label: str, scores: Sequence[Mapping[str, float]]) -> str:
-    cells = [_cell([100 * score[column] for score in scores]) for column in COLUMNS]
+    known = [[100 * score[name] for score in scores if name in score] for name in COLUMNS]
+    cells = [_cell(values) for values in known]
     near = sum(score["to_choice"] <= 0.01 for score in scores)
     trials = float(np.mean([score["trials"] for score in scores]))
     return f"| {label} | {' | '.join(cells)} | {near} of {len(scores)} | {trials:.0f} |"
 
 
 def _cell(values: Sequence[float]) -> str:
-    if np.isnan(values).any():
+    if not values:
         return ""
     mean = float(np.mean(values))
     if len(values) < 2:

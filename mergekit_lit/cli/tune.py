@@ -130,9 +130,9 @@ def _print(record: Record) -> None:
         }
         for name, found in metrics["methods"].items()
     ]
-    names = ("method", "chosen", "batch_norm", "value", "defaults", "base", "trials", "discarded")
-    names = (*names, "saved")
-    columns = {name: name for name in (*names, "seconds", "regret")}
+    about = ("method", "chosen", "batch_norm", "value", "defaults", "base")
+    cost = ("trials", "discarded", "saved", "seconds", "regret")
+    columns = {name: name for name in (*about, *cost)}
     print_table(rows, columns | {"value": record.config["metric"], "base": "base (scale 0)"})
     for name, found in metrics["methods"].items():
         if not found["space"]:

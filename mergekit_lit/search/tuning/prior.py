@@ -134,7 +134,8 @@ def alike_of(facts: Mapping[str, float]) -> Numbers:
         (math.log2(facts[name]) if how == "log2" else facts[name]) / unit
         for name, (how, unit) in ALIKE.items()
     ]
-    return np.nan_to_num(np.array(values))
+    found: Numbers = np.nan_to_num(np.array(values))
+    return found
 
 
 def measured_of(table: Sequence[Row]) -> Measured:
