@@ -1,6 +1,7 @@
 """This file keeps a folder to one process at a time, on one machine or on several that share it."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.files import create_text
+
+_MACHINE = Path("/etc/machine-id")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
@@ -49,10 +53,16 @@ def this_process() -> str:
 def is_of_dead(text: str) -> bool:
     """Return whether a process, as `this_process` tells it, is dead for sure.
 
-    It is if it ran on this machine, and runs there no more; of others nobody here can tell.
+    It is if it ran on this machine, and runs there no more or the machine was started anew since;
+    of others nobody here can tell.
     """
-    holder = _read(text)
-    if holder is None or any(holder.get(key) != value for key, value in _here().items()):
+    holder, here = _read(text), _here()
+    if holder is None or any(holder.get(key) != here[key] for key in ("host", "machine")):
+        return False
+    if holder.get("boot") != here["boot"]:
+        # Another machine may have the same name, but not the same number too.
+        return bool(here["machine"] and here["boot"] and holder.get("boot"))
+    if holder.get("namespace") != here["namespace"]:
         return False
     started = _started(holder["pid"])
     return started is None or bool(started and holder["started"] and started != holder["started"])
@@ -110,10 +120,20 @@ def _read(text: str) -> Mapping[str, Any] | None:
 
 
 def _here() -> dict[str, str]:
-    """Return where numbers of processes mean the same: the machine, and its container."""
+    """Return where numbers of processes mean the same: machine, its last start, and container.
+
+    What the system does not tell is empty. A machine's own number is not for everybody to read: its
+    hash tells as well whether two are one.
+    """
+    found = {"host": platform.node(), "machine": "", "boot": "", "namespace": ""}
     with suppress(OSError):
-        return {"host": platform.node(), "namespace": str(Path("/proc/self/ns/pid").readlink())}
-    return {"host": platform.node(), "namespace": ""}
+        number = _MACHINE.read_bytes().strip()
+        found["machine"] = hashlib.sha256(number).hexdigest()[:16] if number else ""
+    with suppress(OSError):
+        found["boot"] = _BOOT.read_text().strip()
+    with suppress(OSError):
+        found["namespace"] = str(Path("/proc/self/ns/pid").readlink())
+    return found
 
 
 def _started(pid: int) -> str | None:

@@ -105,10 +105,15 @@ def test_one_process_does_not_hold_it_twice(tmp_path):
         ({"started": ""}, False),
         ({"pid": NONE, "host": "elsewhere"}, False),
         ({"pid": NONE, "namespace": "another container"}, False),
+        ({"boot": "before the machine was started anew"}, True),
+        ({"pid": NONE, "boot": "another", "machine": "another of the same name"}, False),
+        ({"pid": NONE, "boot": ""}, False),
     ],
 )
-def test_only_one_that_is_surely_dead_is_overruled(tmp_path, change, free):
+def test_only_one_that_is_surely_dead_is_overruled(tmp_path, change, free, monkeypatch):
     lock = tmp_path / "lock"
+    monkeypatch.setattr(locks, "_MACHINE", tmp_path / "machine-id")
+    (tmp_path / "machine-id").write_text("0123abc\n")
     with sole_writer(lock):
         mine = json.loads(lock.read_text())
     left = json.dumps(mine | change)
@@ -120,6 +125,13 @@ def test_only_one_that_is_surely_dead_is_overruled(tmp_path, change, free):
     with pytest.raises(ValueError, match="must be written by one process"), sole_writer(lock):
         pass
     assert lock.read_text() == left
+
+
+def test_where_machines_have_no_number_another_start_may_be_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_MACHINE", tmp_path / "none")
+    mine = json.loads(locks.this_process())
+    assert locks.is_of_dead(json.dumps(mine | {"pid": NONE}))
+    assert not locks.is_of_dead(json.dumps(mine | {"pid": NONE, "boot": "another"}))
 
 
 @pytest.mark.parametrize("text", ["", '{"host": "a', "[]", "{}"])
