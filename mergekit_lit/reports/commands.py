@@ -76,6 +76,12 @@ def _predict_words(record: Record, out: str) -> list[str]:
     return [*experts, *_flags(given), *_flags(own, null=True), *_data_flags(config)]
 
 
+def _recommend_words(record: Record, out: str) -> list[str]:
+    request = dict(record.config["request"])
+    suite = str(request.pop("suite"))
+    return [suite, *_flags(request), *_flags({"space": record.config["space"], "out": out})]
+
+
 def _data_flags(config: Mapping[str, Any]) -> list[str]:
     """Return the flags of the images that a merge looks at."""
     calibration = config.get("calibration") or {}
@@ -108,6 +114,7 @@ _STAGES: Mapping[str, Callable[[Record, str], list[str]]] = {
     "merge": _merge_words,
     "bound": _bound_words,
     "predict": _predict_words,
+    "recommend": _recommend_words,
     "evaluate": _evaluate_words,
     "sweep": _sweep_words,
 }

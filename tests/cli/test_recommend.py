@@ -1,6 +1,7 @@
 """The command recommend: what it writes, prints and refuses."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 
 from mergekit_lit.cli import main
 from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.records import Record
+from mergekit_lit.reports.commands import command_line
 
 BASE = "timm/test_vit@random:0"
 SMALL = [
@@ -73,6 +76,11 @@ def test_a_recommendation_can_be_trained_and_goes_on_after_a_kill(tiny_suite, tm
     assert expected["low"] <= expected["accuracy"] <= expected["high"]
     chosen = metrics["recommended"]
     assert metrics["candidates"][0]["measured"] or metrics["candidates"][1]["measured"]
+
+    # The command that the record tells finds everything done.
+    again = shlex.split(command_line(Record(**record), out=str(tmp_path / "a")))[1:]
+    assert main([*again, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == metrics
 
     # The same request in another folder, killed before the end of the probes and after them.
     for name in ("pace.json", "probes.json"):
