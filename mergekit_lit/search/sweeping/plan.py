@@ -107,7 +107,8 @@ class _Typed:
 
     def runs(self, point: Point) -> Iterator[Run]:
         """Yield the runs of a point, each with its own steps alone."""
-        kind = self._job.kind(point)
+        # A base holds its first point's values, which are no others' where they leave a key out.
+        kind = (*sorted(point), self._job.kind(point))
         if kind not in self.bases:
             self.bases[kind] = self._job.complete(point)
         base, place = self.bases[kind], list(self.bases).index(kind)

@@ -33,6 +33,12 @@ def test_names_depend_on_content_alone(sums):
     assert len(names(other)) == 3
 
 
+def test_what_one_mapping_of_axes_sets_is_not_set_in_the_next(sums):
+    plan = plan_runs(read_axes([{"a": [5]}, {"b": [3]}]), sums())
+    found = [(plan.config(run)["a"], plan.config(run)["b"]) for run in plan.runs]
+    assert found == [(5.0, 0), (0.0, 3)]
+
+
 def test_a_value_is_typed_once_not_once_a_point(sums):
     job = sums()
     axes = {"a": list(range(40)), "b": list(range(50)), "path": ["constant", "cosine"]}
