@@ -48,8 +48,15 @@ def test_random_search_takes_the_best_on_val_of_what_it_pays_for(script, setting
 
 def test_the_table_tells_regrets_in_points(script):
     row = {
-        "backbone": "vit", "pool": "real", "best": 0.8, "base": 0.6, "recommended": 0.79,
-        "default": 0.75, "random": 0.77, "longest": 0.7, "mean_cell": 0.72,
+        "backbone": "vit",
+        "pool": "real",
+        "best": 0.8,
+        "base": 0.6,
+        "recommended": 0.79,
+        "default": 0.75,
+        "random": 0.77,
+        "longest": 0.7,
+        "mean_cell": 0.72,
         "expected": {"low": 0.7, "high": 0.9},
     }
     assert "| vit | real | 1 | 0.800 | 0.600 | 1.0 | 0 of 1 | 5.0 | 3.0 |" in script.table([row])
@@ -70,15 +77,26 @@ def test_one_group_is_compared(script, tiny_suite, tmp_path):
                 ],
             }
         },
-        "schedule": "constant", "warmup_steps": 0, "test_images": 20, "val_images": 10,
-        "always": [{"method": "average"}], "drawn": 0, "methods": [{"method": "ties"}],
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "test_images": 20,
+        "val_images": 10,
+        "always": [{"method": "average"}],
+        "drawn": 0,
+        "methods": [{"method": "ties"}],
         "effort": {"micro_batches": 2, "batch": 8, "hessian_images": 4, "images": 8},
     }
     settings = {
         "merges": "merges.yaml",
         "pools": {"embedded": {"batch": 8, "n": 40, "lr": [0.01, 0.03], "steps": [16, 24]}},
-        "groups": 1, "size": 2, "seed": 0, "budget": 7.0, "ways": 2, "probe_share": 0.2,
-        "default": {"lr": 0.01, "steps": 20}, "test_images": 20,
+        "groups": 1,
+        "size": 2,
+        "seed": 0,
+        "budget": 7.0,
+        "ways": 2,
+        "probe_share": 0.2,
+        "default": {"lr": 0.01, "steps": 20},
+        "test_images": 20,
     }
     OmegaConf.save(plan, tmp_path / "merges.yaml")
     (study,) = script.studies(settings, tmp_path, tmp_path / "merges", tmp_path / "out")

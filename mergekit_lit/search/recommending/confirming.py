@@ -190,8 +190,14 @@ class Confirmation:
 
 
 def best_ways(order: Sequence[Outlook], count: int) -> list[Way]:
-    """Return the first few ways of an order of candidates."""
-    return list(dict.fromkeys(each.candidate.way for each in order))[:count]
+    """Return the first few ways of an order of candidates: one of each rate, before any others.
+
+    Rates differ in what nobody can know beforehand; batches and shares of one rate differ by what
+    the outlook says of noise and generalization.
+    """
+    ways = list(dict.fromkeys(each.candidate.way for each in order))
+    first = list({(way.optimizer, way.lr): way for way in reversed(ways)}.values())
+    return [*sorted(first, key=ways.index), *(way for way in ways if way not in first)][:count]
 
 
 def best_point(points: Sequence[Point], *, by_accuracy: bool) -> Point:

@@ -1,6 +1,7 @@
 """Ranking and confirming, on merges of a law whose best number of steps is known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,6 +102,13 @@ def test_what_was_measured_is_told_as_it_is(constants, probes):
     way = SPACE.probes[0]
     assert ranking.outlook(Candidate(way, 40)).val_loss == point(way, 40).val_loss
     assert ranking.outlook(Candidate(way, 40)).measured
+
+
+def test_ways_of_other_rates_go_before_other_batches_of_one():
+    ways = [Way("sgd", lr, batch, 1.0) for lr, batch in ((1, 8), (1, 32), (2, 32), (1, 4), (3, 8))]
+    order = [SimpleNamespace(candidate=Candidate(way, k)) for way in ways for k in (5, 6)]
+    found = confirming.best_ways(order, 4)
+    assert found == [ways[0], ways[2], ways[4], ways[1]]
 
 
 def test_rates_that_nobody_probed_are_not_ranked(constants, probes):
