@@ -1,11 +1,11 @@
 """This file is configurations by dotted key, as the axes of a sweep name parameters."""
 
-import re
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
 
 from mergekit_lit.cli.parsing import parse_mapping
 from mergekit_lit.cli.saving import merged_values
@@ -44,13 +44,37 @@ def refuse_idle(point: Mapping[str, Any], idle: Collection[str]) -> None:
             )
 
 
-def interpolated(given: Mapping[str, Any], point: Mapping[str, Any]) -> Hashable:
-    """Return the values of a point that interpolations such as `${data.split_seed}` may refer to.
+def interpolated(
+    given: Mapping[str, Any], base: Config, idle: Collection[str]
+) -> Callable[[Mapping[str, Any]], Config]:
+    """Return what tells a point's values together with those interpolated from them.
 
-    Points that agree in them have the same interpolated values.
+    A parser would resolve `${model.seed}` as well, but takes a thousand times as long.
+
+    Args:
+        given: nested values of the file, interpolations as they stand.
+        base: complete configuration of one of the points; all of them have the same keys.
+        idle: keys that decide no result.
     """
-    named = " ".join(re.findall(r"\$\{([^}]*)\}", repr(given)))
-    return tuple((key, repr(point[key])) for key in point if key.rpartition(".")[2] in named)
+    written = {key: value for key, value in flat(given).items() if "${" in repr(value)}
+    written = {key: value for key, value in written.items() if key not in idle}
+    if not written:
+        return dict
+    whole = OmegaConf.create(nested({**base, **written}))
+
+    def values(point: Mapping[str, Any]) -> Config:
+        for key, value in point.items():
+            OmegaConf.update(whole, key, value)
+        found = {key: OmegaConf.select(whole, key) for key in written}
+        plain = {
+            key: OmegaConf.to_container(value, resolve=True)
+            if OmegaConf.is_config(value)
+            else value
+            for key, value in found.items()
+        }
+        return {**plain, **point}
+
+    return values
 
 
 def flat(values: Mapping[str, Any]) -> Config:

@@ -50,8 +50,8 @@ class MergeJob(SweptCommand):
         return () if self.score == "none" else _METRICS
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return the method, each with parameters of its own, and what interpolations refer to."""
-        return self._method(point), super().kind(point)
+        """Return the method, each with parameters of its own."""
+        return self._method(point)
 
     def complete(self, point: Mapping[str, Any]) -> Config:
         """Return the file's configuration with a point set, typed, and with every default."""

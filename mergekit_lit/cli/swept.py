@@ -1,13 +1,14 @@
 """This file is what the jobs of sweeps share: a command at every point, each a run of its own."""
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mergekit_lit.cli.dotted import interpolated
 from mergekit_lit.core.records import Record
+from mergekit_lit.search.sweeping.axes import Point
 from mergekit_lit.search.sweeping.jobs import Alike, Config, Cost
 
 RECORDS = "*.record.json"
@@ -32,8 +33,11 @@ class SweptCommand:
     given: Mapping[str, Any]
 
     def kind(self, point: Mapping[str, Any]) -> Hashable:
-        """Return what interpolations in the file refer to."""
-        return interpolated(self.given, point)
+        """Return None: a point decides its own values alone."""
+
+    def followed(self, base: Config) -> Callable[[Point], Point]:
+        """Return what tells a point's values together with those interpolated from them."""
+        return interpolated(self.given, base, self.idle - {"seed"})
 
     def separate(self, config: Config) -> Sequence[Config]:
         """Return the configuration: it is one run."""

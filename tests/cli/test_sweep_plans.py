@@ -43,7 +43,31 @@ def test_interpolations_follow_the_axes(tiny_suite):
     plan = plan_runs(read_axes({"data.split_seed": [1, 2], "model.lr": [0.1, 0.2, 0.3]}), job)
     found = [plan.config(run) for run in plan.runs]
     assert [config["model.seed"] for config in found] == [1, 1, 1, 2, 2, 2]
-    assert len(plan.bases) == 2
+    assert len(plan.bases) == 1
+    assert plan.keys == ("data.split_seed", "model.lr")
+
+
+def test_interpolated_values_are_parsed_once_not_once_a_run(tiny_suite, monkeypatch):
+    """A parser takes half a second for each."""
+    parsed, complete = [], TrainJob.complete
+    monkeypatch.setattr(TrainJob, "complete", lambda *of: parsed.append(of[1]) or complete(*of))
+    given = {
+        "data": {"suite": tiny_suite, "task": "dots", "split_seed": "${model.seed}"},
+        "model": {"lr": "${model.weight_decay}"},
+        "checkpoint_every": "${model.seed}",
+        "steps": 2,
+    }
+    decays = [round(0.001 * place, 3) for place in range(1, 6)]
+    axes = {"model.seed": list(range(30)), "model.weight_decay": decays}
+    plan = plan_runs(read_axes(axes), TrainJob(given))
+    found = [plan.config(run) for run in plan.runs]
+    assert len(found) == 150
+    assert len(parsed) < 10
+    assert all(config["data.split_seed"] == config["model.seed"] for config in found)
+    assert all(config["model.lr"] == config["model.weight_decay"] for config in found)
+    one = TrainJob(given).complete({"model.seed": 7, "model.weight_decay": 0.003})
+    (same,) = [each for each in found if (each["model.seed"], each["model.lr"]) == (7, 0.003)]
+    assert {**same, "checkpoint_every": 7} == one
 
 
 def test_ten_thousand_runs_are_planned_in_little_time_and_memory(tiny_suite):

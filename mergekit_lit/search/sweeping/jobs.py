@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from mergekit_lit.lit.lockstep import Pace
+from mergekit_lit.search.sweeping.axes import Point
 
 Config: TypeAlias = dict[str, Any]
 """A complete configuration by dotted key, such as `model.lr`."""
@@ -71,6 +72,13 @@ class Job(Protocol):
         """Return what decides all of a configuration but a point's own values.
 
         Such as the merge method, which has parameters of its own.
+        """
+
+    def followed(self, base: Config) -> Callable[[Point], Point]:
+        """Return what tells a point's values together with those that the file makes of them.
+
+        Args:
+            base: complete configuration of a point with the same keys, of the same kind.
         """
 
     def complete(self, point: Mapping[str, Any]) -> Config:

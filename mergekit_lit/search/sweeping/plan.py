@@ -8,7 +8,7 @@ schedule that does not depend on it, are one run that leaves several experts. Wh
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,7 @@ class _Typed:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._values: dict[tuple[Hashable, str, str], Any] = {}
+        self._followed: dict[Hashable, Callable[[Point], Point]] = {}
         self.bases: dict[Hashable, Config] = {}
 
     def runs(self, point: Point) -> Iterator[Run]:
@@ -111,8 +112,10 @@ class _Typed:
         kind = (*sorted(point), self._job.kind(point))
         if kind not in self.bases:
             self.bases[kind] = self._job.complete(point)
+            self._followed[kind] = self._job.followed(self.bases[kind])
         base, place = self.bases[kind], list(self.bases).index(kind)
-        changed = {key: self._value(kind, point, key) for key in point}
+        whole = self._followed[kind](point)
+        changed = {key: self._typed(kind, point, key, value) for key, value in whole.items()}
         for config in self._job.separate({**base, **changed}):
             identity, steps = self._job.identity(config)
             text = json.dumps([self._job.stage, identity], sort_keys=True)
@@ -120,12 +123,11 @@ class _Typed:
             differs = {key: value for key, value in config.items() if value != base.get(key)}
             yield Run(name, place, differs, steps)
 
-    def _value(self, kind: Hashable, point: Point, key: str) -> Any:
-        """Return one value of a point as the job's parser types it.
+    def _typed(self, kind: Hashable, point: Point, key: str, value: Any) -> Any:
+        """Return a value that a point has, or makes, as the job's parser types it.
 
         Numbers have no range there: of many, the first of each type speaks for the others.
         """
-        value = point[key]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         known = (kind, key, type(value).__name__ if number else repr(value))
         if known not in self._values:

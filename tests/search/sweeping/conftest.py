@@ -29,6 +29,9 @@ class Sums:
     def kind(self, point):
         return point.get("kind")
 
+    def followed(self, base):
+        return dict
+
     def complete(self, point):
         self.completed += 1
         config = {"a": 0.0, "b": 0, "steps": [1], "path": "constant", "out": "."}
