@@ -64,7 +64,7 @@ def options(  # noqa: PLR0913
     launcher_options: dict[str, Any] | None = None,
     jobs: int | None = None,
     retries: int = 2,
-    lockstep: LockstepMode = "auto",
+    lockstep: LockstepMode = "never",
     run: str | None = None,
     dry_run: bool = False,
     json: bool = False,
@@ -96,9 +96,12 @@ def options(  # noqa: PLR0913
         retries: how often a run that failed, or whose process died, is tried again, by all launches
             that work at the sweep together; errors of input are not. A later launch tries anew.
         lockstep: whether a worker trains up to 8 experts that differ in learning rate, weight
-            decay, seed or data share at once, with one pass for all: `auto` where it may be faster
-            (on a GPU, or up to 8 samples a batch) and was, in steps of both ways; `always` where
-            it can be; or `never`. Weights differ by rounding from those of separate runs.
+            decay, seed or data share at once, with one pass for all: `never`, which gives the bytes
+            of separate runs; `auto` where it may be faster (on a GPU, or up to 8 samples a batch)
+            and was, in steps of both ways, so that how busy the machine is decides; or `always`
+            where it can be. In lockstep weights differ by rounding from those of separate runs: by
+            1e-5 of a tensor's largest entry at most after 4 steps of SGD, by more the longer and
+            the less stable a training is (tiny batches, large steps).
         run: do this run alone, by the name of its folder, in this process, as agents of W&B do.
         dry_run: whether to tell what would be done, and do nothing.
         json: whether to print the record, or the plan, as JSON.

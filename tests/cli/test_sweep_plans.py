@@ -2,12 +2,14 @@
 
 import pickle
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from mergekit_lit.cli import sweep
 from mergekit_lit.cli.dotted import nested
 from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train_job import TrainJob
@@ -88,6 +90,11 @@ def test_the_example_is_the_grid_that_is_timed():
     ours = ("job", "out", "retries", "launcher")
     plan = plan_runs(axes, TrainJob({key: values[key] for key in values if key not in ours}))
     assert (len(plan.runs), plan.results, plan.shared) == (54, 216, 54)
+
+
+def test_lockstep_must_be_asked_for():
+    """Which way is faster depends on the machine, and the two differ by rounding."""
+    assert signature(sweep.options).parameters["lockstep"].default == "never"
 
 
 @pytest.mark.parametrize(
