@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from mergekit_lit.cli.dotted import interpolated
 from mergekit_lit.core.records import Record
 from mergekit_lit.search.sweeping.axes import Point
@@ -50,6 +52,10 @@ class SweptCommand:
     def alike(self, config: Config) -> Alike:  # noqa: ARG002 (all the same here)
         """Return that there are no steps to take together."""
         return Alike(obstacle=f"runs of {self.stage!r} have no steps")
+
+    def on_gpu(self, config: Config) -> bool:
+        """Return whether a run holds a GPU, as it does by default where there is one."""
+        return torch.cuda.is_available() and config.get("trainer.accelerator") != "cpu"
 
     def trial(self, config: Config, folder: Path) -> Cost | None:
         """Return None: a part of a run tells little of the whole."""

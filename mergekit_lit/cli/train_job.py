@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -116,7 +115,7 @@ class TrainJob(SweptCommand):
         obstacle = _obstacle(config)
         if obstacle:
             return Alike(obstacle=obstacle)
-        on_gpu = _on_gpu(config)
+        on_gpu = self.on_gpu(config)
         return Alike(
             kind=json.dumps({key: config[key] for key in sorted(config.keys() - _OWN)}),
             execute=_train_together,
@@ -138,7 +137,7 @@ class TrainJob(SweptCommand):
 
     def trial(self, config: Config, folder: Path) -> Cost:
         """Return what a run costs, by the difference of two trainings of a few steps."""
-        on_gpu = _on_gpu(config)
+        on_gpu = self.on_gpu(config)
         clock = time.perf_counter if on_gpu else time.process_time
         given = {**config, "model.warmup_steps": 0, "logger": "csv", "checkpoint_every": 0}
         seconds: list[float] = []
@@ -200,10 +199,6 @@ def _obstacle(config: Config) -> str:
     others = sorted(given - {f"trainer.{name}" for name in _STACKED_TRAINER})
     others += [key for key, value in _STACKED.items() if config[key] != value]
     return f"`{others[0]}` is {config[others[0]]!r}" if others else ""
-
-
-def _on_gpu(config: Config) -> bool:
-    return torch.cuda.is_available() and config["trainer.accelerator"] != "cpu"
 
 
 def _steps_done(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:

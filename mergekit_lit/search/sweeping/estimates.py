@@ -91,13 +91,18 @@ def _of_finished(sweep: Sweep, runs: Sequence[Run]) -> dict[Hashable, Cost]:
     for run in runs:
         folder = sweep.folder(run)
         records = filter(None, map(Record.find, folder.glob("*.record.json")))
-        seconds = sum(record.cpu_seconds or record.seconds for record in records)
+        on_gpu = sweep.job.on_gpu(sweep.plan.config(run))
+        # A GPU is held while the processor waits for it.
+        seconds = sum(
+            record.seconds if on_gpu else record.cpu_seconds or record.seconds for record in records
+        )
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         steps = max(run.steps, default=0)
         cost = Cost(
             start_s=0.0 if steps else seconds,
             step_s=seconds / steps if steps else 0.0,
             result_bytes=size / run.results,
+            on_gpu=on_gpu,
         )
         groups.setdefault(_kind(sweep, run), []).append(cost)
     return {kind: _mean(costs) for kind, costs in groups.items()}  # type: ignore[misc] # not empty

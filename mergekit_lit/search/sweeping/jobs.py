@@ -112,5 +112,8 @@ class Job(Protocol):
     def cost_kind(self, config: Config) -> Hashable:
         """Return what decides how long a step, or a run, takes."""
 
+    def on_gpu(self, config: Config) -> bool:
+        """Return whether a run holds a GPU."""
+
     def trial(self, config: Config, folder: Path) -> Cost | None:
         """Return what a run costs, measured on a short one; None where only the whole one tells."""

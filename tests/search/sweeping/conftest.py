@@ -22,6 +22,7 @@ class Sums:
     begun: list[dict[str, Any]] = field(default_factory=list)
     completed: int = 0
     cost: bool = True
+    gpu: bool = False
     trials: int = 0
     stage: str = "sum"
     metrics: tuple[str, ...] = ("sum",)
@@ -62,6 +63,9 @@ class Sums:
 
     def cost_kind(self, config):
         return config["path"]
+
+    def on_gpu(self, config):
+        return self.gpu
 
     def trial(self, config, folder):
         self.trials += 1

@@ -21,16 +21,18 @@ def test_a_trial_of_each_kind_tells_hours_and_disk(sweep_of, sums):
     assert found.disk_mb == pytest.approx(12)
 
 
-def test_what_is_finished_tells_more_than_a_trial(sweep_of, sums):
-    job = sums()
+@pytest.mark.parametrize(("gpu", "hours"), [(False, 100 / 3600), (True, 300 / 3600)])
+def test_what_is_finished_tells_more_than_a_trial(sweep_of, sums, gpu, hours):
+    job = sums(gpu=gpu)
     half = sweep_of({**AXES, "a": [1], "path": ["constant"]}, job)
     work(half, lambda *_: None)
     (run,) = half.plan.runs
-    record = Record(stage="train", name="x", config={}, cpu_seconds=100.0)
+    record = Record(stage="train", name="x", config={}, seconds=300.0, cpu_seconds=100.0)
     record.write(half.folder(run) / "x.record.json")
     found = estimate(sweep_of({**AXES, "path": ["constant"]}, job))
     assert (found.runs, found.left, job.trials) == (3, 2, 0)
-    assert found.core_hours == pytest.approx(2 * 100 / 3600)
+    assert found.core_hours == pytest.approx(2 * hours)
+    assert found.gpu_hours == pytest.approx(2 * hours if gpu else 0)
     assert found.source == "what is finished"
 
 
