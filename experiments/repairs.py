@@ -31,7 +31,7 @@ from testbed import POLICY, groups_of, write_rows
 from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.files import read_json
 from mergekit_lit.reports.intervals import student_half_width
-from mergekit_lit.stages.cautions import nearest_travel
+from mergekit_lit.stages.advice import nearest_travel
 from mergekit_lit.stages.recipes import Recipe
 
 _TRAVEL = "travel_normalised"

@@ -16,7 +16,7 @@ from mergekit_lit.core.records import Record
 from mergekit_lit.search.recommending.recommend import Recommendation, recommend
 from mergekit_lit.search.recommending.request import Request
 from mergekit_lit.search.recommending.space import Space
-from mergekit_lit.stages.cautions import expert_cautions
+from mergekit_lit.stages.advice import expert_cautions
 
 _USAGE = "SUITE --budget SECONDS --out FOLDER [options], or --experts EXPERT ..."
 _EXPERTS = "--experts"

@@ -16,7 +16,7 @@ from mergekit_lit.merging.gather import load_experts
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
-from mergekit_lit.stages.cautions import expert_cautions
+from mergekit_lit.stages.advice import expert_cautions
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
