@@ -3,6 +3,7 @@
 Nothing here needs Lightning, so that `merge` does not either. One process tells each run.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -37,7 +38,9 @@ def check_logger(kind: str, folder: Path | None = Path()) -> None:
         wandb_runs.prepare(online=wandb_runs.is_online(kind))
 
 
-def log_run(kind: LoggerKind, folder: Path, facts: RunFacts, outcome: Outcome) -> None:
+def log_run(
+    kind: LoggerKind, folder: Path, facts: RunFacts, outcome: Outcome, *, once: bool = False
+) -> None:
     """Tell a run that has ended, in one go; nothing for `csv`.
 
     Args:
@@ -45,6 +48,8 @@ def log_run(kind: LoggerKind, folder: Path, facts: RunFacts, outcome: Outcome) -
         folder: where the tracker's files go.
         facts: what the run was.
         outcome: what came of it.
+        once: whether what was told from this folder before was the same run, which W&B then keeps
+            as one.
 
     Raises:
         ValueError: as `check_logger`.
@@ -55,6 +60,10 @@ def log_run(kind: LoggerKind, folder: Path, facts: RunFacts, outcome: Outcome) -
         with tensorboard_runs.writer(folder) as writer:
             tensorboard_runs.tell(writer, facts.config, outcome)
     elif kind != "csv":
-        run = wandb_runs.start_run(facts, folder, online=wandb_runs.is_online(kind))
+        online = wandb_runs.is_online(kind)
+        # Settings may have grown, as those of a sweep by another axis.
+        same = replace(facts, config={})
+        known = wandb_runs.kept_run_id(folder, same, resume=True) if once else None
+        run = wandb_runs.start_run(facts, folder, online=online, run_id=known)
         wandb_runs.tell(run, outcome)
         run.finish()

@@ -62,7 +62,11 @@ def test_runs_of_a_sweep_are_a_group_with_their_axes(sweep_file, tmp_path, offli
     assert whole.run["run_group"] == "grid"
     assert whole.run["job_type"] == "sweep"
     assert (whole.summary["done"], whole.summary["failed"]) == (2, 0)
-    (wide,) = tmp_path.rglob("by_task_*.table.json")
+    assert set(whole.run["tags"]) >= {"grid", "sweep", "train", BASE}
+    assert run(sweep_file(axes, logger="wandb"), "--retries=1") == 0
+    *_, again = offline_runs(tmp_path / "grid")
+    assert again.run["run_id"] == whole.run["run_id"]
+    wide, *_ = tmp_path.rglob("by_task_*.table.json")
     columns = ["model.lr", "seed", "steps", "dots", "stripes"]
     assert json.loads(wide.read_text())["columns"] == columns
 

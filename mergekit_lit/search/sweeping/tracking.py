@@ -33,14 +33,14 @@ def log_sweep(sweep: Sweep, outcome: SweepOutcome, record: Record, logger: Logge
         record.stage,
         record.name,
         sweep.out,
-        tags=[sweep.job.stage, *_words(record)],
+        tags=[sweep.job.stage, *_words(record), record.name],
         config=record.config,
     )
     told = Outcome(
         summary={**counts, "failed": len(failed), "best": record.metrics.get("best")},
         tables={"results": rows, "by_task": _by_task(sweep, rows), "failed": failed},
     )
-    log_run(logger, sweep.out / "logs" / "sweep", facts, told)
+    log_run(logger, sweep.out / "logs" / "sweep", facts, told, once=True)
 
 
 def _by_task(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
