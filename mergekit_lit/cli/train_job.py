@@ -93,6 +93,7 @@ class TrainJob(SweptCommand):
         A warm-up that depends on K is told as the number of steps that it comes to.
         """
         steps = tuple(sorted(set(config["steps"])))
+        _check_counts(config)
         names = ("optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "warmup_steps")
         given = {name: config[f"model.{name}"] for name in names}
         optimization = Optimization(**given)
@@ -155,6 +156,18 @@ class TrainJob(SweptCommand):
             result_bytes=size,
             on_gpu=on_gpu,
         )
+
+
+def _check_counts(config: Config) -> None:
+    """Refuse, before any run is made, numbers that none could train with.
+
+    Raises:
+        ValueError: a number of steps, or a batch, that is none.
+    """
+    for key, numbers in (("steps", config["steps"]), ("data.batch", [config["data.batch"]])):
+        if not numbers or min(numbers) < 1:
+            told = numbers if key == "steps" else numbers[0]
+            raise ValueError(f"`{key}` must be at least 1, but is {told!r}.")
 
 
 def _train(
