@@ -40,8 +40,8 @@ class Boosting:
     def __call__(self, rows: Rows) -> Predict:
         """Learn from rows."""
         # What none of them knows cannot be split at.
-        known = np.isfinite(rows.features).any(axis=0)
-        model = self._model([name for name, kept in zip(rows.names, known, strict=True) if kept])
+        known = np.flatnonzero(np.isfinite(rows.features).any(axis=0))
+        model = self._model([rows.names[place] for place in known])
         model.fit(rows.features[:, known], rows.outcome - rows.anchor)
         return lambda new: np.clip(new.anchor + model.predict(new.features[:, known]), *new.ends)
 

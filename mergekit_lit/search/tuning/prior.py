@@ -44,7 +44,7 @@ ALIKE: Mapping[str, tuple[str, float]] = {
 """What makes groups alike: a feature, how it is taken, and the distance at which likeness falls."""
 
 # Deviations and noise by the likelihood of three exhaustive grids and a table of 34 groups;
-# lengths by the regret on these grids, among four choices. Searches are compared on other groups.
+# lengths by the regret on these grids, of about fifteen settings. Searches are compared on others.
 _LENGTHS = Lengths(length=0.3, rest=0.6, policy=0.3, across=0.6, words=0.8)
 _ALL, _ALIKE, _OWN, _LEVEL, NOISE = 0.028, 0.01, 0.022, 0.3, 0.007
 # What is lost by a step of no length or of the largest, and by another model's statistics: the more
