@@ -100,7 +100,7 @@ def mixes_of(settings: Mapping[str, Any], runs: Sequence[Run], out: Path) -> lis
             sizes = settings["groups"].items()
             groups = [g for size, count in sizes for g in groups_of(own[0].tasks, size, count)]
             for name, (first, second) in mixes.items():
-                pair = (configured(own, first), _configured(own, second))
+                pair = (configured(own, first), configured(own, second))
                 steps = (first["steps"], second["steps"])
                 found.append(Mix(name, pair, steps, tuple(groups), rows, out))
     return found

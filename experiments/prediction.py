@@ -7,8 +7,7 @@ information and predictor it prints Spearman's rank correlation between predicte
 outcome, as the mean over folds and pooled; the mean absolute error; what is lost, in points of
 mean accuracy, by taking the merge of each group that is predicted best; and for fitted predictors
 the share of outcomes within 90 % intervals. Folds, features and settings were fixed before any
-outcome was looked at; the trees in two parts were added after the first 20 of 224 groups, where
-choosing by the others lost 2 points.
+outcome was looked at.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from mergekit_lit.search.predicting.learning import Outcome, directions_of, rows
 from mergekit_lit.search.predicting.predictors import (
     Boosting,
     Fit,
-    FromAverage,
     alone,
     constant,
     linear,
@@ -85,12 +83,7 @@ def judged(
         yield name, judge(folds, turned, order_alone=order_alone)
     for level in levels if folds else ():
         folds = usable(rows_of(table, outcome, level=level), split)
-        directions = directions_of(outcome)
-        fits: Mapping[str, Fit] = {
-            "linear": linear,
-            "trees": Boosting(directions),
-            "trees in two parts": FromAverage(directions),
-        }
+        fits: Mapping[str, Fit] = {"linear": linear, "trees": Boosting(directions_of(outcome))}
         for name, fit in fits.items():
             models = [calibrated(fit, fold.train) for fold in folds]
             yield f"{name}, {level}", judge_intervals(folds, models)

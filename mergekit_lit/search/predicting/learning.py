@@ -17,7 +17,6 @@ _ENDS: Mapping[Outcome, tuple[float, float]] = {
     "accuracy": (0.0, 1.0),
     "excess_error": (-np.inf, np.inf),
 }
-_PLAIN = "average"
 _EXPERT = "own_card_val_accuracy"
 
 WORSE: tuple[str, ...] = (
@@ -38,8 +37,7 @@ def rows_of(
     """Return rows of a table with the features of a level.
 
     Args:
-        table: rows by column, with their outcomes or without; of each group also those of its plain
-            average, or what rests on them is unknown.
+        table: rows by column, with their outcomes or without.
         outcome: what is to be predicted.
         level: whose features, and those of the levels below, are taken.
         without: features that are left out, as those that are unknown where predictions are made.
@@ -47,25 +45,14 @@ def rows_of(
     names = [name for name in feature_names(level) if name not in without]
     values = np.array([[row[name] for name in names] for row in table], dtype=np.float64)
     groups = ["/".join((row["backbone"], row["suite"], row["group"])) for row in table]
-    outcomes = np.array([row.get(f"test_{outcome}", np.nan) for row in table], dtype=np.float64)
-    places = list(zip(groups, (row["task"] for row in table), strict=True))
-    plain = {
-        place: i
-        for i, (place, row) in enumerate(zip(places, table, strict=True))
-        if row["method"] == _PLAIN
-    }
-    # One more row, of what is unknown, for groups without a plain average.
-    at = [plain.get(place, len(table)) for place in places]
     anchored = outcome == "accuracy" and _EXPERT in names
     anchor = values[:, names.index(_EXPERT)] if anchored else np.zeros(len(table))
     return Rows(
         names=tuple(names),
         features=values,
-        outcome=outcomes,
+        outcome=np.array([row.get(f"test_{outcome}", np.nan) for row in table], dtype=np.float64),
         anchor=np.nan_to_num(anchor),
         ends=_ENDS[outcome],
-        plain_features=np.vstack([values, np.full((1, len(names)), np.nan)])[at],
-        plain_outcome=np.append(outcomes, np.nan)[at],
         task=np.array([row["task"] for row in table]),
         merge=np.array([f"{g}/{row['merge']}" for g, row in zip(groups, table, strict=True)]),
         group=np.array(groups),

@@ -5,7 +5,7 @@ that a task that was never seen is not drawn to the mean of those that were.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,52 +58,6 @@ class Boosting:
             early_stopping=False,
             random_state=self.seed,
         )
-
-
-@dataclass(frozen=True)
-class FromAverage:
-    """Trees in two parts: what the plain average reaches, and how far another merge is from it.
-
-    How hard the tasks are moves all merges of a group alike: the second part, which ranks them,
-    need not learn it. It sees the plain average's features, and by how much the merge's differ.
-
-    Attributes:
-        directions: as of `Boosting`; in the second part, of the differences.
-        seed: as of `Boosting`.
-        trees: as of `Boosting`, of each part.
-    """
-
-    directions: Mapping[str, int]
-    seed: int = 0
-    trees: int = 150
-
-    def __call__(self, rows: Rows) -> Predict:
-        """Learn from rows of which the plain average's outcome is known."""
-        known = rows.at(np.isfinite(rows.plain_outcome))
-        level = Boosting(self.directions, self.seed, self.trees)(_plain(known))
-        change = Boosting(
-            {f"change_{name}": sign for name, sign in self.directions.items()},
-            self.seed,
-            self.trees,
-        )(_change(known))
-        return lambda new: np.clip(level(_plain(new)) + change(_change(new)), *new.ends)
-
-
-def _plain(rows: Rows) -> Rows:
-    """Return the plain averages of the rows' groups in place of the merges."""
-    return replace(rows, features=rows.plain_features, outcome=rows.plain_outcome)
-
-
-def _change(rows: Rows) -> Rows:
-    """Return what the merges change."""
-    return replace(
-        rows,
-        names=(*rows.names, *(f"change_{name}" for name in rows.names)),
-        features=np.hstack([rows.plain_features, rows.features - rows.plain_features]),
-        outcome=rows.outcome - rows.plain_outcome,
-        anchor=np.zeros(len(rows)),
-        ends=(-np.inf, np.inf),
-    )
 
 
 def linear(rows: Rows) -> Predict:

@@ -21,8 +21,6 @@ class Rows:
         outcome: what is to be predicted, (n,); NaN for unknown.
         anchor: what its prediction starts from, (n,): 0, or the expert's own accuracy.
         ends: least and largest value that an outcome can have.
-        plain_features: features of the plain average of the same experts, on the same task, (n, p).
-        plain_outcome: its outcome, (n,).
         task: name of the task, (n,).
         merge: name of the merge, whose tasks are averaged over, (n,).
         group: name of the group of experts, of which there are several merges, (n,).
@@ -35,8 +33,6 @@ class Rows:
     outcome: Numbers
     anchor: Numbers
     ends: tuple[float, float]
-    plain_features: Numbers
-    plain_outcome: Numbers
     task: Words
     merge: Words
     group: Words
@@ -71,12 +67,7 @@ class Rows:
     def with_features(self, names: Sequence[str]) -> "Rows":
         """Return the rows with some of the features."""
         places = [self.names.index(name) for name in names]
-        return replace(
-            self,
-            names=tuple(names),
-            features=self.features[:, places],
-            plain_features=self.plain_features[:, places],
-        )
+        return replace(self, names=tuple(names), features=self.features[:, places])
 
 
 def mean_by(labels: Words, values: Numbers) -> tuple[Words, Numbers]:
