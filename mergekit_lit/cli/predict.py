@@ -128,6 +128,8 @@ def _print(record: Record) -> None:
             "accuracy": "accuracy",
         },
     )
+    for line in record.metrics["warnings"]:
+        print(f"warning: {line}")
     if record.metrics["unknown"]:
         print(
             f"{len(record.metrics['unknown'])} features are unknown, for which the cards lack "

@@ -5,7 +5,7 @@ from typing import Any
 
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports.figures import grid, panels
-from mergekit_lit.reports.markup import Cell, folded, measured, paragraph, section, table
+from mergekit_lit.reports.markup import Cell, flags, folded, measured, paragraph, section, table
 from mergekit_lit.reports.svg import Scale, drawing, element, label
 
 _WIDTH = 500.0
@@ -28,6 +28,7 @@ def _section(record: Record) -> str:
     unknown = record.metrics["unknown"]
     return section(
         "What merges are expected to reach",
+        flags(record.metrics["warnings"]),
         paragraph(
             f"Learned from measured merges, with {_LEVELS[record.config['level']]}. A dot is a "
             f"merge, its bar holds the outcome in {share:.0%} of the cases: this wide the errors "

@@ -20,6 +20,7 @@ from mergekit_lit.search.predicting.nearest import nearest
 from mergekit_lit.search.predicting.predictors import Boosting
 from mergekit_lit.search.predicting.rows import Rows
 from mergekit_lit.search.predicting.table import feature_names, read_table
+from mergekit_lit.stages.advice import expert_cautions
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe
@@ -71,7 +72,8 @@ def predict_files(
         A record, whose metrics are `merges`: name, method, `accuracy` and `excess_error` on average
         over the tasks with `low` and `high`, the same for each of its `tasks`, `terms` of the bound
         and what drives them, and the `nearest` measured rows; `unknown`, the features that nobody
-        could tell; and `coverage`, the share of outcomes that the intervals are to hold.
+        could tell; `coverage`, the share of outcomes that the intervals are to hold; and
+        `warnings`, what makes these experts merge badly.
 
     Raises:
         FileNotFoundError: an expert or the table is missing.
@@ -106,7 +108,12 @@ def predict_files(
                 "allow_different_base": allow_different_base,
                 "calibration": asdict(calibration) if calibration else None,
             },
-            metrics={"merges": merges, "unknown": unknown, "coverage": LEVEL},
+            metrics={
+                "merges": merges,
+                "unknown": unknown,
+                "coverage": LEVEL,
+                "warnings": expert_cautions(experts),
+            },
         )
     )
     if path is not None:

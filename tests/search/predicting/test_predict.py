@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mergekit_lit.cli import main
+from mergekit_lit.core.experts import load_expert, save_expert
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.search.predicting import predict
 from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES
@@ -100,9 +102,20 @@ def test_the_command_tells_methods_side_by_side(experts, table, capsys):
     assert "mean accuracy" in out
     assert "nearest measured" in out
     assert "features are unknown" in out
+    assert "warning" not in out
     assert main(["predict", *flags[:-1], "ties", "--density", "0.5", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["metrics"]["merges"]
     assert found["config"]["density"] == 0.5
+
+
+def test_what_makes_experts_merge_badly_is_said_too(experts, table, tmp_path, capsys):
+    far = load_expert(experts[1])
+    save_expert(tmp_path / "far.safetensors", replace(far, card=replace(far.card, travel=9.0)))
+    flags = [str(experts[0]), str(tmp_path / "far.safetensors"), "--table", str(table)]
+    assert main(["predict", *flags, "--out", str(tmp_path / "told")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "warning" in line)
+    assert "travels are unequal" in line
+    assert "travels are unequal" in (tmp_path / "told" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("level", ["data", "probe"])
