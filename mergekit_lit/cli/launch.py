@@ -177,10 +177,12 @@ def _torchrun(arguments: list[str]) -> int:
 
 def _failed(error: "ChildFailedError") -> int:
     """Return the exit code of processes that have failed; tell of one that could not."""
-    killed = {rank: each for rank, each in error.failures.items() if each.exitcode < 0}
+    # When one has failed, torchrun ends the others by SIGTERM.
+    ended = {r: f for r, f in error.failures.items() if f.exitcode != -signal.SIGTERM}
+    failures = ended or error.failures
+    killed = {rank: each for rank, each in failures.items() if each.exitcode < 0}
     if not killed:
-        _, failure = error.get_first_failure()
-        return failure.exitcode
+        return min(failures.values(), key=lambda each: each.timestamp).exitcode
     rank, failure = next(iter(killed.items()))
     number, name = -failure.exitcode, failure.signal_name()
     told = f"rank {rank} (process {failure.pid}) was ended by {name}. {_ADVICE.get(number, '')}"

@@ -153,6 +153,15 @@ def test_a_killed_process_is_named(number, advice, capsys):
     assert launch._failed(ChildFailedError("train", {4: cut_off})) == 1
 
 
+def test_what_torchrun_ended_itself_is_not_why(capsys):
+    wrong, ended = (
+        ProcessFailure(rank, 100 + rank, code, "") for rank, code in ((1, 2), (0, -signal.SIGTERM))
+    )
+    assert launch._failed(ChildFailedError("train", {0: ended, 1: wrong})) == 2
+    assert capsys.readouterr().err == ""
+    assert launch._failed(ChildFailedError("train", {0: ended})) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize("words", [["login"], ["run", "job", "x"], ["--help"], []])
 def test_everything_else_is_lightning_sdk_s(words, monkeypatch, capsys):
     def absent(_):
