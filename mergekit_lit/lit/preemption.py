@@ -72,12 +72,14 @@ def preemptible(advice: str = "") -> Iterator[None]:
             request.add_note(advice)
         raise
     finally:
+        # What this block was told is nothing to the next: whoever caught its end may go on.
+        told, _Watch.told = _Watch.told, None
         _Watch.active = _Watch.held = False
         for number in mine:
             signal.signal(number, before[number] or signal.SIG_DFL)
-        handler = before.get(signal.Signals(_Watch.told)) if _Watch.told else None
+        handler = before.get(signal.Signals(told)) if told else None
         if callable(handler):
-            handler(_Watch.told or 0, None)
+            handler(told or 0, None)
 
 
 def hold() -> None:

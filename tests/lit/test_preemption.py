@@ -43,6 +43,11 @@ def test_a_block_ends_at_once_with_a_code_and_a_word(name, code):
     assert not done
 
 
+def test_what_a_block_was_told_is_forgotten_after_it():
+    leaving(tell)
+    leave_if_told()
+
+
 def test_what_is_held_ends_where_it_allows_it():
     done = []
 
