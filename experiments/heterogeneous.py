@@ -30,7 +30,7 @@ from mergekit_lit.core.experts import Experts, Merged, load_expert
 from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import SCALE
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.search.coefficients import choose, scale_grid
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.recipes import Recipe
@@ -293,11 +293,7 @@ def _told(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         return ""
     seeds = dict.fromkeys(row["seed"] for row in known)
     means = [statistics.fmean(r[name] for r in known if r["seed"] == seed) for seed in seeds]
-    mean = statistics.fmean(means)
-    if len(means) < 2:
-        return f"{mean:.3f}"
-    half = student_half_width(means)
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
+    return mean_told(means)
 
 
 if __name__ == "__main__":

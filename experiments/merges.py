@@ -281,7 +281,8 @@ class Bed:
         self.backbone, self.base = load_base(pool.backbone)
         whole = [self._suite.task(task).load(SplitOptions(seed=pool.seed)) for task in pool.tasks]
         self.val = Scorer(self.backbone, [blind(task, images=pool.val_images) for task in whole])
-        self.test = Scorer(self.backbone, [self._tested(task) for task in whole])
+        tests = [tested(task, images=pool.test_images) for task in whole]
+        self.test = Scorer(self.backbone, tests)
         self._sights: dict[tuple[str, int], Sight] = {}
         self._alone: dict[Path, OfExpert] = {}
         self._known: dict[Path, Row] = {}
@@ -347,10 +348,10 @@ class Bed:
             "expert": cell.name,
         }
 
-    def _tested(self, task: TaskData) -> TaskData:
-        """Return a task with a few test images where a scorer looks: among those of val."""
-        few = calibration_images(task.test, task.name, count=self._pool.test_images)
-        return replace(task, val=few)
+
+def tested(task: TaskData, *, images: int) -> TaskData:
+    """Return a task with a few test images where a scorer looks: among those of val."""
+    return replace(task, val=calibration_images(task.test, task.name, count=images))
 
 
 @lru_cache(maxsize=1)

@@ -28,7 +28,7 @@ from mergekit_lit.lit.recalibration import (
 )
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.gather import in_memory, load_experts
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.reports.tables import DATA_WORDS
 from mergekit_lit.search.coefficients import Choice, choose, scale_grid
 from mergekit_lit.search.crew import Crew
@@ -185,7 +185,7 @@ def markdown(plans: Sequence[Plan], rows: Sequence[Row]) -> str:
 def _told_model(name: str, references: Mapping[Plan, Any]) -> tuple[float, str]:
     plain = [statistics.fmean(found[name].values()) for found in references.values()]
     ratios = [statistics.fmean(_ratios(f[name], f["experts"])) for f in references.values()]
-    line = f"| {name} | | | {_interval(plain)} | {_interval(ratios)} | |"
+    line = f"| {name} | | | {mean_told(plain)} | {mean_told(ratios)} | |"
     return statistics.fmean(plain), line
 
 
@@ -201,8 +201,8 @@ def _told_row(
     scales = ", ".join(f"{e['config'][SCALE]:g}" for e in entries if e["choice"])
     seconds = statistics.median(e["merge_cpu_seconds"] for e in entries)
     few = f" (seed {', '.join(str(plan.seed) for plan in found)})" if row.seeds else ""
-    cells = [row.name + few, DATA_WORDS[entries[0]["data"]], scales, _interval(plain)]
-    line = f"| {' | '.join([*cells, _interval(ratios), f'{seconds:.1f}'])} |"
+    cells = [row.name + few, DATA_WORDS[entries[0]["data"]], scales, mean_told(plain)]
+    line = f"| {' | '.join([*cells, mean_told(ratios), f'{seconds:.1f}'])} |"
     return statistics.fmean(plain), line
 
 
@@ -216,14 +216,6 @@ def _accuracies(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _ratios(model: Mapping[str, float], experts: Mapping[str, float]) -> list[float]:
     """Return accuracy over the expert's, by task; an expert without a right image counts as 1."""
     return [value / (experts[task] or 1.0) for task, value in model.items()]
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = student_half_width(values)
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
 def row_of(entry: str | Mapping[str, Any]) -> Row:

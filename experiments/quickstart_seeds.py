@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports import tables
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 
 
 def main() -> None:
@@ -65,8 +65,8 @@ def markdown(records: Sequence[Record]) -> str:
             model,
             rows[0].data or "",
             scales,
-            _told([row.accuracy for row in rows]),
-            _told(normalised) if len(normalised) == len(rows) else "",
+            mean_told([row.accuracy for row in rows]),
+            mean_told(normalised) if len(normalised) == len(rows) else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_sentences(records, runs)])
@@ -86,18 +86,9 @@ def _sentences(records: Sequence[Record], runs: list[dict[str, tables.Score]]) -
     seeds = json.dumps([record.seeds["seed"] for record in records])
     return [
         f"Base < merge < experts in {held} of {len(runs)} seeds {seeds}. The merge is the best on "
-        f"val ({names}). Merge minus base: {_told(above)}; experts minus merge: {_told(below)}. "
-        f"Seconds: {seconds}.",
+        f"val ({names}). Merge minus base: {mean_told(above)}; experts minus merge: "
+        f"{mean_told(below)}. Seconds: {seconds}.",
     ]
-
-
-def _told(values: Sequence[float]) -> str:
-    """Return `mean [low, high]`: Student's 95 % interval; the mean alone for one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = student_half_width(values)
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ a regret of 0 is out of reach for any choice that does not see the test images.
 import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from merge_groups import Cell
-from merges import Pool, expert_file, jobs_of
+from merges import Pool, expert_file, jobs_of, tested
 from omegaconf import OmegaConf
 from testbed import write_rows
 
@@ -35,8 +35,7 @@ from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
-from mergekit_lit.lit.recalibration import calibration_images
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.search.recommending.probes import mean_of
 from mergekit_lit.search.recommending.recommend import recommend
 from mergekit_lit.search.recommending.request import Request, checked
@@ -196,7 +195,10 @@ def row_of(study: Study, group: Sequence[str]) -> dict[str, Any]:
     site = Site(checked(request, study.space), folder / "experts", train=study.train)
     sample = list(metrics["experts"])
     test, val = {}, {}
-    scorer = Scorer(site.backbone, [tested(study, task) for task in group])
+    suite, options = load_suite(study.pool.suite), SplitOptions(seed=study.pool.seed)
+    whole = [suite.task(task).load(options) for task in group]
+    images = study.settings["test_images"]
+    scorer = Scorer(site.backbone, [tested(task, images=images) for task in whole])
     for cell in study.cells:
         merged = site.merged([expert_file(study.pool, task, cell) for task in group])[1]
         outcomes = scorer.outcomes(merged)
@@ -226,13 +228,6 @@ def row_of(study: Study, group: Sequence[str]) -> dict[str, Any]:
         "cells": {cell.name: value for cell, value in test.items()},
         "val_losses": {cell.name: value for cell, value in val.items()},
     }
-
-
-def tested(study: Study, task: str) -> Any:
-    """Return a task with a few test images where a scorer looks."""
-    data = load_suite(study.pool.suite).task(task).load(SplitOptions(seed=study.pool.seed))
-    few = calibration_images(data.test, task, count=study.settings["test_images"])
-    return replace(data, val=few)
 
 
 def nearest(study: Study) -> Cell:
@@ -272,7 +267,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         held = sum(
             row["expected"]["low"] <= row["recommended"] <= row["expected"]["high"] for row in of
         )
-        told = {name: _interval(values) for name, values in regrets.items()}
+        told = {name: mean_told(values, ".1f") for name, values in regrets.items()}
         means = [f"{statistics.fmean(row[name] for row in of):.3f}" for name in ("best", "base")]
         cells = [
             *(*key, str(len(of)), *means, told["recommended"], f"{near} of {len(of)}"),
@@ -284,14 +279,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _TOLD = ("recommended", "default", "random", "longest", "mean_cell")
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = student_half_width(values)
-    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
 
 
 if __name__ == "__main__":

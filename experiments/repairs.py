@@ -30,7 +30,7 @@ from testbed import POLICY, groups_of, write_rows
 
 from mergekit_lit.core.experts import load_expert
 from mergekit_lit.core.files import read_json
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.stages.advice import nearest_travel
 from mergekit_lit.stages.recipes import Recipe
 
@@ -187,11 +187,7 @@ def _of(
 
 def _told(values: Sequence[float]) -> str:
     """Return a mean with Student's 95 % interval over groups and odd members."""
-    mean = statistics.fmean(values)
-    if len(values) < 2 or not any(values):
-        return f"{mean:+.1f}"
-    half = student_half_width(values)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return mean_told(values if any(values) else values[:1], "+.1f")
 
 
 if __name__ == "__main__":

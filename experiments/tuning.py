@@ -45,7 +45,7 @@ from tuning_strategies import (
 )
 
 from mergekit_lit.core.files import write_json
-from mergekit_lit.reports.intervals import student_half_width
+from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.search.predicting.columns import Row
 from mergekit_lit.search.predicting.table import read_table
@@ -202,13 +202,7 @@ def _line(label: str, scores: Sequence[Mapping[str, float]]) -> str:
 
 
 def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    half = student_half_width(values)
-    return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
+    return mean_told(values, ".2f") if values else ""
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from merges import Job, Pool, expert_file, jobs_of
+from merges import Job, Pool, expert_file, jobs_of, tested
 from numpy.typing import NDArray
 from testbed import write_rows
 
@@ -22,10 +22,10 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import calibration_images
-from mergekit_lit.lit.scores import Outcomes
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import load_base
+from mergekit_lit.reports.intervals import pack_flags, unpack_flags
 from mergekit_lit.search.tuning.bench import Bench
 from mergekit_lit.search.tuning.group import facts_of_group
 from mergekit_lit.search.tuning.loading import make_bench
@@ -130,7 +130,7 @@ def _scored(
     for each in pool:
         parts.setdefault((each.method, each.batch_norm), []).append(each)
     for (method, policy), candidates in parts.items():
-        merges = replace(bench, batch_norm=policy).merges(method, [c.config for c in candidates])
+        merges = bench.under(policy).merges(method, [c.config for c in candidates])
         for candidate in candidates:
             start = process_time()
             merged = next(merges)
@@ -142,7 +142,9 @@ def _scored(
             yield (
                 candidate,
                 {
-                    "val": {task: _packed(outcomes) for task, outcomes in val.items()},
+                    "val": {
+                        task: pack_flags(outcomes.correct.numpy()) for task, outcomes in val.items()
+                    },
                     "test": {t: o.accuracy for t, o in test.outcomes(merged, places).items()},
                     "seconds": half - start,
                     "test_seconds": process_time() - half,
@@ -165,10 +167,6 @@ def _adapted(bed: "GridBed", bench: Bench, work: Work) -> dict[str, float]:
     return {task: found.accuracy for task, found in bed.test.outcomes(merged, places).items()}
 
 
-def _packed(outcomes: Outcomes) -> str:
-    return np.packbits(outcomes.correct.numpy().astype(bool)).tobytes().hex()
-
-
 class GridBed:
     """Base, images and all that groups of a pool share, kept in each process."""
 
@@ -181,7 +179,8 @@ class GridBed:
         whole = [suite.task(task).load(SplitOptions(seed=pool.seed)) for task in pool.tasks]
         few = [_few(task, pool) for task in whole]
         self._tasks = {task.name: task for task in few}
-        self.test = Scorer(self.backbone, [replace(task, val=task.test) for task in few])
+        tests = [tested(task, images=pool.test_images) for task in whole]
+        self.test = Scorer(self.backbone, tests)
 
     def experts(self, files: Sequence[Path]) -> Experts:
         """Return experts of the base, in memory."""
@@ -268,14 +267,10 @@ def read_grid(path: Path) -> Grid:
         labels=labels,
         pool=[Candidate(row["method"], row["config"], row["batch_norm"]) for row in rows],
         val={
-            task: np.stack([_unpacked(row["val"][task], len(each)) for row in rows])
+            task: np.stack([unpack_flags(row["val"][task], len(each)) for row in rows])
             for task, each in labels.items()
         },
         test=np.array([np.mean(list(row["test"].values())) for row in rows]),
         adapted=float(np.mean(list(head["adapted"].values()))),
         seconds=float(sum(row["seconds"] for row in rows)),
     )
-
-
-def _unpacked(text: str, count: int) -> Array:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)

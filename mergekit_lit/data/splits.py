@@ -151,6 +151,10 @@ class TaskData:
         """
         return self.original or self
 
+    def without_test(self) -> "TaskData":
+        """Return the task without its test images."""
+        return replace(self, test=self.test.subset(np.zeros(0, dtype=np.int64)))
+
 
 def carve(pool: Pool, options: SplitOptions, *, name: str, suite: str = "") -> TaskData:
     """Carve validation, reserve and training images out of the training pool.

@@ -108,6 +108,20 @@ def student_half_width(values: Sequence[float], *, level: float = 0.95) -> float
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_told(values: Sequence[float], form: str = ".3f") -> str:
+    """Return `mean [low, high]` with Student's 95 % interval; the mean alone for one value.
+
+    Args:
+        values: at least one, independent.
+        form: of each number, as `format` takes it.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:{form}}"
+    half = student_half_width(values)
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+
+
 def pack_flags(correct: ArrayLike) -> str:
     """Return per-image correctness as base64 text, one bit an image."""
     return base64.b64encode(np.packbits(_flags(correct)).tobytes()).decode("ascii")

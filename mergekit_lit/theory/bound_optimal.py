@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -76,7 +75,7 @@ def bound_optimal(
         raise ValueError(f"`travel` must be positive and finite, or null, but is {travel!r}.")
     asked = Effort(micro_batches=micro_batches, batch=batch, hessian_images=images, seed=seed)
     fewest = min(len(calibration.samples[task]) for task in experts.names)
-    effort = replace(asked, batch=max(1, min(batch, fewest // micro_batches)))
+    effort = asked.within(fewest)
     travels = np.array([_known(experts, t) for t in range(len(experts))])
     average = float(travels.mean())
     chosen = None if travel is None else travel * average

@@ -1,7 +1,7 @@
 """This file measures the constants of the bound, at the base and at a merge, with intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,13 @@ class Effort:
                 raise ValueError(
                     f"`{name}` must be at least {lowest}, but is {getattr(self, name)!r}."
                 )
+
+    def within(self, images: int) -> "Effort":
+        """Return the effort with micro-batches that so many images of each task suffice for.
+
+        What is estimated is of single images, whatever their number in a batch.
+        """
+        return replace(self, batch=max(1, min(self.batch, images // self.micro_batches)))
 
 
 @dataclass(frozen=True)

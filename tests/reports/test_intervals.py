@@ -7,6 +7,7 @@ from mergekit_lit.reports.intervals import (
     accuracy_draws,
     difference_draws,
     mean_draws,
+    mean_told,
     normalised_draws,
     pack_flags,
     percentile_interval,
@@ -96,3 +97,9 @@ def test_bad_input_is_told_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_mean_is_told_with_its_interval_where_there_is_one():
+    assert mean_told([0.25]) == "0.250"
+    # t of two values, one degree of freedom: 12.706 s / sqrt(2), s = sqrt(2).
+    assert mean_told([1.0, 3.0], "+.1f") == "+2.0 [-10.7, +14.7]"

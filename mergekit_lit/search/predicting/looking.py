@@ -1,7 +1,7 @@
 """This file looks at experts with images of their tasks, as the rows of a table of merges were."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lit.core.experts import Experts, Merged
@@ -87,7 +87,7 @@ def look(experts: Experts, backbone: Backbone, tasks: Sequence[TaskData], *, pro
                 "none. Predict from cards and weights alone: `--level cards`."
             )
     few = [blind(task, images=VAL_IMAGES) for task in tasks]
-    effort = _affordable(few)
+    effort = EFFORT.within(min(len(task.train) for task in few))
     scorer = Scorer(backbone, few)
     each = [one_of(experts, t) for t in range(len(experts))]
     sights = [
@@ -102,16 +102,6 @@ def look(experts: Experts, backbone: Backbone, tasks: Sequence[TaskData], *, pro
     seen = see(experts, average, sights, alone)
     found = probe_of(average, backbone, sights, scorer, effort=effort) if probe else None
     return Look(experts, backbone, few, seen, of_probe(experts, seen, found) if found else [])
-
-
-def _affordable(tasks: Sequence[TaskData]) -> Effort:
-    """Return the effort, with smaller micro-batches where a task has too few images for them.
-
-    What is estimated is of single images, whatever their number in a batch.
-    """
-    fewest = min(len(task.train) for task in tasks)
-    batch = max(1, min(EFFORT.batch, fewest // EFFORT.micro_batches))
-    return replace(EFFORT, batch=batch)
 
 
 def open_experts(

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mergekit_lit.reports.intervals import student_half_width
+
 _LEVEL = 0.95
 
 
@@ -65,8 +67,7 @@ def expected_accuracy(base: Mapping[str, Share], merged: Mapping[str, Share]) ->
         drawn = _error_of_images(list(merged.values())) ** 2
     width = statistics.NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2 * drawn
     if 1 < tried < count:
-        spread = statistics.variance(gains) / tried * (1 - tried / count)
-        width += _student(tried - 1) ** 2 * spread
+        width += student_half_width(gains, level=_LEVEL) ** 2 * (1 - tried / count)
     value, half = before + gain, math.sqrt(width)
     low, high = (min(max(end, 0.0), 1.0) for end in (value - half, value + half))
     if tried == 1 < count:
@@ -79,9 +80,3 @@ def _error_of_images(shares: Sequence[Share]) -> float:
     """Return the standard error of a mean of accuracies."""
     variances = [s.accuracy * (1 - s.accuracy) / s.images for s in shares]
     return math.sqrt(math.fsum(variances)) / len(shares)
-
-
-def _student(freedom: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf((1 + _LEVEL) / 2, freedom))

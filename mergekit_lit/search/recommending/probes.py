@@ -7,7 +7,7 @@ at the base; smoothness and gradients of single samples at the merge of the firs
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def _constants(site: Site, files: Sequence[Path], effort: Effort) -> Constants:
     tasks = [site.data(task) for task in experts.names]
     images = {task.name: task.train for task in tasks}
     fewest = min(len(each) for each in images.values())
-    effort = replace(effort, batch=max(1, min(effort.batch, fewest // effort.micro_batches)))
+    effort = effort.within(fewest)
     calibration = calibration_on(images, experts, backbone=site.backbone, split="train")
     at_base = objectives_at_base(experts, site.backbone, tasks, calibration)
     at_merge = objectives_at_merge(experts, merged, calibration)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mergekit_lit.callbacks.expert_export import ExpertExport
@@ -148,8 +147,7 @@ class Site:
         """Return the images of a task, without its test images."""
         if (task, share) not in self._data:
             whole = self._suite.task(task).load(self.setting.split(share), root=self.setting.root)
-            nothing = whole.test.subset(np.zeros(0, dtype=np.int64))
-            self._data[task, share] = replace(whole, test=nothing)
+            self._data[task, share] = whole.without_test()
         return self._data[task, share]
 
     def train(self, way: Way, task: str, steps: Sequence[int], until: int) -> dict[int, Path]:

@@ -5,10 +5,9 @@ import statistics
 from collections.abc import Sequence
 
 from mergekit_lit.core.experts import Experts
-from mergekit_lit.merging.engine import merge
-from mergekit_lit.search.predicting.cards import of_cards
-from mergekit_lit.search.predicting.columns import UNKNOWN, Row, joined
-from mergekit_lit.search.predicting.deltas import angles_of, of_deltas, of_step
+from mergekit_lit.search.predicting.columns import UNKNOWN, Row
+from mergekit_lit.search.predicting.looking import known_rows
+from mergekit_lit.stages.recipes import Recipe
 
 
 def facts_of_group(experts: Experts) -> Row:
@@ -16,9 +15,7 @@ def facts_of_group(experts: Experts) -> Row:
 
     Seconds, without an image: one merge, and the angles between the deltas.
     """
-    average = merge(experts, "average")
-    angles = of_deltas(experts, angles_of(experts))
-    return mean_row(joined(of_cards(experts, average), angles, of_step(experts, average)))
+    return mean_row(list(known_rows(experts, [Recipe()])))
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
