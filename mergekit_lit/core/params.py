@@ -81,7 +81,8 @@ def check_finite(params: Params, *, source: str) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
                 f"{source} must hold finite numbers, but {name!r} has {bad} NaN or infinite of "
-                f"{tensor.numel()} entries. Train again with a lower learning rate or clipping."
+                f"{tensor.numel()} entries. Train again with a lower learning rate, "
+                "clipping, or in `32-true`."
             )
 
 

@@ -49,8 +49,7 @@ class EarlyEnd(Callback):
 def train(suite, out, *, base=VIT, steps=(4,), data=None, trainer=None, model=None, **options):
     module = ExpertModule(
         base,
-        image_size=8,
-        **{"lr": 0.01, "schedule": "constant", "warmup_steps": 1, **(model or {})},
+        **{"image_size": 8, "lr": 0.01, "schedule": "constant", "warmup_steps": 1, **(model or {})},
     )
     return train_expert(
         data=TaskDataModule(suite, "dots", **{"batch": 12, "reserve": 8, **(data or {})}),
@@ -271,7 +270,11 @@ def test_a_standard_callback_can_be_set_up_differently(tiny_suite, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precisions_make_float32_experts(tiny_suite, tmp_path, precision):
-    result = train(tiny_suite, tmp_path, base=RESNET, trainer={"precision": precision})
+    # torch 2.14 makes NaN of bfloat16 convolutions that end in one pixel, on some processors.
+    model = {"image_size": 32}
+    result = train(
+        tiny_suite, tmp_path, base="resnet@random:0", model=model, trainer={"precision": precision}
+    )
     expert = load_expert(result.experts[0])
     assert expert.card.precision == precision
     assert {t.dtype for t in expert.backbone.values() if t.is_floating_point()} == {torch.float32}
