@@ -5,6 +5,9 @@ and plain containers alone.
 """
 
 import pickle
+import pickletools
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,30 @@ from mergekit_lit.core.shards import INDEX, Shards, open_file
 from mergekit_lit.core.tensorfiles import TensorFile
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", *_TORCH_SUFFIXES)
+"""What files of tensors are called at their ends."""
+
 # Where training loops put the weights: Lightning, plain torch, timm, DINO.
 _WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model", "module", "teacher")
+
+# What torch.save writes is a zip archive, whose tensors can be mapped; until torch 1.6 it was
+# pickles, of which the first four tell what follows, and then the bytes of the tensors.
+_ZIP = b"PK\x03\x04"
+_PICKLES = 4
+
+# What torch's reader of pickles raises on bytes that make no sense.
+_DAMAGES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def open_tensors(path: Path) -> Params:
@@ -56,21 +81,48 @@ def _torch_weights(path: Path) -> Params:
     """Return the weights in a file that torch.save wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"No file {str(path)!r}.")
+    with path.open("rb") as file:
+        mapped = file.read(len(_ZIP)) == _ZIP
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            # What is wrong is told below, in one line.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().split("\n")[0]
+        if not mapped and _is_cut(path):
+            raise _damaged(path, "it ends within what describes the tensors") from None
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        reason = reason.partition(" Please use")[0].rstrip(".")
         raise ValueError(
-            f"{str(path)!r} must hold tensors and plain values alone, but may hold more: {reason} "
+            f"{str(path)!r} must hold tensors and plain values alone, but may hold more: {reason}. "
             "Convert it where you trust it: safetensors.torch.save_file(state_dict, path)."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{str(path)!r} must be a whole file of torch.save in its present format, but is "
-            f"damaged or older: {reason}."
-        ) from None
+    except _DAMAGES as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or "it ends too early"
+        raise _damaged(path, reason) from None
     return _weights_in(loaded, path)
+
+
+def _is_cut(path: Path) -> bool:
+    """Return whether a file of pickles ends within one of the first, none of which is run."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for _ in range(_PICKLES):
+            if file.tell() == size:
+                return False
+            try:
+                for _ in pickletools.genops(file):
+                    pass
+            except ValueError:
+                return True
+    return False
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} must be a whole file of torch.save, but is damaged or of another format: "
+        f"{reason}. Copy or make it again."
+    )
 
 
 def _weights_in(loaded: Any, path: Path) -> Params:

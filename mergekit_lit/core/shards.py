@@ -69,6 +69,10 @@ class Shards(Mapping[str, Tensor]):
             raise damaged(file.path, f"tensor {name!r} is not the one that the index names")
         return file[name]
 
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would read the tensor.
+        return name in self._place
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._place))
 

@@ -47,6 +47,10 @@ class Computed(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._make(name)
 
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would make the tensor.
+        return name in self.specs
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 

@@ -158,6 +158,10 @@ class TensorFile(Mapping[str, Tensor]):
             self._unread.remove(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would read the tensor.
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
 
@@ -191,10 +195,15 @@ class TensorView(Mapping[str, Tensor]):
     def __init__(self, file: Params, prefix: str) -> None:
         self._file = file
         self._prefix = prefix
-        self._names = tuple(name.removeprefix(prefix) for name in file if name.startswith(prefix))
+        names = (name.removeprefix(prefix) for name in file if name.startswith(prefix))
+        self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file[self._prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would read the tensor.
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from mergekit_lit.core.checkpoints import open_tensors
 from mergekit_lit.core.experts import Merged, file_kind, load_merged, save_merged
 from mergekit_lit.core.shards import Shards, open_file, write_shards
-from mergekit_lit.core.specs import Computed, Spec
+from mergekit_lit.core.specs import Computed, Spec, renamed
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.core.tensorfiles import write_tensors
+from mergekit_lit.core.tensorfiles import TensorFile, write_tensors
 
 TENSORS = {f"w{i}": torch.full((100,), float(i)) for i in range(5)} | {"n": torch.tensor(7)}
 FACTS = {"kind": "test"}
@@ -125,6 +125,19 @@ def test_facts_of_an_index_are_checked(tmp_path):
     index.write_text(index.read_text().replace("test", "tast"))
     with pytest.raises(ValueError, match="header does not match its checksum"):
         open_file(index)
+
+
+def test_whether_a_tensor_is_there_is_told_without_reading_it(tmp_path, monkeypatch):
+    one, several = tmp_path / "one.safetensors", tmp_path / "several.safetensors"
+    write_tensors(one, {"a.x": torch.ones(3)}, {})
+    write_shards(several, {"a.x": torch.ones(300), "a.y": torch.ones(300)}, {}, max_shard_bytes=999)
+    lazy = [TensorFile(one), open_file(several)]
+    lazy += [file.under("a.") for file in lazy]
+    lazy.append(renamed(lazy[0], {"x": "a.x"}))
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+    for params in lazy:
+        assert next(iter(params)) in params
+        assert "a" not in params
 
 
 def test_computed_tensors_are_made_one_at_a_time_and_must_be_what_was_announced(tmp_path):
