@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mergekit_lit.core.seeds import generator
+from mergekit_lit.core.threads import one_thread
 from mergekit_lit.data.batches import EvalLoader
 from mergekit_lit.data.splits import Images
 from mergekit_lit.data.transforms import to_input
@@ -48,6 +49,7 @@ def pixels(backbone: Backbone, x: Tensor) -> Tensor:
     return inputs(backbone, x).contiguous(memory_format=torch.channels_last)
 
 
+@one_thread()
 def statistics_of(
     backbone: Backbone, pools: Images | Sequence[Images], *, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -55,7 +57,8 @@ def statistics_of(
 
     The images come in one seeded random order, in batches whose sizes differ by at most one: a
     batch of neighbours would show fewer classes, and so less variance, than training does. The head
-    fit, the expert's file and every re-estimation call this, so that they treat BatchNorm alike.
+    fit, the expert's file and every re-estimation call this, so that they treat BatchNorm alike,
+    with one thread, so that they find the same to the last bit.
 
     Args:
         backbone: the model, on the device to compute on.

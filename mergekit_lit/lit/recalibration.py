@@ -35,6 +35,12 @@ The head fit, the expert's file, recalibration and evaluation share it: up to so
 them count, beyond it a subset does, the same everywhere, so that a large task costs no more.
 """
 
+ONE_SET = (
+    "`batch_norm` 'recalibrate' makes one set of statistics for one model, but this merge makes "
+    "each task a model of its own. Use 'recalibrate-per-task'."
+)
+"""Why that policy is refused to methods that make each task a model of its own."""
+
 
 # What `merging.engine.merge` takes, and images with the network to look at them.
 def merge_calibrated(  # noqa: PLR0913
@@ -165,10 +171,7 @@ def recalibrate(
             that makes each task a model of its own.
     """
     if (merged.masks or merged.own) and not per_task:
-        raise ValueError(
-            "`batch_norm` 'recalibrate' makes one set of statistics for one model, but this merge "
-            "makes each task a model of its own. Use 'recalibrate-per-task'."
-        )
+        raise ValueError(ONE_SET)
     policy = "recalibrate-per-task" if per_task else "recalibrate"
     facts = {**merged.facts, "batch_norm": policy}
     if not has_statistics(merged.structure):

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, get_args
 from mergekit_lit.core.calibration import Calibration, DataSplit
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import Registered
+from mergekit_lit.core.threads import one_thread
 
 Given: TypeAlias = Calibration | Sequence[Calibration] | None
 """Images of one split, of several (a method's and its veneers' need not be the same), or none."""
@@ -14,6 +15,8 @@ Given: TypeAlias = Calibration | Sequence[Calibration] | None
 
 def shown(entry: Registered[Any], experts: Experts, given: Given) -> Registered[Any]:
     """Return a method or veneer that takes no images: one that looks at some is given them.
+
+    It then runs on one thread, so that its passes over images give the same bytes for any number.
 
     Args:
         entry: a registered method, f(experts, *, config), or f(experts, calibration, *, config)
@@ -36,6 +39,7 @@ def shown(entry: Registered[Any], experts: Experts, given: Given) -> Registered[
             "Name a suite that has all tasks."
         )
 
+    @one_thread()
     def function(seen: Experts, *merged: Merged, **config: Any) -> Any:
         # Veneers before it may have changed what the calibration says of the experts.
         given = calibration if seen is experts else calibration.renewed(seen)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_a_task_without_images_is_told(family, gathered, data):
 
 
 def planted(base: Base, experts: list[Expert], *, scrambled: bool) -> Experts:
-    """Return experts, the units of the second in a planted order."""
+    """Return experts, the units of the second in a planted order, as of a base of its own."""
     gathered = Experts(
         base=base.params,
         tuned=[expert.backbone for expert in experts],
@@ -175,7 +176,11 @@ def planted(base: Base, experts: list[Expert], *, scrambled: bool) -> Experts:
     draw = torch.Generator().manual_seed(0)
     sizes = permutation_sizes(base.params, base.structure)
     order = {key: torch.randperm(size, generator=draw) for key, size in sizes.items()}
-    return permuted(gathered, [{}, order]) if scrambled else gathered
+    if not scrambled:
+        return gathered
+    first, second = gathered.cards
+    cards = [first, replace(second, base_hash="another")]
+    return permuted(replace(gathered, cards=cards), [{}, order])
 
 
 @pytest.mark.parametrize("method", ["greedy_soup", "fisher", "surgery"])

@@ -6,14 +6,13 @@ another goes on with its run meanwhile.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import torch
 
+from mergekit_lit.core.threads import one_thread
 from mergekit_lit.search.crew import become_worker, end_processes, interrupts_held
 from mergekit_lit.search.sweeping.worker import Listen, Sweep, work
 
@@ -32,7 +31,8 @@ def run_local(sweep: Sweep, listen: Listen, *, jobs: int) -> None:
         ChildProcessError: workers die, one after another, and no run comes to its end.
     """
     if jobs == 1:
-        with _one_thread():
+        # As workers do, so that results do not depend on their number.
+        with one_thread():
             work(sweep, listen)
         return
     crew = _Workers(sweep, listen, jobs)
@@ -41,17 +41,6 @@ def run_local(sweep: Sweep, listen: Listen, *, jobs: int) -> None:
     except BaseException as reason:
         end_processes(crew.processes(), because=reason)
         raise
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as workers do, so that results do not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Workers:
