@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,22 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if spent > SLOWEST_UNMARKED_S and item.get_closest_marker("slow") is None:
         pytest.fail(f"took {spent:.1f} s of processor time: make it faster or mark it slow")
     return result
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Callable[[int], AbstractContextManager[None]]:
+    """Lets torch compute with so many threads inside."""
+    return computing_threads
 
 
 TINY_STRUCTURE = {

@@ -13,16 +13,15 @@ from mergekit_lit.core.specs import Spec, check_same_names_and_shapes, spec_of
 class Finite(Mapping[str, Tensor]):
     """Tensors of which each is looked through for NaN and infinity when it is first read."""
 
-    def __init__(self, params: Params, source: str, *, looked_through: bool = False) -> None:
+    def __init__(self, params: Params, source: str) -> None:
         """Read nothing yet.
 
         Args:
             params: tensors.
             source: what messages call them.
-            looked_through: whether all have been found finite already.
         """
         self._params, self._source = params, source
-        self._unread = set() if looked_through else set(params)
+        self._unread = set(params)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor.
@@ -40,6 +39,10 @@ class Finite(Mapping[str, Tensor]):
     def unchecked(self, name: str) -> Tensor:
         """Return one tensor for a reader that looks through it himself."""
         return self._params[name]
+
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would read the tensor.
+        return name in self._params
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)

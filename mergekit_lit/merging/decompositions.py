@@ -8,11 +8,6 @@ NumPy and SciPy compute them: theirs is the product that makes one half of a Gra
 the decomposition that finds the leading vectors only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,22 +15,6 @@ from torch import Tensor
 # Singular values below this share of the largest are rounding noise of float32 deltas, not
 # directions: they are left out instead of being blown up to the size of the others.
 RELATIVE_RANK_TOLERANCE = 1e-6
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread inside, and with as many as before after it; also a decorator.
-
-    A matrix product or a decomposition that several threads share differs in its last bits by their
-    number, and dividing by small singular values carries that up to the digits of float32.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with _libraries().limit(limits=1, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,12 +80,3 @@ def _gram(matrix: Tensor) -> np.ndarray:
     # Both factors are one array, by which NumPy knows that half of the product is enough.
     product: np.ndarray = rows.T @ rows
     return product
-
-
-@cache
-def _libraries() -> Any:
-    """Return what limits the threads of NumPy's and SciPy's BLAS."""
-    import scipy.linalg  # noqa: F401 - a library is known once it is loaded
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.merging import Form, MergeObserver
-from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, Registered, unknown_name
+from mergekit_lit.core.merging import MergeObserver
+from mergekit_lit.core.registry import MERGE_METHODS, Registered, unknown_name
 from mergekit_lit.merging.checking import checked
 from mergekit_lit.merging.configuration import resolve, to_json
 from mergekit_lit.merging.finishing import POLICIES, finished
@@ -17,11 +17,10 @@ from mergekit_lit.merging.images import Given, shown
 from mergekit_lit.merging.moving import stepped, streamed_model
 from mergekit_lit.merging.observing import observed
 from mergekit_lit.merging.passes import mean_delta
-from mergekit_lit.merging.patterns import ByPattern
 from mergekit_lit.merging.precision import compute_dtype, computing_in, output_dtype
+from mergekit_lit.merging.requests import Layer, check_request, layers_of
 from mergekit_lit.merging.steps import moved
 
-_POSITIONS = ("after", "before")
 _NO_COEFFICIENTS = {"coefficients": None, "coefficients_by_tensor": None}
 
 
@@ -133,14 +132,6 @@ def merge_many(  # noqa: PLR0913
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One veneer with every parameter's value."""
-
-    veneer: Registered[Any]
-    config: Config
-
-
-@dataclass(frozen=True)
 class _Job:
     """What is to be merged how, after all checks."""
 
@@ -172,7 +163,7 @@ def _job(
     entry = MERGE_METHODS.get(method)
     values = [resolve(entry, config, seed=seed) for config in configs]
     layers = layers_of(veneers, seed)
-    check_request(entry, values, experts)
+    check_request(entry, values, experts, layers)
     _check_policy(batch_norm)
     experts = checked(experts)
     return _Job(
@@ -239,68 +230,10 @@ def _complete(
     )
 
 
-def layers_of(veneers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> list[Layer]:
-    """Return veneers with every parameter's value, in the order given.
-
-    Raises:
-        KeyError: unknown veneer or parameter.
-        TypeError: a value of the wrong type.
-        ValueError: a veneer of unknown position, or a value by pattern.
-    """
-    return [_layer(name, given, seed) for name, given in veneers]
-
-
-def _layer(name: str, given: Mapping[str, Any], seed: int) -> Layer:
-    veneer = VENEERS.get(name)
-    position = str(veneer.facts.get("position"))
-    if position not in _POSITIONS:
-        raise ValueError(unknown_name(f"position (declared by {name!r})", position, _POSITIONS))
-    values = resolve(veneer, given, seed=seed)
-    _refuse_patterns(veneer, values)
-    return Layer(veneer, values)
-
-
 def _veneer_facts(job: _Job) -> dict[str, Any]:
     named = [{"name": layer.veneer.name, "config": dict(layer.config)} for layer in job.layers]
     # With a veneer, the method's coefficients are no longer those of the experts' own deltas.
     return {"veneers": named} | (_NO_COEFFICIENTS if named else {})
-
-
-def check_request(entry: Registered[Any], configs: Sequence[Config], experts: Experts) -> None:
-    """Refuse a method of unknown form, values by pattern where it has one, and too many experts.
-
-    Raises:
-        ValueError: any of these.
-    """
-    form = str(entry.facts.get("form"))
-    if form not in get_args(Form):
-        known = get_args(Form)
-        raise ValueError(unknown_name(f"form (declared by {entry.name!r})", form, known))
-    for config in configs if is_whole(entry) else ():
-        _refuse_patterns(entry, config)
-    _check_count(entry, experts)
-
-
-def _refuse_patterns(entry: Registered[Any], config: Config) -> None:
-    for name, value in config.items():
-        if isinstance(value, ByPattern):
-            raise ValueError(
-                f"{value.parameter} must be one value, since {entry.name!r} treats the model as a "
-                f"whole, but `{name}` is given by pattern or depth. Give one value."
-            )
-
-
-def _check_count(entry: Registered[Any], experts: Experts) -> None:
-    low, high = entry.facts.get("experts", (1, None))
-    count = len(experts)
-    if count < low or (high is not None and count > high):
-        wanted = (
-            str(low) if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-        )
-        raise ValueError(
-            f"{entry.name!r} takes {wanted} experts, but got {count} ({', '.join(experts.names)}). "
-            "Give it so many, or choose another method."
-        )
 
 
 def _check_policy(batch_norm: str) -> None:

@@ -86,10 +86,20 @@ def is_whole(entry: Registered[Any]) -> bool:
     return entry.facts["form"] in ("whole", "experts")
 
 
+def is_per_task(entry: Registered[Any], config: Config) -> bool:
+    """Return whether a method under a configuration makes each task a model of its own."""
+    return _declared(entry.facts.get("per_task", False), config)
+
+
 def is_elementwise(entry: Registered[Any], config: Config) -> bool:
     """Return whether a method under a configuration takes entries one by one, in blocks."""
     declared = entry.facts["form"] == "linear" or entry.facts.get("elementwise", False)
-    return bool(declared(config) if callable(declared) else declared)
+    return _declared(declared, config)
+
+
+def _declared(fact: Any, config: Config) -> bool:
+    """Return a fact that a method declares for all configurations, or as a function of each."""
+    return bool(fact(config) if callable(fact) else fact)
 
 
 class Steps:

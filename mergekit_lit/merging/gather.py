@@ -40,7 +40,7 @@ def load_experts(
         base: the initialisation that all of them were tuned from.
         allow_different_base: take experts whose card names another base, or none.
         headers_only: read no tensor, so that damage and numbers that are none stay unnoticed;
-            enough for a plan.
+            enough for a plan, or for checks before `read_through`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -50,8 +50,6 @@ def load_experts(
     """
     if not paths:
         raise ValueError("Merging needs at least one expert file, but got none.")
-    if not headers_only:
-        check_finite(base.params, source=f"The base {base.name!r}")
     experts = [_open(Path(path), base) for path in paths]
     _check_tasks(experts)
     for expert in experts:
@@ -59,24 +57,35 @@ def load_experts(
             _check_base(expert, base)
         _check_image_size(expert, base)
         check_kinds(expert.backbone, base.params, source=_source(expert))
-        if not headers_only:
-            check_finite(dict(expert.backbone), source=_source(expert))
-            check_finite(expert.head, source=f"The head of {_file(expert)}")
-    return Experts(
+    opened = Experts(
         base=base.params,
-        tuned=[
-            Finite(expert.backbone, _source(expert), looked_through=not headers_only)
-            for expert in experts
-        ],
+        tuned=[Finite(expert.backbone, _source(expert)) for expert in experts],
         structure=base.structure,
         cards=[expert.card for expert in experts],
-        heads=[expert.head for expert in experts],
+        heads=[Finite(expert.head, f"The head of {_file(expert)}") for expert in experts],
         names=[expert.name for expert in experts],
         base_name=base.name,
         base_hash=base.content,
         backbone=base.backbone,
         image_size=base.image_size,
     )
+    return opened if headers_only else read_through(opened)
+
+
+def read_through(experts: Experts) -> Experts:
+    """Read every tensor of opened experts once; return them with their heads in memory.
+
+    Raises:
+        ValueError: a file is damaged, or a number is NaN or infinite.
+    """
+    check_finite(experts.base, source=f"The base {experts.base_name!r}")
+    heads = []
+    for tuned, head in zip(experts.tuned, experts.heads, strict=True):
+        # Each looks through a tensor when it is first asked for it.
+        for name in tuned:
+            tuned[name]
+        heads.append(dict(head))
+    return replace(experts, heads=heads)
 
 
 def in_memory(experts: Experts) -> Experts:

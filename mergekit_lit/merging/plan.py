@@ -11,7 +11,6 @@ from mergekit_lit.core.experts import BLOCK, Experts
 from mergekit_lit.core.registry import MERGE_METHODS, Registered
 from mergekit_lit.core.specs import Spec, spec_of
 from mergekit_lit.merging.configuration import SCALE, resolve, to_json
-from mergekit_lit.merging.engine import Layer, check_request, layers_of
 from mergekit_lit.merging.forms import (
     Config,
     is_elementwise,
@@ -20,6 +19,7 @@ from mergekit_lit.merging.forms import (
     setting,
 )
 from mergekit_lit.merging.precision import compute_dtype, output_dtype
+from mergekit_lit.merging.requests import Layer, check_request, layers_of
 from mergekit_lit.merging.timing import expected_seconds
 
 # What the first passes of a method that prepares hold: samples and brackets of order statistics.
@@ -127,10 +127,10 @@ def plan(
     """
     entry = MERGE_METHODS.get(method)
     values = resolve(entry, config or {}, seed=seed)
-    check_request(entry, [values], experts)
+    layers = layers_of(veneers, seed)
+    check_request(entry, [values], experts, layers)
     by_tensor = _values(entry, values, experts)
     kept = output_dtype(out_dtype)
-    layers = layers_of(veneers, seed)
     rows = [*_backbone(experts, by_tensor, kept), *_heads(experts)]
     rows = [replace(row, veneers=_acting(layers, row.fate, batch_norm)) for row in rows]
     wide = compute_dtype(dtype) or torch.float32

@@ -22,6 +22,9 @@ Chunks = Callable[[], Iterable[Tensor]]
 _BINS = 1 << 16
 _SAMPLE = 1 << 18
 
+# Sorting takes as long as looking at every value for so many brackets.
+_FEW = 3
+
 
 @runtime_checkable
 class Sampled(Protocol):
@@ -118,11 +121,9 @@ def _inside(
     found = [[_Growing(min(entries, expected)) for _ in wanted] for _ in brackets]
     for values in chunks():
         for t, row in enumerate(values.numpy()):
-            for r, (low, high) in enumerate(brackets[t]):
-                inside = row >= row.dtype.type(low)
-                below[t, r] += len(row) - np.count_nonzero(inside)
-                inside &= row <= row.dtype.type(high)
-                found[t][r].append(row[inside])
+            for r, (count, inside) in enumerate(_cut(row, brackets[t])):
+                below[t, r] += count
+                found[t][r].append(inside)
     result = torch.full(below.shape, -torch.inf, dtype=torch.float64)
     for t, r in np.ndindex(below.shape):
         collected = found[t][r].values
@@ -132,6 +133,22 @@ def _inside(
         if wanted[r] >= 1:
             result[t, r] = float(np.partition(collected, rank - 1)[rank - 1])
     return result
+
+
+def _cut(row: np.ndarray, brackets: list[tuple[float, float]]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield for each bracket how many values of a row lie below it, and those inside it."""
+    if len(brackets) > _FEW:
+        ordered = np.sort(row)
+        lows, highs = np.array(brackets, dtype=row.dtype).T
+        starts = ordered.searchsorted(lows).tolist()
+        ends = ordered.searchsorted(highs, side="right").tolist()
+        yield from ((s, ordered[s:e]) for s, e in zip(starts, ends, strict=True))
+        return
+    for low, high in brackets:
+        inside = row >= row.dtype.type(low)
+        count = len(row) - int(np.count_nonzero(inside))
+        inside &= row <= row.dtype.type(high)
+        yield count, row[inside]
 
 
 class _Growing:

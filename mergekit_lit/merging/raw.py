@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.checkpoints import match_names, open_tensors
@@ -73,10 +74,7 @@ def save_raw(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) 
             which plain files have no place for.
     """
     if merged.masks or merged.own or merged.statistics or merged.adapters:
-        raise ValueError(
-            f"Plain files hold one model for all tasks, but {merged.facts.get('method')!r} gave "
-            "each task a part of its own. Choose another method, or merge experts of mergekit-lit."
-        )
+        refuse_own_parts(str(merged.facts.get("method")))
     facts = {"kind": "plain", "facts": dict(merged.facts)}
     heads = {f"{task}/": head for task, head in merged.heads.items() if head}
     written = []
@@ -87,6 +85,18 @@ def save_raw(path: Path, merged: Merged, *, max_shard_bytes: int | None = None) 
         write_tensors(path, merged.shared, facts)
         return [path, *written]
     return [*write_shards(path, merged.shared, facts, max_shard_bytes=max_shard_bytes), *written]
+
+
+def refuse_own_parts(method: str) -> NoReturn:
+    """Refuse a merge that gives each task a part of its own, for which plain files have no place.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"Plain files hold one model for all tasks, but {method!r} gives each task a part of its "
+        "own. Choose another method, or merge experts of mergekit-lit."
+    )
 
 
 def _expert(path: Path, base: Params, heads: str) -> tuple[Params, Params]:

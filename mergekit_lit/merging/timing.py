@@ -15,8 +15,8 @@ from mergekit_lit.core.registry import Registered
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.specs import spec_of
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging.engine import Layer
 from mergekit_lit.merging.forms import Config, Setting, Steps, is_elementwise, is_whole, step_alone
+from mergekit_lit.merging.requests import Layer
 
 # Most entries of the made-up tensor of a method whose time grows with their number alone.
 _ENTRIES = 1 << 19

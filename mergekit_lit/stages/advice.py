@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import file_kind, load_expert
+from mergekit_lit.stages.opening import several_bases
 
 UNEQUAL = 2.0
 """Largest ratio between experts that passes without a caution."""
@@ -47,6 +48,25 @@ def expert_cautions(files: Sequence[Path]) -> list[str]:
         if far or past:
             lines.append(_too_far(file, card, middle if far else None, past=past))
     return lines
+
+
+def base_cautions(files: Sequence[Path]) -> list[str]:
+    """Return a line where the cards name several bases, with what tells whether to merge at all.
+
+    Args:
+        files: of experts; others than ours are passed over.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: they are of several architectures.
+    """
+    if not several_bases(files):
+        return []
+    named = " ".join(str(file) for file in files)
+    return [
+        "The experts are of several bases, whose units need not match. What merging them "
+        f"costs, and whether to: mergekit-lit predict {named}"
+    ]
 
 
 def unequal(what: str, values: Mapping[str, float]) -> list[str]:

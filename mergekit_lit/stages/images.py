@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergekit_lit.data.splits import SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
+from mergekit_lit.data.tasks import Task
 from mergekit_lit.lit.recalibration import CALIBRATION_IMAGES
 
 
@@ -36,8 +37,15 @@ class Calibration:
             KeyError: unknown suite or task.
             ValueError: a damaged task.
         """
+        for task in self.found(names):
+            yield task.load(self.options, root=self.root, size=self.size, download=self.download)
+
+    def found(self, names: Sequence[str]) -> list[Task]:
+        """Return the suite's tasks of these names, none of which is read.
+
+        Raises:
+            KeyError: unknown suite or task.
+            ValueError: a folder without a task.
+        """
         suite = load_suite(self.suite, root=self.root)
-        for name in names:
-            yield suite.task(name).load(
-                self.options, root=self.root, size=self.size, download=self.download
-            )
+        return [suite.task(name) for name in names]

@@ -12,15 +12,15 @@ from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.core.shards import check_shard_size
 from mergekit_lit.lit.run_facts import LoggerKind, Outcome, base_model, file_model
 from mergekit_lit.lit.tracking import check_logger, log_run
-from mergekit_lit.merging.gather import load_experts
+from mergekit_lit.merging.gather import load_experts, read_through
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
-from mergekit_lit.stages.advice import expert_cautions
+from mergekit_lit.stages.advice import base_cautions, expert_cautions
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
-from mergekit_lit.stages.recipes import Recipe, check_recipe, images_for, merge_recipe
+from mergekit_lit.stages.recipes import Recipe, check_fit, check_recipe, images_for, merge_recipe
 from mergekit_lit.stages.run_groups import facts_of_run, used_files
 
 
@@ -82,16 +82,22 @@ def merge_files(  # noqa: PLR0913
     """
     watch = Stopwatch()
     recipe = recipe or Recipe()
-    paths = [Path(path) for path in experts]
-    out = _checked(Path(out), recipe, calibration, max_shard_bytes)
-    record_path = out.with_suffix(".record.json")
-    check_record(record_path, "merge")
+    paths, out = [Path(path) for path in experts], Path(out)
     check_logger(logger)
-    plain = is_plain(base)
-    found = None if plain else base_of(paths, base)
-    _check_no_input(out, [*paths, *_files_of(found.name if found else str(base))])
-    gathered = _gathered(paths, recipe, found or str(base), heads, allow_different_base)
-    images = images_for(gathered, recipe, calibration, plain=plain)
+    gathered, found = _opened(
+        paths,
+        out,
+        recipe,
+        base,
+        heads,
+        calibration,
+        allow_different_base=allow_different_base,
+        max_shard_bytes=max_shard_bytes,
+    )
+    plain, record_path = found is None, _record_path(out)
+    if not plain:
+        gathered = read_through(gathered)
+    images = images_for(gathered, recipe, calibration)
     backbone = architecture_of(found) if found and images else None
     merged = merge_recipe(
         gathered, recipe, backbone, images, observers=observers, streamed=not observers
@@ -103,7 +109,7 @@ def merge_files(  # noqa: PLR0913
         "max_shard_bytes": max_shard_bytes,
     }
     record = _record(recipe, calibration, inputs, out, merged, observers, choices)
-    record.metrics["warnings"] = [] if plain else expert_cautions(paths)
+    record.metrics["warnings"] = [] if plain else base_cautions(paths) + expert_cautions(paths)
     save = save_raw if plain else save_merged
     # Should one fail, what an earlier merge left stays whole.
     with together():
@@ -135,10 +141,16 @@ def plan_files(
         ValueError: experts that cannot be merged, or a value out of range.
     """
     recipe = recipe or Recipe()
-    _checked(Path(out), recipe, calibration, max_shard_bytes)
-    paths = [Path(path) for path in experts]
-    found = str(base) if is_plain(base) else base_of(paths, base)
-    gathered = _gathered(paths, recipe, found, heads, allow_different_base, headers_only=True)
+    gathered, _ = _opened(
+        [Path(path) for path in experts],
+        Path(out),
+        recipe,
+        base,
+        heads,
+        calibration,
+        allow_different_base=allow_different_base,
+        max_shard_bytes=max_shard_bytes,
+    )
     return plan(
         gathered,
         recipe.method,
@@ -151,37 +163,51 @@ def plan_files(
     )
 
 
-def _gathered(
+def _opened(
     paths: Sequence[Path],
+    out: Path,
     recipe: Recipe,
-    base: Base | str,
+    base: str | None,
     heads: str,
-    allow_different_base: bool,  # noqa: FBT001 - passed on
+    calibration: Calibration | None,
     *,
-    headers_only: bool = False,
-) -> Experts:
-    """Open experts of a base, or plain files of a plain one, and choose the tensors to merge."""
-    if isinstance(base, str):
-        experts = load_raw(paths, base=Path(base), heads=heads)
+    allow_different_base: bool,
+    max_shard_bytes: int | None,
+) -> tuple[Experts, Base | None]:
+    """Open what is merged by its headers, and refuse all that can be refused by these.
+
+    Returns:
+        The experts, with the tensors to merge chosen; and their base, None of plain files.
+    """
+    _check_out(out, max_shard_bytes)
+    check_recipe(recipe, calibration)
+    plain = is_plain(base)
+    found = None if plain else base_of(paths, base)
+    _check_no_input(out, [*paths, *_files_of(found.name if found else str(base))])
+    if found is None:
+        experts = load_raw(paths, base=Path(str(base)), heads=heads)
     else:
         experts = load_experts(
-            paths, base=base, allow_different_base=allow_different_base, headers_only=headers_only
+            paths, base=found, allow_different_base=allow_different_base, headers_only=True
         )
-    return select(experts, include=recipe.include, exclude=recipe.exclude)
+    experts = select(experts, include=recipe.include, exclude=recipe.exclude)
+    check_fit(recipe, experts, calibration, plain=plain)
+    return experts, found
 
 
-def _checked(
-    out: Path, recipe: Recipe, calibration: Calibration | None, max_shard_bytes: int | None
-) -> Path:
-    """Return `out` if it can be the result's name; refuse what no experts could be merged by."""
+def _check_out(out: Path, max_shard_bytes: int | None) -> None:
+    """Refuse a name that the result cannot have, and shards of no size."""
     if out.suffix != ".safetensors":
         raise ValueError(f"`out` must end in .safetensors, but is {str(out)!r}.")
     if out.is_dir():
         raise ValueError(f"`out` must name a file, but {str(out)!r} is a folder.")
     if max_shard_bytes is not None:
         check_shard_size(max_shard_bytes)
-    check_recipe(recipe, calibration)
-    return out
+    check_record(_record_path(out), "merge")
+
+
+def _record_path(out: Path) -> Path:
+    return out.with_suffix(".record.json")
 
 
 def _files_of(base: str) -> list[Path]:

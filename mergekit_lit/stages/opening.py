@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lit.core.checkpoints import WEIGHT_SUFFIXES
 from mergekit_lit.core.experts import Base, Expert, file_kind, load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.models.bases import stored_base
@@ -55,16 +56,46 @@ def load_base_of(experts: Sequence[Path], base: str | None = None) -> tuple["Bac
 
 
 def _named_base(experts: Sequence[Path], base: str | None) -> tuple[Expert, str]:
-    """Return the first expert, and the spec of its base."""
+    """Return the first expert that is one of ours, and the spec of the base."""
     if not experts:
         raise ValueError("Merging needs at least one expert file, but got none.")
-    expert = load_expert(experts[0])
+    # A base is a name, `FILE` or `backbone@FILE`.
+    place = (base or "").rpartition("@")[2]
+    is_there = any(Path(file).exists() for file in (base or "", place))
+    if base and place.endswith(WEIGHT_SUFFIXES) and not is_there:
+        raise FileNotFoundError(f"No file {place!r}, which `base` names.")
+    ours = next((path for path in experts if not is_plain(str(path))), None)
+    if ours is None:
+        came = "got none" if base is None else f"{base!r} is no file or folder that is there"
+        raise ValueError(
+            f"Plain weights such as {str(experts[0])!r} need `--base FILE`, the weights that they "
+            f"were tuned from, but {came}."
+        )
+    expert = load_expert(ours)
     spec = base or expert.card.base
     if spec is None:
         raise ValueError(
-            f"The card of {str(experts[0])!r} must name its base, but does not. Give `base`."
+            f"The card of {str(ours)!r} must name its base, but does not. Give `base`."
         )
     return expert, spec
+
+
+def several_bases(experts: Sequence[Path]) -> bool:
+    """Return whether the cards name more than one base, by its hash.
+
+    Raises:
+        FileNotFoundError: an expert is missing.
+        ValueError: they name more than one architecture.
+    """
+    cards = {path: load_expert(path).card for path in experts if file_kind(path) == "expert"}
+    built = {card.backbone: path for path, card in cards.items() if card.backbone is not None}
+    if len(built) > 1:
+        (one, first), (other, second) = list(built.items())[:2]
+        raise ValueError(
+            f"Experts must be of one architecture, but {str(first)!r} is a {one!r} and "
+            f"{str(second)!r} a {other!r}. Keep them apart: nothing here merges these."
+        )
+    return len({card.base_hash for card in cards.values()} - {None}) > 1
 
 
 def architecture_of(base: Base) -> "Backbone":

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
+from mergekit_lit.core.calibration import DataSplit
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import BatchNormPolicy, MergeObserver
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS, unknown_name
 from mergekit_lit.lit.recalibration import (
+    ONE_SET,
     ImagesBySplit,
     Veneers,
     images_by_split,
@@ -15,8 +17,11 @@ from mergekit_lit.lit.recalibration import (
     splits_needed,
 )
 from mergekit_lit.merging.configuration import resolve
+from mergekit_lit.merging.forms import is_per_task, is_whole, setting
 from mergekit_lit.merging.images import check_shown
 from mergekit_lit.merging.precision import ComputeDtype, OutputDtype
+from mergekit_lit.merging.raw import refuse_own_parts
+from mergekit_lit.merging.requests import check_request, layers_of
 from mergekit_lit.stages.images import Calibration
 
 if TYPE_CHECKING:
@@ -98,7 +103,7 @@ def merge_recipe(
 def check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
     """Refuse, before anything is read, unknown names and values, and what lacks its images."""
     method = MERGE_METHODS.get(recipe.method)
-    resolve(method, recipe.config)
+    values = resolve(method, recipe.config)
     veneers = [VENEERS.get(name) for name, _ in recipe.veneers]
     for veneer, (_, config) in zip(veneers, recipe.veneers, strict=True):
         resolve(veneer, config)
@@ -110,6 +115,8 @@ def check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
             f"`batch_norm` {recipe.batch_norm!r} must be told a suite to take training images "
             "from, but got none. Name the suite, or use 'base' or 'average'."
         )
+    if recipe.batch_norm == "recalibrate" and is_per_task(method, values):
+        raise ValueError(ONE_SET)
     if calibration is None:
         for entry in (method, *veneers):
             check_shown(entry, None)
@@ -117,6 +124,39 @@ def check_recipe(recipe: Recipe, calibration: Calibration | None) -> None:
         raise ValueError(
             f"`images` must be at least 2, to have a variance, but is {calibration.images}."
         )
+
+
+def check_fit(
+    recipe: Recipe, experts: Experts, calibration: Calibration | None, *, plain: bool
+) -> None:
+    """Refuse, by the experts' headers alone, what they cannot be merged by.
+
+    Args:
+        recipe: what is merged how, after `check_recipe`.
+        experts: T experts, of which no tensor is read.
+        calibration: where images come from.
+        plain: whether they are weight files of others, which name no architecture.
+
+    Raises:
+        KeyError: an unknown suite, task, or part of the model that a parameter names.
+        ValueError: they are too many or too few, or lack what the method needs to know of them; a
+            pattern matches nothing; or plain files cannot hold the result.
+    """
+    method = MERGE_METHODS.get(recipe.method)
+    values = resolve(method, recipe.config, seed=recipe.seed)
+    check_request(method, [values], experts, layers_of(recipe.veneers, recipe.seed))
+    if not is_whole(method):
+        setting(method, values, experts)
+    if plain and is_per_task(method, values):
+        refuse_own_parts(method.name)
+    if calibration is None or not _splits_of(recipe, experts):
+        return
+    if plain:
+        raise ValueError(
+            f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
+            "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
+        )
+    calibration.found(experts.names)
 
 
 def check_methods(recipes: Sequence[Recipe]) -> list[str]:
@@ -131,17 +171,15 @@ def check_methods(recipes: Sequence[Recipe]) -> list[str]:
     return names
 
 
-def images_for(
-    experts: Experts, recipe: Recipe, calibration: Calibration | None, *, plain: bool
-) -> ImagesBySplit:
+def images_for(experts: Experts, recipe: Recipe, calibration: Calibration | None) -> ImagesBySplit:
     """Return the images that the recipe needs, by split and task; none where it needs none."""
-    needed = splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)
+    needed = _splits_of(recipe, experts)
     if calibration is None or not needed:
         return {}
-    if plain:
-        raise ValueError(
-            f"{recipe.method!r} with `batch_norm` {recipe.batch_norm!r} looks at images, for which "
-            "it needs a network, but plain weight files name none. Merge experts of mergekit-lit."
-        )
     tasks = calibration.tasks(experts.names)
     return images_by_split(tasks, needed, count=calibration.images, seed=recipe.seed)
+
+
+def _splits_of(recipe: Recipe, experts: Experts) -> tuple[DataSplit, ...]:
+    """Return the splits of which the recipe needs images."""
+    return splits_needed(recipe.method, recipe.batch_norm, experts.structure, recipe.veneers)

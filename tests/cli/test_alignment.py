@@ -13,6 +13,8 @@ from mergekit_lit.core.cards import Card
 from mergekit_lit.core.experts import Expert, load_merged, save_expert
 from mergekit_lit.models.backbones import load_base
 
+_ASK = "What merging them costs, and whether to: mergekit-lit predict"
+
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory) -> list[str]:
@@ -36,6 +38,8 @@ def test_the_refusal_names_flags_that_work(strangers, tmp_path, capsys):
     flags = next(part for part in message.split("`")[1::2] if "git_rebasin" in part).split()
     assert flags == ["--method", "git_rebasin", "--allow_different_base", "true"]
     assert main([*command, *flags]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert f"of several bases, whose units need not match. {_ASK} {' '.join(strangers)}" in told
     assert load_merged(out).facts["method"] == "git_rebasin"
 
 

@@ -160,6 +160,17 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(files, experts, tmp_path, c
         (["--max_shard_bytes=0"], "`max_shard_bytes` must be above 0"),
         (["--callbacks=json.nothing"], "`callbacks` must name classes"),
         (["--out=m.bin"], "must end in .safetensors"),
+        (["--method=tall_masks", "--threshold=-1"], "`threshold` must be at least 0"),
+        (["--method=git_rebasin", "--sweeps=0"], "`sweeps` must be at least 1"),
+        (["--then={name: git_rebasin, config: {sweeps: 0}}"], "`sweeps` must be at least 1"),
+        (["--method=zipit", "--until=layer9", "--data.suite=embedded8"], "stage to zip `until`"),
+        (["--method=lines", "--alpha=-1"], "`alpha` must be at least 0"),
+        (["--method=fisher", "--data.suite=embeded8"], "Did you mean 'embedded8'?"),
+        (["--method=fisher", "--data.suite=embedded8"], "No task of suite 'embedded8' named"),
+        (
+            ["--method=emr", "--batch_norm=recalibrate", "--data.suite=embedded8"],
+            "Use 'recalibrate-per-task'",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_merge_would(files, tmp_path, capsys, words, message):
@@ -168,6 +179,77 @@ def test_a_dry_run_refuses_what_the_merge_would(files, tmp_path, capsys, words, 
         assert main(["merge", *files, *out, *words, *more]) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def plain(base, files, tmp_path_factory) -> list[str]:
+    """Plain weight files: a base, and two of others that were tuned from it."""
+    folder = tmp_path_factory.mktemp("plain")
+    models = [base.params, *(load_expert(Path(path)).backbone for path in files)]
+    paths = [folder / f"{name}.safetensors" for name in ("base", "one", "two")]
+    for path, weights in zip(paths, models, strict=True):
+        save_file(dict(weights), path)
+    return [str(path) for path in paths]
+
+
+PLAIN = {
+    "emr": "'emr' gives each task a part of its own",
+    "tall_masks": "'tall_masks' gives each task a part of its own",
+    "git_rebasin": "plain weights have no known architecture",
+    "zipit": "plain weights have no known architecture",
+    "regmean": "looks at images, for which it needs a network",
+}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_what_plain_weights_cannot_be_merged_by_is_refused_unread(
+    plain, tmp_path, capsys, monkeypatch, method
+):
+    def unread(*_arguments):
+        pytest.fail("a tensor was read")
+
+    monkeypatch.setattr("mergekit_lit.core.tensorfiles.TensorFile.__getitem__", unread)
+    words = ["merge", *plain[1:], f"--base={plain[0]}", f"--method={method}"]
+    words += ["--out", str(tmp_path / "m.safetensors"), "--data.suite=embedded8"]
+    for more in ([], ["--dry_run"]):
+        assert main([*words, *more]) == 2
+        told = capsys.readouterr().err
+        assert PLAIN[method] in told
+        assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["git_rebasin", "zipit"])
+def test_experts_of_unknown_symmetries_are_refused_before_they_are_read(
+    make_family, tmp_path, capsys, monkeypatch, method
+):
+    monkeypatch.setattr("mergekit_lit.stages.merge.read_through", lambda _: pytest.fail("was read"))
+    deep = make_family("timm/test_resnet@random:0").save(tmp_path / "experts")
+    words = ["merge", *map(str, deep.paths), f"--method={method}", "--data.suite=embedded8"]
+    for more in ([], ["--dry_run"]):
+        assert main([*words, "--out", str(tmp_path / "m.safetensors"), *more]) == 2
+        assert "of 'timm/test_resnet' names none (those do of plain ViTs" in capsys.readouterr().err
+
+
+def test_a_base_that_is_not_there_is_told_whatever_the_experts_are(plain, files, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "m.safetensors")]
+    for experts in (plain[1:], files):
+        for base in ("typo/base.safetensors", "typo/base.pt", "vit@typo/base.safetensors"):
+            assert main(["merge", *experts, *out, f"--base={base}"]) == 2
+            told = capsys.readouterr().err
+            assert f"No file {base.removeprefix('vit@')!r}, which `base` names." in told
+    for base, came in ([], "but got none"), (["--base=typo"], "but 'typo' is no file or folder"):
+        assert main(["merge", *plain[1:], *out, *base]) == 2
+        told = capsys.readouterr().err
+        assert "need `--base FILE`" in told
+        assert came in told
+
+
+def test_the_first_expert_may_be_a_file_of_others(plain, files, tmp_path):
+    words = ["merge", plain[1], files[1], "--allow_different_base=true"]
+    out = tmp_path / "m.safetensors"
+    assert main([*words, "--out", str(out)]) == 0
+    assert load_merged(out).tasks == ("one", TASKS[1])
 
 
 def test_patterns_choose_the_tensors(files, experts, base, tmp_path):
@@ -240,19 +322,16 @@ def test_parts_of_half_precision(files, experts, tmp_path):
     assert equal(tmp_path / "m.safetensors", merge(experts, "average", out_dtype="float16").shared)
 
 
-def test_plain_weights_of_others(base, files, tmp_path):
-    inputs = {path: load_expert(Path(path)).backbone for path in files}
-    plain = [tmp_path / f"{index}.safetensors" for index in range(3)]
-    for path, weights in zip(plain, (base.params, *inputs.values()), strict=True):
-        save_file(dict(weights), path)
+def test_plain_weights_of_others(base, plain, tmp_path):
+    inputs = {path: load_file(path) for path in plain[1:]}
     out = tmp_path / "m.safetensors"
-    words = ["merge", *map(str, plain[1:]), "--base", str(plain[0]), "--method=task_arithmetic"]
+    words = ["merge", *plain[1:], "--base", plain[0], "--method=task_arithmetic"]
     assert main([*words, "--scale=0.5", "--out", str(out)]) == 0
     found = load_file(out)
     mean = {name: sum(w[name] for w in inputs.values()) / 2 for name in base.params}
     assert found.keys() == mean.keys()
     assert all(torch.allclose(found[name], mean[name], atol=1e-6) for name in mean)
-    assert main([*words, "--out", str(plain[0])]) == 2
+    assert main([*words, "--out", plain[0]]) == 2
     assert torch.equal(load_file(plain[0])["pos_embed"], base.params["pos_embed"])
 
 

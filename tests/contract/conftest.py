@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import pytest
@@ -38,16 +39,18 @@ NETWORK = TinyNet()
 
 
 class TinySamples:
-    """Twelve random images, labels included."""
+    """Twelve random images, labels included; it tells how many threads looked at them."""
 
     def __init__(self, seed):
         draw = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(12, 3, 5, 5, generator=draw, dtype=torch.float64)
+        self.threads: set[int] = set()
 
     def __len__(self):
         return 12
 
     def take(self, positions):
+        self.threads.add(torch.get_num_threads())
         return Batch(self.inputs[positions], positions % 2)
 
 
@@ -72,11 +75,17 @@ def tiny_calibration(experts: Experts, split: str) -> Calibration:
 class Subject:
     """A registered method, with what it is tried on."""
 
-    def __init__(self, method: str, make_experts: Callable[..., Experts]) -> None:
+    def __init__(
+        self,
+        method: str,
+        make_experts: Callable[..., Experts],
+        threads: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
         self.method = method
         self.entry = MERGE_METHODS.get(method)
         self.parameters = parameters(self.entry.function)
         self.any = make_experts
+        self.threads = threads
         self.low, self.high = self.entry.facts.get("experts", (1, None))
 
     def __call__(self, count: int = 3, **options: Any) -> Experts:
@@ -110,8 +119,8 @@ class Subject:
 
 
 @pytest.fixture
-def subject(make_experts) -> Callable[[str], Subject]:
-    return lambda method: Subject(method, make_experts)
+def subject(make_experts, threads) -> Callable[[str], Subject]:
+    return lambda method: Subject(method, make_experts, threads)
 
 
 PLUG_IN = '''

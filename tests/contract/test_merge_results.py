@@ -10,6 +10,7 @@ import torch
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.merging.forms import is_per_task
 
 
 def same(left: Merged, right: Merged) -> bool:
@@ -94,6 +95,17 @@ def check_order_of_experts(of):
 
 def check_second_call_gives_the_same_bytes(of):
     assert same(of.merge(of(), seed=3), of.merge(of(), seed=3))
+
+
+def check_looks_at_images_on_one_thread(of):
+    if of.split is None:
+        return
+    experts = of()
+    calibration = of.calibration(experts)
+    with of.threads(3):
+        of.merge(experts, calibration=calibration)
+        assert torch.get_num_threads() == 3
+    assert all(samples.threads == {1} for samples in calibration.samples.values())
 
 
 def check_names_of_tasks_do_not_matter(of):
@@ -199,6 +211,12 @@ def check_homogeneous_steps_are_multiples_of_one_direction(of):
         by_method = of.merge(experts, config=config)
     for name, tensor in by_method.shared.items():
         torch.testing.assert_close(by_engine.shared[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+def check_a_model_for_each_task_is_declared(of):
+    merged = of.merge(of())
+    own = bool(merged.masks or merged.own)
+    assert is_per_task(of.entry, merged.facts["config"]) == own
 
 
 class Watch:

@@ -285,6 +285,17 @@ def test_pooled_statistics_are_those_of_all_images_at_once(family):
     assert content_hash(apart) == content_hash(whole)
 
 
+def test_statistics_do_not_depend_on_the_number_of_threads(family, threads):
+    backbone, base, _ = family
+    start = copy.deepcopy(backbone).eval()
+    start.load_state_dict(dict(base.params))
+    found = []
+    for count in (1, 3):
+        with threads(count):
+            found.append(content_hash(statistics_of(start, _task(100).train)))
+    assert found[0] == found[1]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -12,7 +12,7 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import add
 from mergekit_lit.core.permutations import permutation_sizes, permute
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.merging import merge
+from mergekit_lit.merging import merge, plan
 from mergekit_lit.merging.methods.alignment import git_rebasin, match_weights, permuted
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.structure import structure_of
@@ -101,6 +101,23 @@ def test_experts_of_one_base_stay_where_they_are(trained):
         assert all(torch.equal(aligned.tuned[1][n], t) for n, t in experts.tuned[1].items())
 
 
+def test_experts_of_another_base_move_together():
+    """Each by itself goes its own way, where the reference has little in common with either."""
+    (_, base), (_, away) = (load_base(f"resnet@random:{seed}") for seed in range(2))
+    tuned = [base.params, *(noisy(away.params, base.structure, seed, 0.3) for seed in (1, 2))]
+    names = [n for n, info in base.structure.items() if info.is_merged]
+
+    def apart(hashes):
+        cards = [Card(task=t, base_hash=h) for t, h in zip("abc", hashes, strict=True)]
+        experts = replace(pair(base), tuned=tuned, cards=cards, heads=[{}] * 3, names=list("abc"))
+        _, one, other = git_rebasin(experts).tuned
+        return sum(float((one[n] - other[n]).square().sum()) for n in names)
+
+    before = sum(float((tuned[1][n] - tuned[2][n]).square().sum()) for n in names)
+    assert apart(("x", "y", "y")) == pytest.approx(before, rel=1e-5)
+    assert apart((None, None, None)) > 1.5 * before
+
+
 def test_alignment_to_the_base_does_not_depend_on_the_order_of_experts(tiny_experts):
     orders = [planted(tiny_experts.base, tiny_experts.structure, seed) for seed in range(3)]
     experts = permuted(tiny_experts, orders)
@@ -171,5 +188,14 @@ def test_alignment_comes_before_another_method(tiny_experts):
 
 def test_a_model_of_unknown_symmetries_is_refused(tiny_experts):
     blank = {n: TensorInfo(i.kind, i.depth, i.group) for n, i in tiny_experts.structure.items()}
-    with pytest.raises(ValueError, match="the structure of 'tiny' names none"):
-        merge(replace(tiny_experts, structure=blank), "git_rebasin")
+    for backbone, why in (
+        ("tiny", "the structure of 'tiny' names none .*whose stem is one convolution"),
+        ("", "plain weights have no known architecture"),
+    ):
+        unknown = replace(tiny_experts, structure=blank, backbone=backbone)
+        with pytest.raises(ValueError, match=why):
+            merge(unknown, "git_rebasin")
+        with pytest.raises(ValueError, match=why):
+            plan(unknown, "git_rebasin")
+        with pytest.raises(ValueError, match=why):
+            plan(unknown, "average", veneers=[("git_rebasin", {})])

@@ -1,11 +1,10 @@
-"""Polar factors agree with NumPy's SVD however small a singular value is; threads are put back."""
+"""Polar factors agree with NumPy's SVD however small a singular value is."""
 
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_info, threadpool_limits
 
-from mergekit_lit.merging.decompositions import leading, one_thread, polar
+from mergekit_lit.merging.decompositions import leading, polar
 
 
 def conditioned(rows: int, columns: int, condition: float) -> tuple[np.ndarray, np.ndarray]:
@@ -50,24 +49,3 @@ def test_directions_that_a_matrix_does_not_have_are_0():
     found = polar(torch.from_numpy(matrix)).numpy()
     np.testing.assert_allclose(found, u[:, :3] @ vt[:3], atol=1e-8)
     assert not polar(torch.zeros(4, 6, dtype=torch.float64)).any()
-
-
-def blas_threads() -> set[int]:
-    return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-
-
-def test_one_thread_puts_the_number_of_threads_back():
-    @one_thread()
-    def fails() -> None:
-        assert torch.get_num_threads() == 1
-        assert blas_threads() == {1}
-        raise ValueError("inside")
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with threadpool_limits(2, user_api="blas"), pytest.raises(ValueError, match="inside"):
-            fails()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ GRIDS = {
     "ties": [{"density": d, "scale": s} for d in (0.2, 0.6) for s in (0.5, 1.0)]
     + [{"density": {"block": 0.1, "*": 0.6}}, {"density": 0.2, "trim": "tensor"}, {"density": 1.0}],
     "dare": [{"drop": 0.2}, {"drop": 0.8}, {"rescale": "l1"}, {"drop": 0.2, "scale": 0.1}],
-    "pcb": [{"density": 0.1}, {"density": 0.4}],
+    "pcb": [{"density": d} for d in (0.1, 0.4, 0.02, 1.0)] + [{"density": 0.4, "scale": 0.5}],
     "tsv_m": [{"scale": {"block": 0.5, "*": 1.0}}, {"scale": 0.5}],
     "lines": [{"beta": 0.1}, {"beta": 0.9}],
     "emr": [{}, {}],
@@ -70,9 +70,10 @@ def test_a_grid_of_scales_reads_what_one_merge_reads(make_experts, method):
     assert reads(make_experts, method, grid) == reads(make_experts, method, [{}])
 
 
-def test_a_grid_of_densities_reads_what_one_merge_reads(make_experts):
+@pytest.mark.parametrize("method", ["ties", "pcb"])
+def test_a_grid_of_densities_reads_what_one_merge_reads(make_experts, method):
     grid = [{"density": 0.1 * i, "scale": 0.5 * i} for i in range(1, 10)]
-    assert reads(make_experts, "ties", grid) == reads(make_experts, "ties", [{}])
+    assert reads(make_experts, method, grid) == reads(make_experts, method, [{}])
 
 
 def test_preparing_passes_are_shared_where_their_parameters_agree(make_experts):

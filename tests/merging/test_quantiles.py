@@ -104,7 +104,7 @@ def test_threshold_of_one_tensor(density, expected):
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 4096, 4097, 100_001])
-def test_total_is_the_sum_for_any_number_of_threads(count):
+def test_total_is_the_sum_for_any_number_of_threads(count, threads):
     values = torch.randn(count, generator=torch.Generator().manual_seed(1))
     one = total(values)
     assert one.dtype == torch.float64
@@ -112,10 +112,6 @@ def test_total_is_the_sum_for_any_number_of_threads(count):
     rows = values[: count // 3 * 3].reshape(3, -1)
     products = gram(rows)
     np.testing.assert_allclose(products, rows.double() @ rows.double().T, rtol=1e-10, atol=1e-10)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         assert torch.equal(total(values), one)
         assert torch.equal(gram(rows), products)
-    finally:
-        torch.set_num_threads(threads)

@@ -199,5 +199,5 @@ def test_numbers_that_are_none_are_refused_when_they_are_read(files, name):
 
 
 def test_what_tasks_keep_of_their_own_has_no_place_in_plain_files(files):
-    with pytest.raises(ValueError, match="'emr' gave each task a part of its own"):
+    with pytest.raises(ValueError, match="'emr' gives each task a part of its own"):
         save_raw(files / "m.safetensors", merge(load(files), "emr"))

@@ -194,7 +194,7 @@ def test_what_stays_a_tasks_own_survives_the_file_and_is_refused_elsewhere(tmp_p
         expected = merged.for_task(task)
         assert all(torch.equal(t, expected[name]) for name, t in read.for_task(task).items())
         assert read.own[task]["fc.weight"].dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="gave each task a part of its own"):
+    with pytest.raises(ValueError, match="gives each task a part of its own"):
         save_raw(tmp_path / "plain.safetensors", merged)
     with pytest.raises(ValueError, match="makes each task a model of its own"):
         recalibrate(merged, {}, backbone=None, per_task=False)

@@ -101,7 +101,7 @@ def test_sce_of_one_expert_is_that_expert():
 )  # with and without tails
 def test_pcb(density, shapes):
     pairs = model(shapes=shapes, tasks=4)
-    stats = competition(pairs, density=density)
+    (stats,) = competition(pairs, density=[density])
     found = np.concatenate(
         [
             pcb(a_slice(name, deltas, stats), density=density, scale=1.2).numpy().ravel()
@@ -114,10 +114,11 @@ def test_pcb(density, shapes):
 
 def test_pcb_of_one_entry_and_of_no_movement_is_finite():
     for deltas in (torch.ones(2, 1), torch.zeros(2, 3), torch.full((2, 3), 0.5)):
-        stats = competition([("w", deltas)], density=0.1)
+        (stats,) = competition([("w", deltas)], density=[0.1])
         step = pcb(a_slice("w", deltas, stats), scale=1.0)
         torch.testing.assert_close(step, deltas[0])
-    assert competition([], density=0.1)["span"].shape == (0, 2)
+    (stats,) = competition([], density=[0.1])
+    assert stats["span"].shape == (0, 2)
 
 
 @pytest.mark.parametrize(("drop", "outliers"), [(0.85, 0.007), (0.5, 0.1), (0.0, 0.0), (1.0, 0.0)])

@@ -27,19 +27,50 @@ from mergekit_lit.core.structure import Structure
 FEATURES = "features"
 """The permutation of the encoder's output, which the columns of every head follow."""
 
+_NEED = "Alignment needs to know which units can change places"
+
 # A new order must beat the old one by this share of its sum: a tie leaves every unit in its place.
 _LEAST_GAIN = 1e-12
 
 _SOURCE = "Ainsworth et al. 2022, arXiv:2209.04836, alg. 1"
 
 
-@VENEERS.add(position="before", touches=("merged", "statistic", "head"), source=_SOURCE)
+def check_axes(experts: Experts) -> None:
+    """Refuse experts whose structure names no permutations.
+
+    Raises:
+        ValueError: no tensor has a named axis.
+    """
+    if has_axes(experts.structure):
+        return
+    if not experts.backbone:
+        raise ValueError(
+            f"{_NEED}, but plain weights have no known architecture, which would tell. Merge them "
+            "without it, or align experts of mergekit-lit."
+        )
+    raise ValueError(
+        f"{_NEED}, but the structure of {experts.backbone!r} names none (those do of plain ViTs, "
+        "and of ResNets whose stem is one convolution and whose blocks are basic or bottleneck "
+        "ones without more). Merge experts of one base without it."
+    )
+
+
+def _check(experts: Experts, *, sweeps: int) -> None:
+    if sweeps < 1:
+        raise ValueError(f"`sweeps` must be at least 1, but is {sweeps}.")
+    check_axes(experts)
+
+
+@VENEERS.add(
+    position="before", touches=("merged", "statistic", "head"), source=_SOURCE, check=_check
+)
 @MERGE_METHODS.add(
     form="experts",
     family="alignment",
     data="none",
     source=_SOURCE,
     order="the others are aligned to the first expert",
+    check=_check,
 )
 def git_rebasin(
     experts: Experts,
@@ -50,12 +81,13 @@ def git_rebasin(
 ) -> Experts:
     """Permute the units of each expert to match those of a reference, weight by weight.
 
-    P_t = argmax_P <theta_ref, P(theta_t)>,  theta_t <- P_t(theta_t)
+    P_t = argmax_P sum_s <theta_ref, P(theta_s)>, s of t's base;  theta_t <- P_t(theta_t)
 
     P_t(theta_t) computes the same function as theta_t, its units in another order; heads and
     BatchNorm statistics follow. As a method the aligned experts are averaged; as a veneer they go
-    on to any other method. Experts of one base match best as they are, and stay. Experts of
-    several want BatchNorm statistics that are recalibrated: those of one base suit none of them.
+    on to any other method. Experts of one base match one another best as they are: they move
+    together, and stay where the reference is of their base. Experts of several bases want
+    BatchNorm statistics that are recalibrated: those of one base suit none of them.
 
     Args:
         experts: T experts, of one base or of several of one architecture.
@@ -73,18 +105,19 @@ def git_rebasin(
 
     Source: Ainsworth et al. 2022, arXiv:2209.04836, alg. 1 (weight matching).
     Differs: ViTs too, of which hidden units, whole attention heads and the residual stream permute;
-        a permutation is solved again only after one that it depends on changed, to the same end.
+        a permutation is solved again only after one that it depends on changed, to the same end;
+        experts of one base, as far as their cards name it, share their permutations.
     """
-    if sweeps < 1:
-        raise ValueError(f"`sweeps` must be at least 1, but is {sweeps}.")
-    check_axes(experts)
+    _check(experts, sweeps=sweeps)
     goal = experts.base if reference == "base" else experts.tuned[0]
-    matched = [
-        {}
-        if tuned is goal
-        else match_weights(goal, tuned, experts.structure, sweeps=sweeps, seed=seed)
-        for tuned in experts.tuned
-    ]
+    matched: list[dict[str, Tensor]] = [{} for _ in experts.tuned]
+    for members in _by_base(experts):
+        if reference == "first" and 0 in members:
+            continue
+        together = _mean([experts.tuned[t] for t in members])
+        found = match_weights(goal, together, experts.structure, sweeps=sweeps, seed=seed)
+        for t in members:
+            matched[t] = found
     return permuted(experts, matched)
 
 
@@ -144,18 +177,22 @@ def permuted(experts: Experts, permutations: Sequence[Mapping[str, Tensor]]) -> 
     return replace(experts, tuned=tuned, heads=heads)
 
 
-def check_axes(experts: Experts) -> None:
-    """Refuse experts whose structure names no permutations.
+def _by_base(experts: Experts) -> list[list[int]]:
+    """Return the places of the experts of each base; one whose card names none is alone."""
+    found: dict[str | int, list[int]] = {}
+    for t, card in enumerate(experts.cards):
+        found.setdefault(card.base_hash or t, []).append(t)
+    return list(found.values())
 
-    Raises:
-        ValueError: no tensor has a named axis.
-    """
-    if not has_axes(experts.structure):
-        raise ValueError(
-            f"Alignment needs to know which units can change places, but the structure of "
-            f"{experts.backbone!r} names none (it does for ResNets and plain ViTs). Merge experts "
-            "of one base without it."
-        )
+
+def _mean(tuned: Sequence[Params]) -> Params:
+    """Return the mean of several sets of tensors, of which units match as those of their sum do."""
+    if len(tuned) == 1:
+        return tuned[0]
+    return {
+        name: torch.stack([params[name].double() for params in tuned]).mean(dim=0)
+        for name in tuned[0]
+    }
 
 
 class _Permuted(Mapping[str, Tensor]):

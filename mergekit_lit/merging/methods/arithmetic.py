@@ -35,6 +35,7 @@ def task_arithmetic(experts: Experts, *, scale: float = 0.3) -> Tensor:
         Coefficients lambda, (T,).
 
     Source: Ilharco et al. 2023, arXiv:2212.04089, sec. 2.
+    Differs: no expert is subtracted to forget its task: scales are at least 0.
     """
     check_scale(scale)
     return torch.full((len(experts),), float(scale), dtype=torch.float64)
@@ -78,12 +79,19 @@ def metagpt(experts: Experts, *, scale: float = 1.0) -> Tensor:
     return scale * squares / squares.sum()
 
 
+def _check(_experts: Experts, *, alpha: float | None, beta: float) -> None:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None and value < 0:
+            raise ValueError(f"`{name}` must be at least 0, but is {value!r}.")
+
+
 @MERGE_METHODS.add(
     form="whole",
     family="arithmetic",
     data="none",
     source="Wang et al. 2024, arXiv:2410.17146 (LiNeS)",
     search={"beta": (0.0, 1.5)},
+    check=_check,
 )
 def lines(experts: Experts, *, alpha: float | None = None, beta: float = 0.3) -> Merged:
     """Add all deltas, the deeper the block the more of them.
@@ -99,11 +107,11 @@ def lines(experts: Experts, *, alpha: float | None = None, beta: float = 0.3) ->
         The merged model.
 
     Source: Wang et al. 2024, arXiv:2410.17146 (LiNeS for multi-task merging).
+    Differs: alpha is 1/T; the published code multiplies it by the ratio of the summed deltas' L1
+        norm to the merged step's, 1 where they are one.
     """
+    _check(experts, alpha=alpha, beta=beta)
     alpha = 1 / len(experts) if alpha is None else alpha
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if value < 0:
-            raise ValueError(f"`{name}` must be at least 0, but is {value!r}.")
     scales = depth_scales(experts.structure, alpha, beta)
     steps = (
         (name, scales[name] * reduced(experts, name, lambda deltas: deltas.sum(dim=0)))

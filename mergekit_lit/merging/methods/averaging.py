@@ -29,6 +29,7 @@ def average(experts: Experts) -> Tensor:
         Coefficients lambda, (T,).
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, sec. 2 (uniform soup).
+    Differs: there all runs learn one task; here each expert has its own, and keeps its head.
     """
     return shares_of(None, len(experts))
 

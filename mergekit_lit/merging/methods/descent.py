@@ -8,8 +8,8 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.core.threads import one_thread
 from mergekit_lit.merging.configuration import check_scale
-from mergekit_lit.merging.decompositions import one_thread
 from mergekit_lit.merging.methods.spectral import (
     is_matrix,
     like,

@@ -197,6 +197,6 @@ def _rank_shares(delta: Tensor) -> Tensor:
 def _joined(kept: Iterator[Tensor], count: int, rule: Rule, combine: Combine) -> Tensor:
     """Return the step of the entries kept of each of `count` experts, (*s)."""
     if rule == "ties":
-        parts = list(kept)
-        return by_sign(parts, sum_of(parts).sign_(), combine)
+        parts = torch.stack(list(kept))
+        return by_sign(parts, parts.sum(dim=0).sign_(), combine)
     return sum_of(kept) / (1 if combine == "sum" else count)

@@ -64,6 +64,8 @@ def consensus(
     data="none",
     source="Wang et al. 2024, arXiv:2405.07813 (TALL masks)",
     search={"threshold": (0.2, 0.6)},
+    per_task=True,
+    check=lambda _, threshold: _check_threshold(threshold),
 )
 def tall_masks(experts: Experts, *, threshold: float = 0.4) -> Merged:
     """Give each task the entries of the summed step that matter to it.
@@ -95,6 +97,7 @@ def tall_masks(experts: Experts, *, threshold: float = 0.4) -> Merged:
     family="masks",
     data="none",
     source="Huang et al. 2024, arXiv:2405.17461 (EMR)",
+    per_task=True,
 )
 def emr(experts: Experts) -> Merged:
     """Elect one step, and give each task the entries of its own sign, rescaled.

@@ -1,5 +1,6 @@
 """This file is the methods that compare entries between experts: SCE, PCB, RAM, Nearswap."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,20 +59,26 @@ def sce(tensor: Slice, *, density: float = 0.1, scale: float = 1.0) -> Tensor:
     return scale * torch.where(mass > 0, step / torch.where(mass > 0, mass, 1), 0)
 
 
-def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
-    """Find what PCB needs of the whole model, per expert: bounds of |tau|, and of the balance."""
-    check_interval("density", density, "(0, 1]")
+def competition(pairs: Pairs, *, density: Sequence[float]) -> list[dict[str, Any]]:
+    """Find for each density what PCB needs of the whole model, per expert.
+
+    Returns:
+        `balance`, which the bounds of |tau| make, one for all densities; and `span` (T, 2), the
+        balance of the last winner and the largest.
+    """
+    for share in density:
+        check_interval("density", share, "(0, 1]")
 
     def tails(entries: int) -> list[int]:
         cut = int(entries * _TAIL)
         return [cut + 1, entries - cut]
 
     def winners(entries: int) -> list[int]:
-        return [max(1, entries - max(1, int(entries * density))), entries]
+        return [*(max(1, entries - max(1, int(entries * share))) for share in density), entries]
 
-    bounds = smallest(pairs, torch.abs, tails)
-    span = smallest(pairs, lambda deltas: _balance(deltas, bounds), winners)
-    return {"bounds": bounds, "span": span}
+    balance = Balance(smallest(pairs, torch.abs, tails))
+    *lows, high = smallest(pairs, balance, winners).unbind(dim=1)
+    return [{"balance": balance, "span": torch.stack([low, high], dim=1)} for low in lows]
 
 
 @MERGE_METHODS.add(
@@ -81,6 +88,7 @@ def competition(pairs: Pairs, *, density: float) -> dict[str, Any]:
     source="Du et al. 2024, arXiv:2410.02396 (PCB)",
     search={"density": (0.02, 0.5), "scale": (0.0, 3.0)},
     prepare=competition,
+    together="density",
     elementwise=True,
     homogeneous=True,
 )
@@ -92,8 +100,8 @@ def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     step = scale * sum_t w_t tau_t / max(sum_t w_t, 1e-12)
 
     Args:
-        tensor: deltas (T, *s), and the bounds of the whole model: min and max are over all entries
-            of an expert, without the 0.01 % at either end.
+        tensor: deltas (T, *s), and the balance, whose min and max are over all entries of an
+            expert, without the 0.01 % at either end.
         density: r, share of each task vector's entries that keeps a weight, in (0, 1].
         scale: lambda, length of the step, unitless, >= 0.
 
@@ -107,11 +115,13 @@ def pcb(tensor: Slice, *, density: float = 0.1, scale: float = 1.2) -> Tensor:
     check_interval("density", density, "(0, 1]")
     check_scale(scale)
     low, high = (_column(end, tensor.deltas) for end in tensor.stats["span"].T)
-    balance = _balance(tensor.deltas, tensor.stats["bounds"]).clamp(min=low)
     width = high - low
-    weights = torch.where(width > 0, (balance - low) / torch.where(width > 0, width, 1), 1)
-    step = (weights * tensor.deltas).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
-    return scale * step
+    balance: Tensor = tensor.stats["balance"](tensor.deltas)
+    weights = balance.clamp(min=low).sub_(low)
+    weights /= torch.where(width > 0, width, 1)
+    weights[(width <= 0).flatten()] = 1
+    total_weight = weights.sum(dim=0).clamp_(min=1e-12)
+    return weights.mul_(tensor.deltas).sum(dim=0).div_(total_weight).mul_(scale)
 
 
 @MERGE_METHODS.add(
@@ -190,14 +200,32 @@ def _varying(deltas: Tensor, density: float) -> Tensor:
     return variance >= variance.reshape(-1).kthvalue(variance.numel() - kept + 1).values
 
 
-def _balance(deltas: Tensor, bounds: Tensor) -> Tensor:
-    """Return exp(T n_t) * tanh(tau_t sum_s tau_s), (T, *s)."""
-    low, high = (_column(end, deltas) for end in bounds.T)
-    width = high - low
-    magnitude = deltas.abs().clamp(min=low, max=high)
-    share = torch.where(width > 0, (magnitude - low) / torch.where(width > 0, width, 1), 0)
-    within = (len(deltas) * share.square()).exp()
-    return within * (deltas * deltas.sum(dim=0)).tanh()
+class Balance:
+    """The balance of deltas, (T, *s) -> (T, *s): b_t = exp(T n_t) * tanh(tau_t sum_s tau_s).
+
+    It keeps what it made last, for which merges that differ in density ask one after another.
+    """
+
+    def __init__(self, bounds: Tensor) -> None:
+        """Take the min and max of |tau_t| over the whole model, (T, 2)."""
+        self._bounds = bounds
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, deltas: Tensor) -> Tensor:
+        """Return the balance, which must not be changed."""
+        last = self._last
+        if last is None or last[0] is not deltas:
+            last = self._last = deltas, self._made(deltas)
+        return last[1]
+
+    def _made(self, deltas: Tensor) -> Tensor:
+        low, high = (_column(end, deltas) for end in self._bounds.T)
+        width = high - low
+        share = deltas.abs().clamp_(min=low, max=high).sub_(low)
+        # Magnitudes that are all the same have shares of 0.
+        share /= torch.where(width > 0, width, 1)
+        within = share.square_().mul_(len(deltas)).exp_()
+        return within.mul_((deltas * deltas.sum(dim=0)).tanh_())
 
 
 def _column(values: Tensor, deltas: Tensor) -> Tensor:

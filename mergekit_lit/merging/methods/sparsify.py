@@ -1,13 +1,12 @@
 """This file is the methods that keep a share of each delta's entries: TIES, Breadcrumbs, MagMax."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.registry import MERGE_METHODS
@@ -40,7 +39,7 @@ def trim_and_elect(
         signs = [0] * len(density)
         for _, deltas in pairs:
             for d, (bounds, share) in enumerate(zip(thresholds, density, strict=True)):
-                summed = sum_of(_trimmed(deltas, bounds, share)).numpy()
+                summed = _trimmed(deltas, bounds, share).sum(dim=0).numpy()
                 signs[d] += int(np.count_nonzero(summed > 0) - np.count_nonzero(summed < 0))
         return [(sign > 0) - (sign < 0) for sign in signs]
 
@@ -89,11 +88,15 @@ def ties(
 
     Source: Yadav et al. 2023, arXiv:2306.01708, alg. 1; the threshold over all entries at once and
         the majority sign for exact ties are the published code's.
+    Differs: `trim` by tensor and the `sum` of what agrees are mergekit's, and must be asked for.
     """
     check_interval("density", density, "(0, 1]")
     check_scale(scale)
     thresholds = tensor.stats["thresholds"] if trim == "model" else None
-    kept = list(_trimmed(tensor.deltas, thresholds, density))
+
+    def kept() -> Tensor:
+        return _trimmed(tensor.deltas, thresholds, density)
+
     return scale * _elected(kept, tensor.stats["majority"], combine)
 
 
@@ -158,6 +161,7 @@ def magmax(tensor: Slice, *, scale: float = 0.5) -> Tensor:
         The step, (*s).
 
     Source: Marczak et al. 2024, arXiv:2407.06322, sec. 4 (MagMax).
+    Differs: experts start from one base each, where the paper also trains one after another.
     """
     check_scale(scale)
     largest = tensor.deltas[0]
@@ -179,33 +183,35 @@ def magnitude_thresholds(pairs: Pairs, *, densities: Sequence[float]) -> Tensor:
     return found.clamp(min=0).T
 
 
-def _elected(kept: Sequence[Tensor], majority: Callable[[], int], combine: Combine) -> Tensor:
-    """Return what `combine` makes of the entries, T of (*s), of the sign of their sum, (*s).
+def _elected(kept: Callable[[], Tensor], majority: Callable[[], int], combine: Combine) -> Tensor:
+    """Return what `combine` makes of the entries, (T, *s), of the sign of their sum, (*s).
 
     Where they sum to 0 exactly it is the majority's sign.
     """
-    sign = sum_of(kept).sign_()
-    step = by_sign(kept, sign + (1 - sign.abs()), combine)
+    entries = kept()
+    sign = entries.sum(dim=0).sign_()
+    step = by_sign(entries, sign + (1 - sign.abs()), combine)
     # As if the majority were positive; a step is left only where something was kept.
     undecided = (1 - sign.abs()) * step
     if float(undecided.sum()) > 0 and majority() <= 0:
         tied = undecided != 0
         elected = torch.full_like(step[tied], majority())
-        step[tied] = by_sign([part[tied] for part in kept], elected, combine)
+        step[tied] = by_sign(kept()[:, tied], elected, combine)
     return step
 
 
-def by_sign(kept: Iterable[Tensor], sign: Tensor, combine: Combine) -> Tensor:
-    """Return the sum over experts of the entries, T of (*s), of a sign (*s), or their mean."""
-    # Expert by expert: what is written over again and again stays in the cache. And by products of
-    # numbers: comparisons that make booleans take ten times as long.
-    step, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for part in kept:
-        agreed = (part * sign).clamp_(min=0)
-        step += agreed
-        count += agreed.sign_()
-    step *= sign
-    return step if combine == "sum" else step.div_(count.clamp_(min=1))
+def by_sign(kept: Tensor, sign: Tensor, combine: Combine) -> Tensor:
+    """Return the sum over experts of the entries of a sign (*s), or their mean.
+
+    Args:
+        kept: the entries, (T, *s); written over.
+        sign: 1 or -1; 0 gives 0.
+        combine: what is returned.
+    """
+    # By products of numbers: comparisons that make booleans take ten times as long.
+    agreed = kept.mul_(sign).clamp_(min=0)
+    step = agreed.sum(dim=0).mul_(sign)
+    return step if combine == "sum" else step.div_(agreed.sign_().sum(dim=0).clamp_(min=1))
 
 
 def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
@@ -214,8 +220,8 @@ def agreeing(kept: Tensor, sign: Tensor) -> Tensor:
     return (kept * sign).clamp(min=0) * sign
 
 
-def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Iterator[Tensor]:
-    """Yield each delta with entries below its expert's threshold set to 0, (*s).
+def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Tensor:
+    """Return the deltas with entries below their expert's threshold set to 0, (T, *s).
 
     Without thresholds of the model, each tensor has its own.
     """
@@ -224,8 +230,10 @@ def _trimmed(deltas: Tensor, thresholds: Tensor | None, density: float) -> Itera
     # Hard shrinkage keeps what is larger than a bound; the threshold itself is to stay.
     bounds = thresholds.to(deltas.dtype)
     bounds = torch.nextafter(bounds, torch.zeros_like(bounds))
-    for delta, bound in zip(deltas, bounds.tolist(), strict=True):
-        yield hardshrink(delta, bound)
+    kept = torch.empty_like(deltas)
+    for row, delta, bound in zip(kept, deltas, bounds.tolist(), strict=True):
+        torch.hardshrink(delta, bound, out=row)
+    return kept
 
 
 def _between_shares(magnitudes: Tensor, drop: float, outliers: float) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 from mergekit_lit.core.merging import Slice
 from mergekit_lit.core.params import wide
 from mergekit_lit.core.registry import MERGE_METHODS
+from mergekit_lit.core.threads import one_thread
 from mergekit_lit.merging.configuration import check_interval, check_scale
-from mergekit_lit.merging.decompositions import has_direction, leading, one_thread, polar
+from mergekit_lit.merging.decompositions import has_direction, leading, polar
 from mergekit_lit.merging.methods.sparsify import Combine, by_sign
 from mergekit_lit.merging.quantiles import threshold
 from mergekit_lit.merging.steps import sum_of
@@ -179,11 +180,11 @@ def knots(
     if not is_matrix(tensor):
         return scale * mean_of(tensor)
     joined = torch.cat(list(matrices(tensor)), dim=1)
-    left, values, joint = torch.linalg.svd(joined, full_matrices=False)
+    left, values, joint = leading(joined, min(joined.shape))
     # Rows without a direction would count among the entries that are trimmed.
     kept = has_direction(values).bool()
-    left, values, joint = left[:, kept], values[kept], joint[kept]
-    parts = torch.stack(joint.chunk(len(tensor.each), dim=1))  # (T, r, n)
+    left, values, joint = left[:, kept], values[kept], joint[:, kept]
+    parts = torch.stack(joint.mT.chunk(len(tensor.each), dim=1))  # (T, r, n)
     if rule == "ties":
         thresholds = torch.stack([threshold(part.abs(), density) for part in parts])
         parts = parts * (parts.abs() >= thresholds[:, None, None])

@@ -18,6 +18,15 @@ from mergekit_lit.merging.methods.matching import correlations, group_units
 from mergekit_lit.merging.methods.moments import looks
 
 
+def _check(experts: Experts, *, alpha: float, beta: float, until: str | None, samples: int) -> None:
+    check_interval("alpha", alpha, "[0, 1]")
+    check_interval("beta", beta, "[0, 1]")
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1, but is {samples}.")
+    check_axes(experts)
+    _tail(experts.structure, until)
+
+
 @MERGE_METHODS.add(
     form="experts",
     family="alignment",
@@ -25,6 +34,8 @@ from mergekit_lit.merging.methods.moments import looks
     source="Stoica et al. 2023, arXiv:2305.03053, alg. 1",
     search={"alpha": (0.0, 1.0), "beta": (0.0, 1.0)},
     order="of pairs that correlate alike the first experts' is merged first",
+    per_task=lambda config: config["until"] is not None,
+    check=_check,
 )
 def zipit(
     experts: Experts,
@@ -68,11 +79,7 @@ def zipit(
         stream share their groups; ViTs too, though only whole; with more than two experts, alpha
         damps only merges with further units of the same experts.
     """
-    check_interval("alpha", alpha, "[0, 1]")
-    check_interval("beta", beta, "[0, 1]")
-    if samples < 1:
-        raise ValueError(f"`samples` must be at least 1, but is {samples}.")
-    check_axes(experts)
+    _check(experts, alpha=alpha, beta=beta, until=until, samples=samples)
     tail = _tail(experts.structure, until)
     keys = _written(experts.structure, set(experts.structure) - tail)
     similarities = unit_similarities(experts, calibration, keys, samples=samples, seed=seed)
