@@ -51,7 +51,7 @@ class StabilityTwins(Callback):
     def __init__(
         self,
         *,
-        twins: int = 5,
+        twins: int | Sequence[int] = 5,
         replaced: Sequence[int] = (1,),
         null: bool = True,
         rounding: bool = True,
@@ -62,7 +62,8 @@ class StabilityTwins(Callback):
         """Choose the twins.
 
         Args:
-            twins: neighbours for each m, at least 1; their seeds are 0, 1, ...
+            twins: neighbours for each m, at least 1, one number for all or one for each m; their
+                seeds are 0, 1, ...
             replaced: the numbers m of samples that are replaced, each at least 1.
             null: whether to carry a twin with nothing replaced.
             rounding: whether to carry a twin whose x0 is rounded otherwise.
@@ -72,12 +73,13 @@ class StabilityTwins(Callback):
             seed: of the rounding.
 
         Raises:
-            ValueError: a number out of range.
+            ValueError: a number out of range, or not one number of twins for each m.
         """
-        _check(twins=twins, every=every)
+        _check(every=every)
         for m in replaced:
             _check(replaced=m)
-        places = [Place(m, j) for m in replaced for j in range(twins)]
+        counts = _counts(twins, replaced)
+        places = [Place(m, j) for m, n in zip(replaced, counts, strict=True) for j in range(n)]
         controls = [Place(0)] * null + [Place(0, rounded=True)] * rounding
         self.places = [*dict.fromkeys(places), *controls]
         self.every, self.export, self.seed = every, export, seed
@@ -278,6 +280,19 @@ def _expert(module: LightningModule) -> ExpertModule:
     if not isinstance(module, ExpertModule):
         raise TypeError(f"StabilityTwins must watch an ExpertModule, not {type(module).__name__}.")
     return module
+
+
+def _counts(twins: int | Sequence[int], replaced: Sequence[int]) -> list[int]:
+    """Return the number of twins for each m."""
+    counts = [twins] * len(replaced) if isinstance(twins, int) else list(twins)
+    if len(counts) != len(replaced):
+        raise ValueError(
+            f"`twins` must be one number, or one for each of `replaced`, {list(replaced)}, but is "
+            f"{counts}."
+        )
+    for count in counts:
+        _check(twins=count)
+    return counts
 
 
 def _check(**numbers: int) -> None:

@@ -192,6 +192,8 @@ def test_a_resumed_run_has_the_same_twins(tiny_suite, tmp_path):
     ("options", "message"),
     [
         ({"twins": 0}, "`twins` must be at least 1, but is 0"),
+        ({"twins": [2, 0], "replaced": [1, 4]}, "`twins` must be at least 1, but is 0"),
+        ({"twins": [2], "replaced": [1, 4]}, r"one for each of `replaced`, \[1, 4\], but is \[2\]"),
         ({"replaced": [0]}, "`replaced` must be at least 1, but is 0"),
         ({"every": 0}, "`every` must be at least 1, but is 0"),
         ({"replaced": [9]}, r"`neighbour` must lie in 0\.\.8"),
@@ -201,6 +203,12 @@ def test_bad_input_is_one_line(tiny_suite, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(tiny_suite, tmp_path / "out", StabilityTwins(**options))
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_each_number_of_replaced_samples_can_have_its_own_number_of_twins():
+    """Two twins of one sample and one of four are carried, in this order."""
+    carried = StabilityTwins(twins=[2, 1], replaced=[1, 4], null=False, rounding=False).places
+    assert [(place.m, place.seed) for place in carried] == [(1, 0), (1, 1), (4, 0)]
 
 
 def test_a_module_without_sample_positions_is_refused(tiny, fit):

@@ -17,9 +17,63 @@ def script(experiment):
 def test_the_file_covers_below_one_epoch_and_many(script):
     settings = OmegaConf.to_container(OmegaConf.load(FOLDER / "stability.yaml"))
     runs = list(script.runs_of(settings, "vit", Path("out")))
-    assert len(runs) == len(settings["tasks"]) * len(settings["configurations"])
+    assert len(runs) == len(settings["configurations"]) == 6
     assert len({run.name for run in runs}) == len(runs)
-    assert min(settings["steps"]) * 32 < 1376 < max(settings["steps"]) * 32 / 10
+    centre = runs[0].steps
+    assert min(centre) * 32 < 1376 < max(centre) * 32 / 10
+
+
+def test_the_terms_are_measured_on_experts_that_this_makes(script):
+    settings = OmegaConf.to_container(OmegaConf.load(FOLDER / "stability.yaml"))
+    wanted = OmegaConf.load(FOLDER / "terms.yaml").experts
+    kept = next(run for run in script.runs_of(settings, "vit", Path()) if run.export)
+    names = [f"vit/mnist-{kept.name}/mnist-step{steps}.safetensors" for steps in kept.steps]
+    assert wanted.format(backbone="vit", task="mnist") in names
+
+
+def expert(eps2, *, above=True, **facts):
+    return {
+        "eps2": {"1": eps2, "16": 2 * eps2},
+        "above": {"1": above, "16": above},
+        "rounding": 0.0,
+        "eps_path": 3 * eps2**0.5,
+        "displacement": 1.0,
+        "train_accuracy": 0.5,
+        **facts,
+    }
+
+
+def row(steps, *eps2, above=True):
+    tasks = "ab"[: len(eps2)]
+    gaps = {task: value**0.5 for task, value in zip(tasks, eps2, strict=True)}
+    return {
+        "lr": 0.1,
+        "batch": 8,
+        "train_share": 1.0,
+        "steps": steps,
+        "experts": {t: expert(e, above=above) for t, e in zip(tasks, eps2, strict=True)},
+        "gaps": {
+            "expert": {task: 1 + gap for task, gap in gaps.items()},
+            "merged": {task: 1 - gap for task, gap in gaps.items()},
+            "base": dict.fromkeys(tasks, 1.0),
+        },
+    }
+
+
+def test_the_tables_tell_what_the_rows_hold(experiment):
+    """Gaps of experts are made to grow with eps, those of merges to fall."""
+    tables = experiment("stability_tables")
+    rows = [row(1, 0.01, 0.04), row(1, 0.09, 0.16), row(2, 0.25, 0.36)]
+    assert "| eps, one sample | 1.00 | 1.00 | -1.00 | - |" in tables.ranks(rows)
+    # Training accuracy never differs, so it ranks nothing.
+    assert "| training accuracy (null) | - | - | - | - |" in tables.ranks(rows)
+    told = "| 0.1 | 6 of 6 | 3.00 (3.00 to 3.00) | 1.00 | 2.00 (2.00 to 2.00) |"
+    assert told in tables.calibration(rows)
+    assert "| rate 0.1, batch 8 | 2 | 0.55 | 0.778 | 0 | 2 of 2 | 1.65 | 0.550 |" in (
+        tables.distances(rows)
+    )
+    lost = [row(1, 0.01, 0.04, above=False), *rows[1:]]
+    assert tables.ranks(lost).startswith("4 experts and 2 merges are measured.")
 
 
 @pytest.mark.slow
@@ -27,12 +81,15 @@ def test_runs_become_tables(script, tiny_suite, tmp_path, monkeypatch, capsys):
     settings = {
         "suite": tiny_suite,
         "backbones": ["vit@random:0"],
-        "tasks": ["dots"],
+        "tasks": ["dots", "stripes"],
         "seeds": [0],
-        "steps": [3, 6, 9],
-        "twins": 2,
+        "images": 16,
+        "twins": [2, 1],
         "replaced": [1, 4],
-        "configurations": [{"lr": 0.01, "batch": 8}, {"lr": 0.003, "batch": 8}],
+        "configurations": [
+            {"lr": 0.01, "batch": 8, "steps": [3, 6], "export": True},
+            {"lr": 0.003, "batch": 8, "steps": [3]},
+        ],
     }
     file = tmp_path / "tiny.yaml"
     OmegaConf.save(settings, file)
@@ -40,8 +97,10 @@ def test_runs_become_tables(script, tiny_suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     first = capsys.readouterr().out
-    assert first.count("| dots-lr") == 6
-    assert "| eps_path |" in first
+    assert first.count("| rate 0.01, batch 8 |") == 2
+    assert first.count("| rate 0.003, batch 8 |") == 1
+    twins = tmp_path / "out/vit@random:0/dots-lr0.01-b8-0/dots-step6.twins"
+    assert len(list(twins.glob("*.safetensors"))) == 3
     script.main()
     # Nothing is made again: the paths of what is made are not told.
-    assert capsys.readouterr().out == first.partition("\n###")[1] + first.partition("\n###")[2]
+    assert capsys.readouterr().out == first[first.index("\n###") :]
