@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from mergekit_lit.core.experts import Merged, load_expert
 from mergekit_lit.core.files import read_json, write_json
+from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import (
@@ -40,7 +41,7 @@ from mergekit_lit.stages.recipes import Recipe, merge_recipe
 if TYPE_CHECKING:
     from mergekit_lit.lit.evaluation import Model
 
-POLICY = "recalibrate-per-task"
+POLICY: BatchNormPolicy = "recalibrate-per-task"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Row:
     method: str
     config: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+    batch_norm: BatchNormPolicy = POLICY
 
 
 REFERENCE_ROW = Row("reference", "")
@@ -127,7 +129,7 @@ class _Cell:
         choice = self._chosen(row)
         searched = time.process_time()
         config = {**row.config, **({SCALE: choice.chosen} if choice else {})}
-        merged = self._merged(row.method, config)
+        merged = self._merged(row.method, config, row.batch_norm)
         made = time.process_time()
         heads = dict(zip(self._experts.names, self._experts.heads, strict=True))
         table = evaluate_models(
@@ -155,10 +157,12 @@ class _Cell:
             ),
         )
 
-    def _merged(self, method: str, config: Mapping[str, Any]) -> Merged:
-        needed = splits_needed(method, POLICY, self._experts.structure)
+    def _merged(
+        self, method: str, config: Mapping[str, Any], batch_norm: BatchNormPolicy
+    ) -> Merged:
+        needed = splits_needed(method, batch_norm, self._experts.structure)
         images = images_by_split(self._data, needed, count=CALIBRATION_IMAGES)
-        recipe = Recipe(method=method, config=config, batch_norm=POLICY)
+        recipe = Recipe(method=method, config=config, batch_norm=batch_norm)
         return merge_recipe(self._experts, recipe, self._backbone, images)
 
 
@@ -219,11 +223,12 @@ def _ratios(model: Mapping[str, float], experts: Mapping[str, float]) -> list[fl
 
 
 def row_of(entry: str | Mapping[str, Any]) -> Row:
-    """Return a row of the YAML: a method's name, or `row`, `method`, `config` and `seeds`."""
+    """Return a row of the YAML: a method's name, or row, method, config, seeds and batch_norm."""
     if isinstance(entry, str):
         return Row(entry, entry)
     seeds = tuple(entry["seeds"]) if "seeds" in entry else None
-    return Row(entry["row"], entry["method"], entry.get("config", {}), seeds)
+    policy = entry.get("batch_norm", POLICY)
+    return Row(entry["row"], entry["method"], entry.get("config", {}), seeds, policy)
 
 
 def plan_of(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) -> Plan:

@@ -41,6 +41,7 @@ from mergekit_lit.stages.recipes import Recipe, merge_recipe
 
 SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "task_arithmetic": {"scale": (0.05, 0.105, 0.15, 0.195, 0.25, 0.3, 0.37, 0.45, 0.6)},
+    "lines": {"alpha": (0.0, 0.05, 0.1), "beta": (0.0, 0.05, 0.1, 0.2, 0.3)},
     "ties": {"density": (0.05, 0.1, 0.2, 1.0), "scale": (0.21, 0.39, 0.6, 0.9, 1.35, 1.8)},
     "pcb": {"density": (0.02, 0.1, 0.5), "scale": (0.21, 0.39, 0.6, 0.9, 1.35)},
     "sce": {"density": (0.1, 0.5, 1.0), "scale": (0.39, 0.6, 0.9, 1.35, 2.1)},
@@ -61,7 +62,7 @@ SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = {
 }
 
 POLICY = "recalibrate-per-task"
-_ALONG = ("scale", "length")
+_ALONG = ("scale", "length", "beta")
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ def main() -> None:
     """Print the course of the descents."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="YAML of experiments/methods.py")
+    parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", help="some of the tasks; all by default")
@@ -101,6 +102,7 @@ def main() -> None:
 def open_bench(given: argparse.Namespace) -> Bench:
     """Load experts and images."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
+    settings |= {"suite": given.suite} if given.suite else {}
     plan = plan_of(settings, given.backbone, given.seed, given.out)
     tasks = given.tasks or plan.tasks
     paths = [plan.out / f"{task}.safetensors" for task in tasks]

@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FILES)
     parser.add_argument("--checkpoint", type=Path)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.checkpoint is None:
         options.checkpoint = options.out / f".{options.backbone}.ckpt"
     torch.set_num_threads(1)

@@ -1,11 +1,13 @@
 """Tests of the comparison of methods in `experiments/methods.py`, and of its YAML files."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from omegaconf import OmegaConf
 
 from mergekit_lit.core.files import write_json
+from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import resolve
 from mergekit_lit.search.stations import Plan
@@ -27,6 +29,16 @@ def test_every_row_is_a_method_with_a_configuration_that_it_takes(script, path):
     for row in rows:
         resolve(MERGE_METHODS.get(row.method), row.config)
     assert set(settings["experts"]) == {"steps", "lr", "batch", "warmup_steps"}
+
+
+def test_rows_differ_in_their_statistics_alone(script):
+    settings = OmegaConf.to_container(OmegaConf.load(FOLDER / "batch_norm_embedded8.yaml"))
+    others = OmegaConf.to_container(OmegaConf.load(FOLDER / "methods_embedded8.yaml"))
+    rows = [script.row_of(entry) for entry in settings["rows"]]
+    assert len({row.name for row in rows}) == len(rows) == 2 * len(get_args(BatchNormPolicy))
+    assert {row.batch_norm for row in rows} == set(get_args(BatchNormPolicy))
+    # The experts are those of the other file.
+    assert settings["experts"] == others["experts"]
 
 
 def test_a_table_holds_means_and_students_intervals_over_seeds(script, tmp_path):
