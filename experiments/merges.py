@@ -7,7 +7,8 @@ Draws groups of 2 to 8 experts, half of them trained alike, half each in its own
 missing (one training serves several step counts); merges each group by eight of the methods, with
 scales and densities that are drawn too, so that good and bad ones occur; and writes one record a
 group. What is there is not made again, so that a killed run goes on. The rows of all records become
-`<out>/merges.parquet`, one row a merge and task; `--columns` prints what the columns are.
+`<out>/merges.parquet`, one row a merge and task, and `<out>/merges.json` tells how they were made
+and the table's hash; both ship with the package. `--columns` prints what the columns are.
 
 Tasks that a shipped base has seen are left out. `--real FOLDER` adds the tasks of a folder, whose
 rows are marked `real`; they are never mixed with the others. `--limit N` makes N groups alone of
@@ -33,7 +34,7 @@ from omegaconf import OmegaConf
 from testbed import POLICY, write_rows
 
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.files import read_json
+from mergekit_lit.core.files import file_hash, read_json, write_json
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
@@ -47,16 +48,13 @@ from mergekit_lit.search.predicting.cards import of_cards
 from mergekit_lit.search.predicting.columns import Row, joined
 from mergekit_lit.search.predicting.data import of_data, of_probe
 from mergekit_lit.search.predicting.deltas import angles_of, of_deltas, of_step
+from mergekit_lit.search.predicting.probing import Score, probe_of, score_of, scores_on
 from mergekit_lit.search.predicting.sights import (
     OfExpert,
-    Score,
     Sight,
     blind,
     look_at_expert,
     one_of,
-    probe_of,
-    score_of,
-    scores_on,
     see,
     sight_of,
 )
@@ -131,7 +129,25 @@ def main() -> None:
     rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
     table = given.out / "merges.parquet"
     write_table(table, rows)
+    write_json(table.with_suffix(".json"), provenance(settings, table, rows))
     print(f"{len(rows)} rows of {len(made)} groups in {table}", flush=True)
+
+
+def provenance(settings: Mapping[str, Any], table: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return how a table was made, what is in it, and its hash."""
+    keys = ("backbone", "suite", "group")
+    return {
+        "command": "python experiments/merges.py experiments/merges.yaml --real FOLDER",
+        "settings": settings,
+        "sha256": file_hash(table),
+        "rows": len(rows),
+        "merges": len({tuple(row[key] for key in (*keys, "merge")) for row in rows}),
+        "groups": len({tuple(row[key] for key in keys) for row in rows}),
+        "tasks": {
+            suite: sorted({row["task"] for row in rows if row["suite"] == suite})
+            for suite in sorted({row["suite"] for row in rows})
+        },
+    }
 
 
 def jobs_of(
@@ -210,7 +226,8 @@ def rows_of(job: Job, seconds: dict[str, float] | None = None) -> Iterator[Row]:
     average = bed.merged(experts, sights, Recipe())
     seen = see(experts, average, sights, alone)
     clock.lap("data")
-    probe = probe_of(average, bed.backbone, sights, bed.val, effort=job.pool.effort)
+    tasks = [sight.data for sight in sights]
+    probe = probe_of(average, bed.backbone, tasks, bed.val, effort=job.pool.effort)
     probed = of_probe(experts, seen, probe)
     clock.lap("probe")
     keys = [bed.keys(job, t) for t in range(len(experts))]

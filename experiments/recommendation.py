@@ -36,7 +36,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.reports.intervals import mean_told
-from mergekit_lit.search.recommending.probes import mean_of
+from mergekit_lit.search.recommending.points import mean_of
 from mergekit_lit.search.recommending.recommend import recommend
 from mergekit_lit.search.recommending.request import Request, checked
 from mergekit_lit.search.recommending.site import Site

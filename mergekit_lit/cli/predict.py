@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.initialisations import print_initialisations
 from mergekit_lit.cli.merge import add_method, calibration, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
@@ -18,10 +19,13 @@ from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.search.predicting.columns import Level
+from mergekit_lit.search.predicting.initialisations import predict_initialisations
 from mergekit_lit.search.predicting.predict import predict_files
+from mergekit_lit.search.predicting.table import SHIPPED
+from mergekit_lit.stages.opening import several_bases
 
 _USAGE = (
-    "EXPERT ... --table FILE [--method NAME[,NAME ...] [flags of one]] [--data.suite SUITE] "
+    "EXPERT ... [--table FILE] [--method NAME[,NAME ...] [flags of one]] [--data.suite SUITE] "
     "[options]"
 )
 
@@ -30,7 +34,7 @@ _USAGE = (
 def options(  # noqa: PLR0913
     experts: list[Path],
     *,
-    table: Path,
+    table: Path = SHIPPED,
     level: Level | None = None,
     method: Sequence[str] = ("average",),
     then: list[str | dict[str, Any]] | None = None,
@@ -43,8 +47,10 @@ def options(  # noqa: PLR0913
     """Predict what merges reach before they are scored, with 90 % intervals.
 
     Args:
-        experts: one file per expert, each of another task, all of one base.
-        table: measured merges to learn from, as `experiments/merges.py` writes them.
+        experts: one file per expert, each of another task. Of those of different bases it is told
+            how far these lie apart, what merging and aligning costs, and whether to merge at all.
+        table: measured merges to learn from, as `experiments/merges.py` writes them; `shipped`
+            stands for those that come with the package.
         level: what is looked at: `cards` and weights (seconds); `data`, training and validation
             images of the suite too (minutes); `probe`, the plain average's scores on them as well.
             By default `data` where a suite is named, else `cards`.
@@ -70,11 +76,18 @@ def run(argv: Sequence[str]) -> int:
     made = instantiated(parser, parse(parser, argv, positional="experts"))
     made.batch_norm, made.include, made.exclude = "base", None, None
     recipe, images = recipe_of(made, flags), calibration(**vars(made.data))
+    level: Level = made.level or ("data" if images else "cards")
+    if several_bases(made.experts):
+        record = predict_initialisations(
+            made.experts, level=level, calibration=images, out=made.out
+        )
+        print_json(vars(record)) if made.json else print_initialisations(record)
+        return 0
     record = predict_files(
         made.experts,
         [replace(recipe, method=name) for name in made.method],
         table=made.table,
-        level=made.level or ("data" if images else "cards"),
+        level=level,
         calibration=images,
         base=made.base,
         allow_different_base=made.allow_different_base,
@@ -104,7 +117,9 @@ def _print(record: Record) -> None:
         for found in merges
     ]
     print_table(rows, {"method": "method", **_OUTCOMES})
-    terms = [name for name, value in merges[0]["terms"].items() if value is not None]
+    terms = [
+        name for name in merges[0]["terms"] if any(m["terms"][name] is not None for m in merges)
+    ]
     print_table(
         [{"term": name, **{m["method"]: m["terms"][name] for m in merges}} for name in terms],
         {"term": "what drives it", **{found["method"]: found["method"] for found in merges}},
@@ -127,6 +142,11 @@ def _print(record: Record) -> None:
             "tasks": "merged with",
             "accuracy": "accuracy",
         },
+    )
+    measured = record.metrics["measured"]
+    print(
+        f"Learned from {measured['merges']} merges of {measured['groups']} groups of experts "
+        f"({record.config['table']})."
     )
     for line in record.metrics["warnings"]:
         print(f"warning: {line}")

@@ -13,6 +13,7 @@ from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.records import Record
+from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.search.recommending.recommend import Recommendation, recommend
 from mergekit_lit.search.recommending.request import Request
 from mergekit_lit.search.recommending.space import Space
@@ -23,12 +24,14 @@ _EXPERTS = "--experts"
 _SHOWN = 10
 
 
-def options(*, out: Path, json: bool = False) -> None:
+def options(*, out: Path, logger: LoggerKind = "csv", json: bool = False) -> None:
     """Say where the answer goes.
 
     Args:
         out: folder of `recommended.yaml` (for `train`), `recommend.record.json`, `report.html`, and
             what was trained on the way. The same command goes on where a killed one stopped.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with every candidate and measured merge.
         json: whether to print the record as JSON, and nothing else.
     """
 
@@ -50,13 +53,13 @@ def run(argv: Sequence[str]) -> int:
     made = instantiated(parser, parse(parser, argv, positional="suite"))
     given = dict(vars(made))
     out, json = given.pop("out"), given.pop("json")
-    space = given.pop("space")
+    space, logger = given.pop("space"), given.pop("logger")
 
     def tell(text: str) -> None:
         if not json:
             print(text, file=sys.stderr, flush=True)
 
-    found = recommend(Request(**given), out=out, space=space, tell=tell)
+    found = recommend(Request(**given), out=out, space=space, logger=logger, tell=tell)
     if json:
         print_json(vars(found.record))
     else:

@@ -133,7 +133,10 @@ def _print(record: Record) -> None:
     about = ("method", "chosen", "batch_norm", "value", "defaults", "base")
     cost = ("trials", "discarded", "saved", "seconds", "regret")
     columns = {name: name for name in (*about, *cost)}
-    print_table(rows, columns | {"value": record.config["metric"], "base": "base (scale 0)"})
+    columns |= {"value": record.config["metric"], "base": "base (scale 0)"}
+    # Only a grid tries all that there is.
+    columns |= {} if record.config["search"] == "grid" else {"regret": "regret among trials"}
+    print_table(rows, columns)
     for name, found in metrics["methods"].items():
         if not found["space"]:
             print(f"{name!r} has nothing to search: it is scored as it comes.")

@@ -66,9 +66,11 @@ def _bound_words(record: Record, out: str) -> list[str]:
 
 def _predict_words(record: Record, out: str) -> list[str]:
     config = record.config
-    recipes = config["recipes"]
-    names = ",".join(recipe["method"] for recipe in recipes)
-    flags = {"method": names, "then": recipes[0]["veneers"], "seed": recipes[0]["seed"]}
+    recipes = config.get("recipes", [])  # none where bases are compared
+    flags: dict[str, Any] = {}
+    if recipes:
+        names = ",".join(recipe["method"] for recipe in recipes)
+        flags = {"method": names, "then": recipes[0]["veneers"], "seed": recipes[0]["seed"]}
     flags |= {name: config.get(name) for name in ("table", "level", "base")} | {"out": out}
     given = {name: value for name, value in flags.items() if value not in ([], ())}
     own = recipes[0]["config"] if len(recipes) == 1 else {}

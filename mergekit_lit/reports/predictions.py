@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lit.core.records import Record
-from mergekit_lit.reports.figures import grid, panels
+from mergekit_lit.reports.figures import panels
+from mergekit_lit.reports.initialisations import initialisations_section
 from mergekit_lit.reports.markup import Cell, flags, folded, measured, paragraph, section, table
-from mergekit_lit.reports.svg import Scale, drawing, element, label
+from mergekit_lit.reports.whiskers import whiskers
 
-_WIDTH = 500.0
 _OUTCOMES = {"accuracy": "accuracy", "excess_error": "excess error, nats"}
 _LEVELS = {
     "cards": "cards and weights alone",
@@ -19,7 +19,11 @@ _LEVELS = {
 
 def predictions_section(records: Sequence[Record]) -> str:
     """Return the section of all records of the stage `predict`."""
-    return "".join(_section(record) for record in records if record.stage == "predict")
+    return "".join(
+        initialisations_section(record) if "initialisations" in record.metrics else _section(record)
+        for record in records
+        if record.stage == "predict"
+    )
 
 
 def _section(record: Record) -> str:
@@ -47,33 +51,10 @@ def _section(record: Record) -> str:
 
 def interval_panel(merges: Sequence[Mapping[str, Any]], outcome: str) -> str:
     """Draw one outcome of each merge as a dot with its interval."""
-    found = [merge[outcome] for merge in merges]
-    top, step = 34.0, 24.0
-    bottom = top + step * len(merges)
-    low, high = min(one["low"] for one in found), max(one["high"] for one in found)
-    margin = 0.05 * (high - low) or 0.05
-    x = Scale(low - margin, high + margin, 150.0, 420.0)
-    marks = [
-        label(f"expected {_OUTCOMES[outcome]}, mean over tasks", 0, 14, class_="title"),
-        grid(x, x.ticks(4), top - 8, bottom),
-    ]
-    for place, (merge, one) in enumerate(zip(merges, found, strict=True)):
-        y = top + step * (place + 0.5)
-        ends = {"x1": x(one["low"]), "x2": x(one["high"]), "y1": y, "y2": y}
-        marks.append(label(merge["method"], 142.0, y + 4, anchor="end"))
-        marks.append(element("line", **ends, class_="whisker merged"))
-        marks.append(element("circle", cx=x(one["value"]), cy=y, r=4.2, class_="dot merged"))
-        marks.append(label(f"{one['value']:.3f}", 428.0, y + 4, class_="value"))
-    told = (
-        f"{m['method']} {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-        for m, one in zip(merges, found, strict=True)
-    )
-    return drawing(
-        *marks,
-        width=_WIDTH,
-        height=bottom + 20,
+    return whiskers(
+        f"expected {_OUTCOMES[outcome]}, mean over tasks",
+        [(merge["method"], merge[outcome], "merged") for merge in merges],
         title=f"Expected {_OUTCOMES[outcome]} of each merge",
-        description="; ".join(told),
     )
 
 

@@ -38,6 +38,7 @@ def told_in_one_line(monkeypatch):
         (["--budget_steps=500", "--method=avrage"], "Did you mean 'average'"),
         (["--budget_steps=500", "--space.lr=0"], "`space.lr` must be positive"),
         (["--budget_steps=500", "--head=frozen-ncn"], "frozen-ncm"),
+        (["--budget_steps=500", "--logger=wandbb"], "wandb"),
         (["--budget_steps=500", "--ways=0"], "`ways` must be at least 1"),
     ],
 )
@@ -77,9 +78,12 @@ def test_a_recommendation_can_be_trained_and_goes_on_after_a_kill(tiny_suite, tm
     chosen = metrics["recommended"]
     assert metrics["candidates"][0]["measured"] or metrics["candidates"][1]["measured"]
 
-    # The command that the record tells finds everything done.
+    # The command that the record tells finds everything done, and tells it to W&B.
     again = shlex.split(command_line(Record(**record), out=str(tmp_path / "a")))[1:]
-    assert main([*again, "--json"]) == 0
+    assert main([*again, "--json", "--logger=wandb"]) == 0
+    (run,) = (tmp_path / "a" / "logs" / "recommend").glob("wandb/offline-run-*")
+    (table,) = run.glob("files/media/table/candidates_*.table.json")
+    assert len(json.loads(table.read_text())["data"]) == len(metrics["candidates"])
     assert json.loads(capsys.readouterr().out)["metrics"] == metrics
 
     # The same request in another folder, killed before the end of the probes and after them.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mergekit_lit.core.files import read_json
+from mergekit_lit.core.files import file_hash, read_json
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.models.backbones import load_base
@@ -154,6 +154,9 @@ def test_a_run_becomes_a_table_and_goes_on(script, tiny, tmp_path, monkeypatch, 
     assert "16 rows of 2 groups" in run()
     assert [path.stat().st_mtime_ns for path in first] == before
     rows = read_table(out / "merges.parquet")
+    told = read_json(out / "merges.json")
+    assert told["sha256"] == file_hash(out / "merges.parquet")
+    assert (told["rows"], told["merges"], told["groups"]) == (16, 8, 2)
     assert {row["method"] for row in rows} == {"average", "task_arithmetic", "ties", "lines"}
     assert sum(row["uniform"] for row in rows) == 8
     assert list(rows[0]) == [column.name for column in COLUMNS]

@@ -29,7 +29,7 @@ class Column:
 
     name: str
     text: str
-    type: Literal["float64", "int64", "bool", "string"] = "float64"
+    type: Literal["float32", "int64", "bool", "string"] = "float32"
 
 
 KEYS = (

@@ -5,11 +5,15 @@ Folds follow from the labels alone, before anything is fitted.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 
 from mergekit_lit.search.predicting.rows import Rows, Words
+
+SAME_IMAGES: Mapping[str, str] = MappingProxyType({"fashionmnist": "fashion"})
+"""Tasks of the same images as another: one is never learned from where the other is judged."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ def leave_one_task_out(rows: Rows) -> Iterator[Fold]:
 
     Learned from is no merge that the task has a part in: its other rows tell of the same step.
     """
-    for task in np.unique(rows.task):
-        held = rows.task == task
+    tasks = np.array([SAME_IMAGES.get(task, task) for task in rows.task])
+    for task in np.unique(tasks):
+        held = tasks == task
         part = np.isin(rows.merge, rows.merge[held])
         yield Fold(str(task), rows.at(~part), rows.at(held))
 

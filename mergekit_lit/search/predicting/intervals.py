@@ -2,6 +2,8 @@
 
 Split conformal prediction with residuals by cross-fitting: each row is predicted by what was
 learned without any merge that its task has a part in, so that intervals are those of a new task.
+They are the wider, the more a merge is expected to change: what breaks a model breaks it by far
+less certain amounts.
 
 Source: Papadopoulos et al. 2002 (normalised residuals), Barber et al. 2021, arXiv:1905.02928
 (cross-fitted residuals; we take the simple cross-conformal form, without its guarantee of
@@ -9,18 +11,22 @@ Source: Papadopoulos et al. 2002 (normalised residuals), Barber et al. 2021, arX
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergekit_lit.search.predicting.folds import leave_one_task_out
+from mergekit_lit.search.predicting.folds import Fold, leave_one_task_out
 from mergekit_lit.search.predicting.predictors import Fit, Predict
 from mergekit_lit.search.predicting.rows import Numbers, Rows, Words, mean_by
 
 LEVEL = 0.9
 _TASKS = 8
 """Tasks that residuals are looked at of: each costs a fit."""
-_LEAST_SPREAD = 0.01
+_SPREAD = 2.5
+"""Half-width, before it is calibrated, where nothing is expected to change: in units of change."""
+_LEAST = 0.2
+_NUMBERS = ("truth", "found", "spread")
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Calibrated:
 
     Attributes:
         predict: the predictor, fitted to all rows.
-        row_width: half-width of a row's interval.
-        merge_width: of the interval of a merge's mean over its tasks.
+        row_width: half-width of a row's interval, over what it is before it is calibrated.
+        merge_width: of the interval of a merge's mean over its tasks, likewise.
     """
 
     predict: Predict
@@ -56,12 +62,32 @@ class Calibrated:
 
     def rows(self, new: Rows) -> Predicted:
         """Return what each task of each merge will have."""
-        return _within(new.task, self.predict(new), self.row_width, new.ends)
+        values = self.predict(new)
+        return _within(new.task, values, self.row_width * _spread(new, values), new.ends)
 
     def merges(self, new: Rows) -> Predicted:
         """Return what each merge will have on average over its tasks, in the order of names."""
-        names, values = mean_by(new.merge, self.predict(new))
-        return _within(names, values, self.merge_width, new.ends)
+        values = self.predict(new)
+        names, means = mean_by(new.merge, values)
+        spreads = mean_by(new.merge, _spread(new, values))[1]
+        return _within(names, means, self.merge_width * spreads, new.ends)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Predictions of rows whose tasks were not learned from, entry by entry.
+
+    Attributes:
+        truth: outcomes.
+        found: predictions.
+        spread: half-widths before they are calibrated.
+        merge: names of the merges.
+    """
+
+    truth: Numbers
+    found: Numbers
+    spread: Numbers
+    merge: Words
 
 
 def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
@@ -72,15 +98,30 @@ def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
         rows: to learn from; of at least two tasks that share no merge with one another somewhere.
         level: share of outcomes that an interval is to hold, in (0, 1).
     """
-    truth, found, merges = held_out(fit, rows)
-    by_merge = (mean_by(merges, values)[1] for values in (truth, found))
-    return Calibrated(
-        fit(rows), _width(truth - found, level), _width(np.subtract(*by_merge), level)
-    )
+    return Calibrated(fit(rows), *_widths(held_out(fit, rows), level))
 
 
-def held_out(fit: Fit, rows: Rows) -> tuple[Numbers, Numbers, Words]:
-    """Return outcomes, predictions without the row's task, and merges of the rows of some tasks."""
+def cross_calibrated(fit: Fit, folds: Sequence[Fold], *, level: float = LEVEL) -> list[Calibrated]:
+    """Fit a predictor to each fold, with intervals as wide as the errors on all other folds.
+
+    It costs a fit a fold. The folds must be of a kind with what the intervals are for; what was
+    learned for the others has seen most of a fold, but its outcomes move no quantile of thousands.
+
+    Args:
+        fit: the predictor.
+        folds: two or more.
+        level: share of outcomes that an interval is to hold, in (0, 1).
+    """
+    models = [fit(fold.train) for fold in folds]
+    held = [_held(fold.test, model(fold.test)) for fold, model in zip(folds, models, strict=True)]
+    return [
+        Calibrated(model, *_widths([*held[:i], *held[i + 1 :]], level))
+        for i, model in enumerate(models)
+    ]
+
+
+def held_out(fit: Fit, rows: Rows) -> list[HeldOut]:
+    """Return what is predicted of the rows of some tasks without any merge of the task."""
     folds = [fold for fold in leave_one_task_out(rows) if len(fold.train)]
     folds = [folds[i] for i in np.linspace(0, len(folds) - 1, min(_TASKS, len(folds))).astype(int)]
     if not folds:
@@ -88,21 +129,36 @@ def held_out(fit: Fit, rows: Rows) -> tuple[Numbers, Numbers, Words]:
             "Intervals must be found on merges that a task has no part in, but every task has a "
             "part in every merge. Give more groups of experts."
         )
-    found = [fit(fold.train)(fold.test) for fold in folds]
-    return (
-        np.concatenate([fold.test.outcome for fold in folds]),
-        np.concatenate(found),
-        np.concatenate([fold.test.merge for fold in folds]),
-    )
+    return [_held(fold.test, fit(fold.train)(fold.test)) for fold in folds]
 
 
-def _width(residuals: Numbers, level: float) -> float:
+def _held(rows: Rows, found: Numbers) -> HeldOut:
+    return HeldOut(rows.outcome, found, _spread(rows, found), rows.merge)
+
+
+def _widths(held: Sequence[HeldOut], level: float) -> tuple[float, float]:
+    """Return the widths of rows and of merges, whose rows may lie in several parts."""
+    numbers = [np.concatenate([getattr(part, n) for part in held]) for n in _NUMBERS]
+    merge = np.concatenate([part.merge for part in held])
+    by_merge = (mean_by(merge, values)[1] for values in numbers)
+    return _width(*numbers, level=level), _width(*by_merge, level=level)
+
+
+def _spread(rows: Rows, values: Numbers) -> Numbers:
+    """Return the half-widths of predictions before they are calibrated."""
+    found: Numbers = _SPREAD * rows.unit + np.abs(values - rows.anchor)
+    return found
+
+
+def _width(truth: Numbers, found: Numbers, spread: Numbers, *, level: float) -> float:
     """Return the ceil((n + 1) level)-th smallest distance, the largest where n is too small."""
-    distances = np.sort(np.abs(residuals))
+    distances = np.sort(np.abs(truth - found) / spread)
     place = min(math.ceil((len(distances) + 1) * level), len(distances))
-    return max(float(distances[place - 1]), _LEAST_SPREAD)
+    return max(float(distances[place - 1]), _LEAST)
 
 
-def _within(labels: Words, values: Numbers, width: float, ends: tuple[float, float]) -> Predicted:
-    low, high = (np.clip(values + side * width, *ends) for side in (-1, 1))
+def _within(
+    labels: Words, values: Numbers, widths: Numbers, ends: tuple[float, float]
+) -> Predicted:
+    low, high = (np.clip(values + side * widths, *ends) for side in (-1, 1))
     return Predicted(labels, values, low, high)

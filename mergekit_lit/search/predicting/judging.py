@@ -1,15 +1,25 @@
-"""This file judges predictors on what was held out: ranks, errors, intervals, regret."""
+"""This file judges predictors on what was held out: ranks, errors, intervals, regret.
+
+What is told of new tasks or groups is uncertain by how these differ: intervals are quantiles over
+draws, with replacement, of the folds; of the groups of experts where there are few folds.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import spearmanr
+from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from mergekit_lit.search.predicting.folds import Fold
 from mergekit_lit.search.predicting.intervals import Calibrated
 from mergekit_lit.search.predicting.predictors import Fit
 from mergekit_lit.search.predicting.rows import Numbers, Rows, mean_by
+
+_DRAWS, _FEW_FOLDS, _ENDS = 200, 5, (0.05, 0.95)
+
+Between = tuple[float, float]
+"""A 90 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +28,28 @@ class Judgement:
 
     Attributes:
         per_fold: Spearman's rank correlation of rows within each fold.
+        per_cell: the same within each task of one backbone and suite.
         pooled: Spearman's rank correlation of the rows of all folds together.
         error: mean absolute error of rows; None where predictions are of an order alone.
         regrets: by how much the merge that is predicted best falls short of the best of its group,
             in mean accuracy, one number a group of a fold.
+        per_fold_within: interval of the mean of `per_fold`.
+        pooled_within: interval of `pooled`.
+        regret_within: interval of the mean of `regrets`.
         coverage: share of the rows within their intervals; None without intervals.
-        merge_coverage: share of the merges whose mean lies within its interval.
+        merge_coverage: share of the merges whose mean lies within its interval; None where no more
+            than one task of each is judged, or without intervals.
         width: mean width of the rows' intervals.
     """
 
     per_fold: Mapping[str, float]
+    per_cell: Mapping[str, float]
     pooled: float
     error: float | None
     regrets: Sequence[float]
+    per_fold_within: Between
+    pooled_within: Between
+    regret_within: Between
     coverage: float | None = None
     merge_coverage: float | None = None
     width: float | None = None
@@ -61,18 +80,13 @@ def judge_intervals(folds: Sequence[Fold], models: Sequence[Calibrated]) -> Judg
     truth = np.concatenate([fold.test.outcome for fold in folds])
     means = np.concatenate([mean_by(f.test.merge, f.test.outcome)[1] for f in folds])
     low, high = (np.concatenate([getattr(each, end) for each in rows]) for end in ("low", "high"))
-    return Judgement(
-        **{
-            **vars(plain),
-            "coverage": float(((low <= truth) & (truth <= high)).mean()),
-            "merge_coverage": float(
-                np.mean(
-                    (np.concatenate([m.low for m in merges]) <= means)
-                    & (means <= np.concatenate([m.high for m in merges]))
-                )
-            ),
-            "width": float((high - low).mean()),
-        }
+    lows, highs = (np.concatenate([getattr(m, end) for m in merges]) for end in ("low", "high"))
+    inside = (lows <= means) & (means <= highs)
+    return replace(
+        plain,
+        coverage=float(((low <= truth) & (truth <= high)).mean()),
+        merge_coverage=float(inside.mean()) if len(means) < len(truth) else None,
+        width=float((high - low).mean()),
     )
 
 
@@ -80,7 +94,7 @@ def spearman(left: Numbers, right: Numbers) -> float:
     """Return Spearman's rank correlation; 0 where one side is constant."""
     if len(left) < 3 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return 0.0
-    return float(spearmanr(left, right).statistic)
+    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def regrets(rows: Rows, predicted: Numbers) -> list[float]:
@@ -99,11 +113,70 @@ def regrets(rows: Rows, predicted: Numbers) -> list[float]:
 
 
 def _judged(folds: Sequence[Fold], found: Sequence[Numbers], *, order_alone: bool) -> Judgement:
-    truth = [fold.test.outcome for fold in folds]
-    both, all_found = np.concatenate(truth), np.concatenate(found)
+    truth, predicted = np.concatenate([fold.test.outcome for fold in folds]), np.concatenate(found)
+    parts = [_cells(fold.test) for fold in folds]
+    lost = [r for f, p in zip(folds, found, strict=True) for r in regrets(f.test, p)]
+    per_fold, pooled = _bootstrapped(folds, truth, predicted)
     return Judgement(
-        per_fold={f.name: spearman(y, p) for f, y, p in zip(folds, truth, found, strict=True)},
-        pooled=spearman(both, all_found),
-        error=None if order_alone else float(np.abs(both - all_found).mean()),
-        regrets=[r for f, p in zip(folds, found, strict=True) for r in regrets(f.test, p)],
+        per_fold={
+            fold.name: spearman(fold.test.outcome, values)
+            for fold, values in zip(folds, found, strict=True)
+        },
+        per_cell={
+            name: spearman(fold.test.outcome[places], values[places])
+            for fold, values, cells in zip(folds, found, parts, strict=True)
+            for name, places in cells.items()
+        },
+        pooled=spearman(truth, predicted),
+        error=None if order_alone else float(np.abs(truth - predicted).mean()),
+        regrets=lost,
+        per_fold_within=per_fold,
+        pooled_within=pooled,
+        regret_within=_of_mean(lost),
     )
+
+
+def _cells(rows: Rows) -> dict[str, NDArray[np.intp]]:
+    """Return the places of each task of one backbone and suite."""
+    kinds = np.where(rows.real, "real", "embedded")
+    labels = np.array(
+        ["/".join(each) for each in zip(rows.backbone, kinds, rows.task, strict=True)]
+    )
+    return {str(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
+
+
+def _bootstrapped(
+    folds: Sequence[Fold], truth: Numbers, predicted: Numbers
+) -> tuple[Between, Between]:
+    """Return intervals of the mean of the folds' correlations, and of the pooled one."""
+    fold = np.repeat(np.arange(len(folds)), [len(each.test) for each in folds])
+    group = np.concatenate([each.test.group for each in folds])
+    by_fold = len(folds) > _FEW_FOLDS
+    units = fold if by_fold else np.unique(group, return_inverse=True)[1]
+    places = [np.flatnonzero(units == unit) for unit in range(units.max() + 1)]
+    alone = [spearman(truth[own], predicted[own]) for own in places] if by_fold else []
+    draw = np.random.default_rng(0)
+    means, pooled = [], []
+    for _ in range(_DRAWS):
+        chosen = draw.integers(len(places), size=len(places))
+        rows = np.concatenate([places[i] for i in chosen])
+        if by_fold:
+            means.append(float(np.mean([alone[i] for i in chosen])))
+        else:
+            parts = [rows[fold[rows] == each] for each in range(len(folds))]
+            means.append(float(np.mean([spearman(truth[p], predicted[p]) for p in parts])))
+        pooled.append(spearman(truth[rows], predicted[rows]))
+    return _ends(means), _ends(pooled)
+
+
+def _of_mean(values: Sequence[float]) -> Between:
+    """Return the interval of a mean."""
+    if not values:
+        return (np.nan, np.nan)
+    draw = np.random.default_rng(0)
+    return _ends(draw.choice(values, size=(_DRAWS, len(values))).mean(axis=1).tolist())
+
+
+def _ends(values: Sequence[float]) -> Between:
+    low, high = np.quantile(values, _ENDS)
+    return float(low), float(high)

@@ -13,12 +13,13 @@ from mergekit_lit.search.predicting.cards import of_cards
 from mergekit_lit.search.predicting.columns import Level, Row, joined
 from mergekit_lit.search.predicting.data import of_data, of_probe
 from mergekit_lit.search.predicting.deltas import angles_of, of_deltas, of_step
+from mergekit_lit.search.predicting.probing import probe_of
+from mergekit_lit.search.predicting.recording import images_at
 from mergekit_lit.search.predicting.sights import (
     Seen,
     blind,
     look_at_expert,
     one_of,
-    probe_of,
     see,
     sight_of,
 )
@@ -80,12 +81,7 @@ def look(experts: Experts, backbone: Backbone, tasks: Sequence[TaskData], *, pro
     Raises:
         ValueError: an expert has no head, or a task no val images.
     """
-    for name, head in zip(experts.names, experts.heads, strict=True):
-        if not head:
-            raise ValueError(
-                f"The expert of {name!r} must have a head for its images to tell anything, but has "
-                "none. Predict from cards and weights alone: `--level cards`."
-            )
+    check_heads(experts)
     few = [blind(task, images=VAL_IMAGES) for task in tasks]
     effort = EFFORT.within(min(len(task.train) for task in few))
     scorer = Scorer(backbone, few)
@@ -100,8 +96,22 @@ def look(experts: Experts, backbone: Backbone, tasks: Sequence[TaskData], *, pro
     ]
     average = merge_recipe(experts, Recipe(), backbone, {})
     seen = see(experts, average, sights, alone)
-    found = probe_of(average, backbone, sights, scorer, effort=effort) if probe else None
+    found = probe_of(average, backbone, few, scorer, effort=effort) if probe else None
     return Look(experts, backbone, few, seen, of_probe(experts, seen, found) if found else [])
+
+
+def check_heads(experts: Experts) -> None:
+    """Refuse experts without a head, of which no image tells anything.
+
+    Raises:
+        ValueError: an expert has none.
+    """
+    for name, head in zip(experts.names, experts.heads, strict=True):
+        if not head:
+            raise ValueError(
+                f"The expert of {name!r} must have a head for its images to tell anything, but has "
+                "none. Predict from cards and weights alone: `--level cards`."
+            )
 
 
 def open_experts(
@@ -125,19 +135,15 @@ def open_experts(
         ValueError: images are wanted and no suite is named, experts that cannot be merged, or
             images that they were not trained on.
     """
-    if level == "cards":
+    images = images_at(level, calibration)
+    if images is None:
         loaded = base_of(experts, base)
-    elif calibration is None:
-        raise ValueError(
-            f"`level` {level!r} must be told a suite to take images from, but got none. Name it by "
-            "`--data.suite`, or predict from cards and weights alone: `--level cards`."
-        )
     else:
         backbone, loaded = load_base_of(experts, base)
     found = in_memory(load_experts(experts, base=loaded, allow_different_base=allow_different_base))
-    if level == "cards" or calibration is None:
+    if images is None:
         return found, None
-    tasks = list(calibration.tasks(found.names))
+    tasks = list(images.tasks(found.names))
     check_same_images(found, tasks)
     return found, look(found, backbone, tasks, probe=level == "probe")
 

@@ -11,20 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.search.predicting.columns import Level, Row
-from mergekit_lit.search.predicting.intervals import LEVEL, Calibrated, calibrated
-from mergekit_lit.search.predicting.learning import Outcome, directions_of, rows_of
+from mergekit_lit.search.predicting.intervals import Calibrated, calibrated
+from mergekit_lit.search.predicting.learning import (
+    SCALES,
+    Outcome,
+    directions_of,
+    learned_names,
+    needed_columns,
+    rows_of,
+)
 from mergekit_lit.search.predicting.looking import known_rows, open_experts
 from mergekit_lit.search.predicting.nearest import nearest
 from mergekit_lit.search.predicting.predictors import Boosting
+from mergekit_lit.search.predicting.recording import record_path, recorded
 from mergekit_lit.search.predicting.rows import Rows
-from mergekit_lit.search.predicting.table import feature_names, read_table
-from mergekit_lit.stages.advice import expert_cautions
-from mergekit_lit.stages.folders import check_folder, check_record
+from mergekit_lit.search.predicting.table import SHIPPED, read_table, table_file
 from mergekit_lit.stages.images import Calibration
+from mergekit_lit.stages.opening import several_bases
 from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe
-from mergekit_lit.stages.report import build_report
 
 _LEAST_ROWS = 200
 _BOUND = "bound_"
@@ -44,7 +51,7 @@ def predict_files(
     experts: Sequence[Path],
     recipes: Sequence[Recipe],
     *,
-    table: Path,
+    table: Path = SHIPPED,
     level: Level = "cards",
     calibration: Calibration | None = None,
     base: str | None = None,
@@ -59,7 +66,7 @@ def predict_files(
     Args:
         experts: one file per expert, each of another task, all of one base.
         recipes: the merges; from cards alone, of methods that look at no images.
-        table: measured merges, from `experiments/merges.py`.
+        table: measured merges, from `experiments/merges.py`; those that ship by default.
         level: what is looked at: `cards` and weights; `data`, training and validation images too;
             `probe`, the plain average's scores on them as well.
         calibration: where the images come from, for the levels that look at some.
@@ -72,8 +79,9 @@ def predict_files(
         A record, whose metrics are `merges`: name, method, `accuracy` and `excess_error` on average
         over the tasks with `low` and `high`, the same for each of its `tasks`, `terms` of the bound
         and what drives them, and the `nearest` measured rows; `unknown`, the features that nobody
-        could tell; `coverage`, the share of outcomes that the intervals are to hold; and
-        `warnings`, what makes these experts merge badly.
+        could tell; `measured`, groups and merges that were learned from, and their table's hash;
+        `coverage`, the share of outcomes that the intervals are to hold; and `warnings`, what makes
+        these experts merge badly.
 
     Raises:
         FileNotFoundError: an expert or the table is missing.
@@ -83,55 +91,46 @@ def predict_files(
             none, or no recipe.
     """
     watch = Stopwatch()
-    path = _record_path(out)
+    # Before any work.
+    record_path(out)
+    if several_bases(experts):
+        raise ValueError(
+            "Experts must be of one base for measured merges to tell of theirs, but their cards "
+            "name several. Take `predict_initialisations`, which compares bases."
+        )
     check_methods(recipes)
     for recipe in recipes:
         check_recipe(recipe, None if level == "cards" else calibration)
-    measured = read_table(table)
+    measured = read_table(table, needed_columns(level))
     opened, looked = open_experts(
         experts, level, calibration, base=base, allow_different_base=allow_different_base
     )
     new = list(known_rows(opened, recipes, looked))
-    unknown = [name for name in feature_names(level) if all(np.isnan(row[name]) for row in new)]
+    unknown = _unknown(new, level)
     found = {outcome: _predicted(measured, new, outcome, level, unknown) for outcome in _OUTCOMES}
-    merges = [_told(place, recipe, found, measured, new) for place, recipe in enumerate(recipes)]
-    record = watch.finish(
-        Record(
-            stage="predict",
-            name=path.stem.removesuffix(".record") if path else "predict",
-            config={
-                "experts": list(map(str, experts)),
-                "recipes": [asdict(recipe) for recipe in recipes],
-                "table": str(table),
-                "level": level,
-                "base": base,
-                "allow_different_base": allow_different_base,
-                "calibration": asdict(calibration) if calibration else None,
+    merges = [_told(place, recipe, found, new) for place, recipe in enumerate(recipes)]
+    return recorded(
+        watch,
+        out,
+        experts,
+        calibration,
+        config={
+            "recipes": [asdict(recipe) for recipe in recipes],
+            "table": str(table),
+            "level": level,
+            "base": base,
+            "allow_different_base": allow_different_base,
+        },
+        metrics={
+            "merges": merges,
+            "unknown": unknown,
+            "measured": {
+                **_counts(found["accuracy"].known),
+                "sha256": file_hash(table_file(table)),
             },
-            metrics={
-                "merges": merges,
-                "unknown": unknown,
-                "coverage": LEVEL,
-                "warnings": expert_cautions(experts),
-            },
-        )
+        },
+        title="What merges are expected to reach",
     )
-    if path is not None:
-        record.write(path)
-        if path != out:
-            build_report(path.parent, title="What merges are expected to reach")
-    return record
-
-
-def _record_path(out: Path | None) -> Path | None:
-    """Return where the record goes."""
-    if out is None:
-        return None
-    path = out if out.suffix == ".json" else out / "predict.record.json"
-    if path != out:
-        check_folder(out)
-    check_record(path, "predict")
-    return path
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ class _Found:
     """What was predicted of one outcome."""
 
     model: Calibrated
+    measured: Sequence[Row]
     known: Rows
     new: Rows
 
@@ -153,9 +153,9 @@ class _Found:
         each = zip(found.labels, found.value, found.low, found.high, strict=True)
         return {str(task): Interval(float(v), float(a), float(b)) for task, v, a, b in each}
 
-    def nearest(self, place: int) -> list[int]:
-        """Return the places of the measured rows that are most like one merge."""
-        return nearest(self.known, self._of(place))
+    def nearest(self, place: int) -> list[Row]:
+        """Return the measured rows that are most like one merge."""
+        return [self.measured[i] for i in nearest(self.known, self._of(place))]
 
     def _of(self, place: int) -> Rows:
         return self.new.at(np.char.endswith(self.new.merge, f"/{place}"))
@@ -168,30 +168,44 @@ def _predicted(
     level: Level,
     unknown: Sequence[str],
 ) -> _Found:
-    known = rows_of(measured, outcome, level=level, without=unknown)
-    known = known.at(np.isfinite(known.outcome))
-    if len(known) < _LEAST_ROWS:
+    found = rows_of(measured, outcome, level=level, without=unknown)
+    places = np.flatnonzero(np.isfinite(found.change) & np.isfinite(found.anchor))
+    if len(places) < _LEAST_ROWS:
         raise ValueError(
             f"`table` must hold {_LEAST_ROWS} measured rows or more to learn from, but holds "
-            f"{len(known)}. Build more of it: python experiments/merges.py."
+            f"{len(places)}. Build more of it: python experiments/merges.py."
         )
+    known = found.at(places)
     return _Found(
         calibrated(Boosting(directions_of(outcome)), known),
+        [measured[int(i)] for i in places],
         known,
         rows_of(new, outcome, level=level, without=unknown),
     )
+
+
+def _unknown(new: Sequence[Row], level: Level) -> list[str]:
+    """Return what cannot be learned from: what no new row knows, or not all where all must."""
+    starts = {name for scale in SCALES.values() for name, _ in scale.starts}
+    return [
+        name
+        for name in learned_names(level)
+        if (any if name in starts else all)(np.isnan(row[name]) for row in new)
+    ]
+
+
+def _counts(known: Rows) -> dict[str, int]:
+    return {"groups": len(np.unique(known.group)), "merges": len(np.unique(known.merge))}
 
 
 def _told(
     place: int,
     recipe: Recipe,
     found: Mapping[Outcome, _Found],
-    measured: Sequence[Row],
     new: Sequence[Row],
 ) -> dict[str, Any]:
     """Return one merge's predictions, and what they rest on."""
     own = next(row for row in new if row["merge"] == place)
-    like = found["accuracy"].nearest(place)
     tasks = {outcome: each.tasks(place) for outcome, each in found.items()}
     keys = ("backbone", "method", "config", "tasks", "task", "expert")
     return {
@@ -208,7 +222,7 @@ def _told(
             if name.startswith(_BOUND)
         },
         "nearest": [
-            {**{key: measured[i][key] for key in keys}, "accuracy": measured[i]["test_accuracy"]}
-            for i in like
+            {**{key: row[key] for key in keys}, "accuracy": row["test_accuracy"]}
+            for row in found["accuracy"].nearest(place)
         ],
     }

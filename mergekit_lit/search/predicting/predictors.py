@@ -1,7 +1,8 @@
 """This file is predictors of merges: trees, a linear model, and what they must beat.
 
-Those that are fitted learn the step from the rows' anchor, such as the expert's own accuracy, so
-that a task that was never seen is not drawn to the mean of those that were.
+Those that are fitted learn the change from the rows' start, such as the base's accuracy on the very
+images that the merge is judged on, and tell it from what is known of that start beforehand: how a
+task's test images differ from its others is then not taken for what merging does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mergekit_lit.search.predicting.rows import Numbers, Rows
+from mergekit_lit.search.predicting.rows import Numbers, Rows, Words
 
 Predict: TypeAlias = Callable[[Rows], Numbers]
 """Returns a prediction for each row, (n,); where nothing is fitted, of an order alone."""
@@ -19,6 +21,7 @@ Fit: TypeAlias = Callable[[Rows], Predict]
 """Learns from rows."""
 
 _LEARNING_RATE, _LEAVES, _LEAF_ROWS, _BINS = 0.08, 15, 20, 64
+_METHOD = "method"
 _RIDGES = tuple(float(10.0**k) for k in range(-2, 5))
 
 
@@ -35,15 +38,16 @@ class Boosting:
 
     directions: Mapping[str, int]
     seed: int = 0
-    trees: int = 150
+    trees: int = 80
 
     def __call__(self, rows: Rows) -> Predict:
         """Learn from rows."""
         # What none of them knows cannot be split at.
         known = np.flatnonzero(np.isfinite(rows.features).any(axis=0))
-        model = self._model([rows.names[place] for place in known])
-        model.fit(rows.features[:, known], rows.outcome - rows.anchor)
-        return lambda new: np.clip(new.anchor + model.predict(new.features[:, known]), *new.ends)
+        methods = np.unique(rows.method)
+        model = self._model([*(rows.names[place] for place in known), _METHOD])
+        model.fit(_with_method(rows, known, methods), rows.change)
+        return lambda new: new.reached(model.predict(_with_method(new, known, methods)))
 
     def _model(self, names: Sequence[str]) -> Any:
         from sklearn.ensemble import HistGradientBoostingRegressor
@@ -55,6 +59,7 @@ class Boosting:
             min_samples_leaf=_LEAF_ROWS,
             max_bins=_BINS,
             monotonic_cst=[self.directions.get(name, 0) for name in names],
+            categorical_features=[name == _METHOD for name in names],
             early_stopping=False,
             random_state=self.seed,
         )
@@ -74,8 +79,8 @@ def linear(rows: Rows) -> Predict:
         ),
         RidgeCV(_RIDGES),
     )
-    steps.fit(rows.features, rows.outcome - rows.anchor)
-    return lambda new: np.clip(new.anchor + steps.predict(new.features), *new.ends)
+    steps.fit(rows.features, rows.change)
+    return lambda new: new.reached(steps.predict(new.features))
 
 
 def alone(*names: str, sign: int = 1) -> Fit:
@@ -108,6 +113,26 @@ def task_mean(rows: Rows) -> Predict:
     whole = float(rows.outcome.mean())
     means = {task: float(rows.outcome[rows.task == task].mean()) for task in np.unique(rows.task)}
     return lambda new: np.array([means.get(task, whole) for task in new.task])
+
+
+def always(method: str) -> Fit:
+    """Return the predictor that expects most of one method, and the same of all others."""
+    return lambda _: lambda new: (new.method == method).astype(np.float64)
+
+
+def method_mean(rows: Rows) -> Predict:
+    """Predict the mean change that a method makes; of an unknown one, that of all."""
+    change = rows.outcome - rows.start
+    whole = float(change.mean())
+    means = {name: float(change[rows.method == name].mean()) for name in np.unique(rows.method)}
+    return lambda new: new.anchor + np.array([means.get(name, whole) for name in new.method])
+
+
+def _with_method(rows: Rows, known: NDArray[np.intp], methods: Words) -> Numbers:
+    """Return features and the place of the method, which is unknown where it was not seen."""
+    place = np.searchsorted(methods, rows.method) % len(methods)
+    method = np.where(methods[place] == rows.method, place, np.nan)
+    return np.column_stack([rows.features[:, known], method])
 
 
 def _mean(values: Numbers) -> float:

@@ -19,10 +19,14 @@ class Rows:
         names: of the features, p of them.
         features: what is known before the merge is scored, (n, p); NaN for unknown.
         outcome: what is to be predicted, (n,); NaN for unknown.
-        anchor: what its prediction starts from, (n,): 0, or the expert's own accuracy.
+        start: what the outcome is told from, (n,): 0, or a measured outcome, such as the base's
+            accuracy on the same images; NaN for unknown.
+        anchor: what is known of `start` beforehand, (n,): predictions are told from it.
+        unit: change of the outcome up to which differences count in full.
         ends: least and largest value that an outcome can have.
         task: name of the task, (n,).
         merge: name of the merge, whose tasks are averaged over, (n,).
+        method: its method, (n,).
         group: name of the group of experts, of which there are several merges, (n,).
         backbone: name of the backbone, (n,).
         real: whether the images are of the real tasks, (n,).
@@ -31,10 +35,13 @@ class Rows:
     names: tuple[str, ...]
     features: Numbers
     outcome: Numbers
+    start: Numbers
     anchor: Numbers
+    unit: float
     ends: tuple[float, float]
     task: Words
     merge: Words
+    method: Words
     group: Words
     backbone: Words
     real: NDArray[np.bool_]
@@ -49,9 +56,19 @@ class Rows:
             **{
                 field.name: getattr(self, field.name)[places]
                 for field in fields(self)
-                if field.name not in ("names", "ends")
+                if field.name not in ("names", "unit", "ends")
             },
         )
+
+    @property
+    def change(self) -> Numbers:
+        """What is learned, asinh((outcome - start) / unit): as log where much is lost, (n,)."""
+        found: Numbers = np.arcsinh((self.outcome - self.start) / self.unit)
+        return found
+
+    def reached(self, change: Numbers) -> Numbers:
+        """Return the outcomes that changes lead to from the anchors, (n,)."""
+        return np.clip(self.anchor + self.unit * np.sinh(change), *self.ends)
 
     def column(self, name: str) -> Numbers:
         """Return one feature, (n,).

@@ -1,4 +1,4 @@
-"""This file looks at images before a merge is scored: losses, gradients, and one probe merge.
+"""This file looks at images before a merge is scored: gradients and curvatures at the base.
 
 No function here needs a test image: `blind` takes them from a task before anything is measured.
 """
@@ -14,27 +14,14 @@ from mergekit_lit.core.calibration import Batch, Calibration, drawn
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.calibration import calibration_on
-from mergekit_lit.lit.recalibration import calibration_images, recalibrate, statistics_on
-from mergekit_lit.lit.scores import Outcomes
+from mergekit_lit.lit.recalibration import calibration_images
 from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.search.predicting.probing import Score, score_of
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.stages.constants import objectives_at_base
 from mergekit_lit.theory.constants import Effort, task_gradients
 from mergekit_lit.theory.heterogeneity import TaskGradients, gradient_products, task_noise
 from mergekit_lit.theory.objective import Objective
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model does on some images of one task.
-
-    Attributes:
-        accuracy: share right.
-        loss: mean cross-entropy; NaN where a logit is not finite.
-    """
-
-    accuracy: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -167,33 +154,6 @@ def look_at_expert(
     )
 
 
-def score_of(
-    expert: Experts,
-    params: Mapping[str, Tensor],
-    backbone: Backbone,
-    data: TaskData,
-    scorer: Scorer,
-    *,
-    effort: Effort,
-) -> Score:
-    """Score one set of weights under one expert's head, BatchNorm statistics estimated again."""
-    (task,), (head,) = expert.names, expert.heads
-    few = calibration_images(data.train, task, count=effort.images)
-    statistics = statistics_on([few], params, backbone=backbone)
-    model = Merged(params, expert.structure, heads={task: head}, statistics={task: statistics})
-    return scores_on(scorer, model, [task])[task]
-
-
-def scores_on(scorer: Scorer, model: Merged, tasks: Sequence[str]) -> dict[str, Score]:
-    """Score a model on all images that the scorer has of some tasks."""
-    places = {task: torch.arange(len(scorer.labels[task])) for task in tasks}
-    return {task: _score(found) for task, found in scorer.outcomes(model, places).items()}
-
-
-def _score(outcomes: Outcomes) -> Score:
-    return Score(outcomes.accuracy, float(outcomes.loss.double().mean()))
-
-
 def see(
     experts: Experts, average: Merged, sights: Sequence[Sight], alone: Sequence[OfExpert]
 ) -> Seen:
@@ -222,44 +182,6 @@ def see(
         along=torch.tensor([[float(s.mean @ delta) for delta in deltas] for s in sights]),
         curvatures=[float(slope @ step) for slope in slopes],
         smoothness=apart / length if length else None,
-    )
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Scores of the plain average, by task.
-
-    Attributes:
-        val: on val images.
-        train_loss: on training images.
-    """
-
-    val: Mapping[str, Score]
-    train_loss: Mapping[str, float]
-
-
-def probe_of(
-    average: Merged, backbone: Backbone, sights: Sequence[Sight], scorer: Scorer, *, effort: Effort
-) -> Probe:
-    """Score the plain average on val images, and on the images of its statistics.
-
-    Args:
-        average: the merge, under any statistics.
-        backbone: a module of the architecture; never changed.
-        sights: of the tasks.
-        scorer: of their val images.
-        effort: `images` training images for BatchNorm statistics.
-    """
-    names = [sight.data.name for sight in sights]
-    few = {
-        sight.data.name: calibration_images(sight.data.train, sight.data.name, count=effort.images)
-        for sight in sights
-    }
-    merged = recalibrate(average, few, backbone=backbone, per_task=True)
-    shown = [replace(sight.data, val=few[sight.data.name]) for sight in sights]
-    train = scores_on(Scorer(backbone, shown), merged, names)
-    return Probe(
-        scores_on(scorer, merged, names), {task: score.loss for task, score in train.items()}
     )
 
 

@@ -17,6 +17,11 @@ from mergekit_lit.search.predicting.columns import (
     markdown,
 )
 
+SHIPPED = Path("shipped")
+"""Stands for the table that comes with the package."""
+
+_FILE = Path(__file__).parent / "files" / "merges.parquet"
+
 FEATURES: Mapping[Level, tuple[Column, ...]] = MappingProxyType(
     {
         "cards": (*cards.COLUMNS, *deltas.COLUMNS),
@@ -62,28 +67,52 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
         schema=arrow.schema(fields),
     )
     with atomic_path(path) as temporary:
-        parquet.write_table(table, temporary, compression="zstd")
+        parquet.write_table(table, temporary, compression="zstd", compression_level=19)
 
 
-def read_table(path: Path) -> list[Row]:
+def table_file(path: Path) -> Path:
+    """Return the file of a table, which `SHIPPED` stands for, too."""
+    return _FILE if Path(path) == SHIPPED else Path(path)
+
+
+def read_table(path: Path, names: Sequence[str] | None = None) -> list[Row]:
     """Return the rows that `write_table` wrote; what is unknown is NaN.
+
+    Args:
+        path: of the table, or `SHIPPED`.
+        names: columns to read; all of them by default.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: pyarrow is not installed.
+        ValueError: the file is no table, or lacks a column.
     """
-    _, parquet = _arrow()
-    if not Path(path).is_file():
+    arrow, parquet = _arrow()
+    file = table_file(path)
+    if not file.is_file():
         raise FileNotFoundError(
             f"No table of merges {str(path)!r}. Build one: python experiments/merges.py."
         )
-    rows: list[Row] = parquet.read_table(path).to_pylist()
-    return rows
+    try:
+        found = set(parquet.read_schema(file).names)
+    except arrow.ArrowInvalid:
+        raise ValueError(f"{str(path)!r} must be a table of merges, but is no Parquet.") from None
+    missing = sorted(set(names or ()) - found)
+    if missing:
+        raise ValueError(
+            f"`table` must hold merges with the column {missing[0]!r}, but {str(path)!r} does not. "
+            "Build one: python experiments/merges.py."
+        )
+    table = parquet.read_table(file, columns=list(names) if names else None)
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _values(column: Column, values: Sequence[Any]) -> Sequence[Any]:
     # A record on disk has null for NaN.
-    if column.type == "float64":
+    if column.type == "float32":
         return [float("nan") if value is None else value for value in values]
     return values
 

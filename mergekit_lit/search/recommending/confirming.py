@@ -15,13 +15,8 @@ from pathlib import Path
 from mergekit_lit.core.files import read_json, write_json
 from mergekit_lit.core.records import plain
 from mergekit_lit.search.recommending.budget import Budget, Parts, Rung
-from mergekit_lit.search.recommending.probes import (
-    Constants,
-    Point,
-    diverged,
-    measured,
-    point_from,
-)
+from mergekit_lit.search.recommending.points import Constants, Point, point_from
+from mergekit_lit.search.recommending.probes import diverged, measured
 from mergekit_lit.search.recommending.ranking import Outlook, Ranking
 from mergekit_lit.search.recommending.site import Site
 from mergekit_lit.search.recommending.space import Candidate, Way

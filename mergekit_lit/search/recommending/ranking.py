@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lit.search.recommending.outlook import Known, Law, fit_law, fit_share
-from mergekit_lit.search.recommending.probes import Constants, OfExpert, Point
+from mergekit_lit.search.recommending.points import Constants, OfExpert, Point
 from mergekit_lit.search.recommending.space import Candidate, Space, Way
 from mergekit_lit.theory.bound import bound
 from mergekit_lit.theory.facts import ALL, ExpertFacts, MergeFacts

@@ -15,17 +15,21 @@ from mergekit_lit.core.files import read_json, write_json, write_text
 from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.core.seeds import generator
+from mergekit_lit.lit.run_facts import LoggerKind, Outcome
+from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.search.recommending.budget import IN_STEPS, Budget, Pace, Parts, Shares
 from mergekit_lit.search.recommending.confirming import Confirmation, Confirmed, Log
 from mergekit_lit.search.recommending.expecting import Share, expected_accuracy
 from mergekit_lit.search.recommending.pacing import clock, measured_pace
 from mergekit_lit.search.recommending.page import recommendation_page
-from mergekit_lit.search.recommending.probes import Probed, probe, probe_points
+from mergekit_lit.search.recommending.points import Probed
+from mergekit_lit.search.recommending.probes import probe, probe_points
 from mergekit_lit.search.recommending.request import Request, checked
 from mergekit_lit.search.recommending.site import Setting, Site, Train
 from mergekit_lit.search.recommending.space import Space, Way
-from mergekit_lit.search.recommending.telling import facts_of, training_file
+from mergekit_lit.search.recommending.telling import facts_of, tables_of, training_file
 from mergekit_lit.stages.folders import check_folder, check_record
+from mergekit_lit.stages.run_groups import facts_of_run
 from mergekit_lit.theory.constants import Effort
 
 RECORD = "recommend.record.json"
@@ -55,6 +59,7 @@ def recommend(
     space: Space | None = None,
     effort: Effort | None = None,
     train: Train | None = None,
+    logger: LoggerKind = "csv",
     tell: Callable[[str], None] = lambda _: None,
 ) -> Recommendation:
     """Recommend how to train experts of a suite's tasks, so that their merge does well.
@@ -69,6 +74,8 @@ def recommend(
         space: of candidates; the default space by default.
         effort: how many images the constants of the bound take.
         train: trains in place of `train_expert`.
+        logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run
+            with every candidate and measured merge.
         tell: is told what is being done.
 
     Raises:
@@ -81,10 +88,12 @@ def recommend(
     setting = checked(request, space)
     check_folder(out)
     check_record(out / RECORD, "recommend")
+    check_logger(logger)
     plan = plain({"request": asdict(request), "space": asdict(space), "effort": asdict(effort)})
     with sole_writer(out / ".recommend.lock"):
         kept = Kept(out, plan)
-        tell("pace")
+        if request.budget is not None:
+            tell("what a step takes")
         pace = Pace(**kept.part("pace", lambda: _paced(request, setting)))
         budget = _budget(request, setting, pace)
         found = _found(
@@ -102,6 +111,15 @@ def recommend(
         write_text(out / TRAINING, training_file(setting, record.metrics, out))
         write_text(out / PAGE, recommendation_page(record))
         record.write(out / RECORD)
+        told = facts_of_run(
+            record.stage,
+            record.name,
+            out,
+            tags=[request.suite, request.backbone],
+            config=record.config,
+        )
+        outcome = Outcome(summary=record.metrics, tables=tables_of(record.metrics))
+        log_run(logger, out / "logs" / "recommend", told, outcome, once=True)
     return Recommendation(record, out / TRAINING, out / PAGE)
 
 

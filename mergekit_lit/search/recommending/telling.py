@@ -11,7 +11,7 @@ from mergekit_lit.core.records import plain
 from mergekit_lit.search.recommending.budget import Budget
 from mergekit_lit.search.recommending.confirming import Confirmed
 from mergekit_lit.search.recommending.expecting import Expected
-from mergekit_lit.search.recommending.probes import Point, Probed
+from mergekit_lit.search.recommending.points import Point, Probed
 from mergekit_lit.search.recommending.ranking import Outlook
 from mergekit_lit.search.recommending.site import Setting
 from mergekit_lit.search.recommending.space import Candidate
@@ -53,6 +53,21 @@ def facts_of(
         },
         "cautions": _cautions(budget, candidate, parts.candidates, alone, expected),
     }
+
+
+def tables_of(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables for a tracker: every candidate, the bound's terms too, and every merge."""
+    return {
+        "candidates": [
+            {**_flat(row, "bound"), **{f"bound/{name}": v for name, v in row["bound"].items()}}
+            for row in metrics["candidates"]
+        ],
+        "points": [_flat(row, "tasks") for row in metrics["points"]],
+    }
+
+
+def _flat(row: Mapping[str, Any], nested: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != nested}
 
 
 def training_file(setting: Setting, metrics: Mapping[str, Any], out: Path) -> str:

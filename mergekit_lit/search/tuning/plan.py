@@ -38,9 +38,9 @@ class TuningPlan:
             first, so that what is chosen is no worse.
         budget_seconds: most seconds that the trials of such a search may take; the one that is
             running is finished. With both budgets the first that is spent ends the search.
-        table: measured merges of other experts (`experiments/merges.py`), from which a search with
-            a budget knows beforehand what is likely to be good; without one it knows that merges
-            that are alike do alike.
+        table: measured merges of other experts (a file of `experiments/merges.py`, or `shipped`),
+            from which a search with a budget knows beforehand what is likely to be good; without
+            one it knows that merges that are alike do alike.
         search: a `grid` over the range of each parameter, or `optuna`, whose TPE sampler learns
             from the trials before (`pip install 'mergekit-lit[tune]'`).
         trials: most configurations of a method, its defaults among them: a draw from the grid,

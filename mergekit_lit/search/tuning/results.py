@@ -115,7 +115,7 @@ def _nothing(method: str, count: int) -> str:
 
 
 def regret(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, Any] | None:
-    """Return how much the choice falls short of the best of all candidates on all images.
+    """Return how much the choice falls short of the best of the trials on all images.
 
     Args:
         trials: those of a search.

@@ -12,7 +12,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import load_base
-from mergekit_lit.search.predicting import cards, data, deltas, sights
+from mergekit_lit.search.predicting import cards, data, deltas, probing, sights
 from mergekit_lit.search.predicting.columns import checked, joined, spread
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.theory.constants import Effort
@@ -117,7 +117,7 @@ def test_images_give_gradients_that_agree_with_one_another(resnets):
     squares = sum(row["gradient2"] for row in rows) / 2
     assert rows[0]["zeta2_mean"] == pytest.approx(squares - rows[0]["group_gradient2"])
     assert rows[0]["bound_merged_noise"] != rows[0]["bound_merged_noise"]
-    probe = sights.probe_of(average, backbone, looks, scorer, effort=EFFORT)
+    probe = probing.probe_of(average, backbone, tasks, scorer, effort=EFFORT)
     probed = data.of_probe(experts, seen, probe)
     assert all(set(row) == {column.name for column in data.PROBE_COLUMNS} for row in probed)
     accuracies = [row["probe_val_accuracy"] for row in probed]

@@ -15,6 +15,7 @@ from mergekit_lit.core.experts import load_expert, save_expert
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.search.predicting import predict
 from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES
+from mergekit_lit.search.predicting.learning import SCALES, learned_names
 from mergekit_lit.search.predicting.looking import (
     EFFORT,
     VAL_IMAGES,
@@ -33,6 +34,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
 
 WORDS = {"string": "x", "bool": False, "int64": 0}
+STARTS = [name for scale in SCALES.values() for pair in scale.starts for name in pair]
 NAMES = {column.name for column in (*KEYS, *OUTCOMES)}
 
 
@@ -50,7 +52,7 @@ def measured(rows, seed=0):
         accuracy = float(np.clip(0.9 - 0.2 * row["interference"], 0, 1))
         yield {
             **row,
-            "own_card_val_accuracy": 0.9,
+            **dict.fromkeys(STARTS, 0.9),
             "group": str(place // 8),
             "merge": place // 4 % 2,
             "task": f"t{(place // 8 * 3 + place % 4) % 7}",
@@ -191,6 +193,20 @@ def test_too_few_measured_rows_are_refused(experts, tmp_path):
     write_table(tmp_path / "few.parquet", measured(40))
     with pytest.raises(ValueError, match="200 measured rows or more"):
         predict_files(experts, RECIPES, table=tmp_path / "few.parquet")
+
+
+@pytest.mark.slow
+def test_the_shipped_table_is_learned_from_by_default(experts, capsys):
+    flags = [*map(str, experts), "--method", "average,ties"]
+    assert main(["predict", *flags]) == 0
+    assert "1792 merges of 224 groups of experts (shipped)" in capsys.readouterr().out
+
+
+def test_what_an_expert_is_told_from_must_be_known_of_all():
+    row = dict.fromkeys(learned_names("data"), 0.5)
+    gap = {**row, "own_card_base_accuracy": math.nan, "scale": math.nan}
+    assert predict._unknown([row, gap], "data") == ["own_card_base_accuracy"]
+    assert predict._unknown([gap, gap], "data") == ["own_card_base_accuracy", "scale"]
 
 
 def test_the_nearest_merge_is_the_same_one(table):

@@ -9,7 +9,7 @@ from mergekit_lit.search.recommending import confirming
 from mergekit_lit.search.recommending.budget import IN_STEPS, Budget, Shares
 from mergekit_lit.search.recommending.confirming import Confirmation, Log
 from mergekit_lit.search.recommending.expecting import Share, expected_accuracy
-from mergekit_lit.search.recommending.probes import Constants, OfExpert, Point, Probed
+from mergekit_lit.search.recommending.points import Constants, OfExpert, Point, Probed
 from mergekit_lit.search.recommending.ranking import Ranking
 from mergekit_lit.search.recommending.recommend import asked_steps
 from mergekit_lit.search.recommending.site import TaskScore
