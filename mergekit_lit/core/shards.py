@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_lit.core.files import atomic_paths
 from mergekit_lit.core.params import Params
-from mergekit_lit.core.specs import Computed, Spec, spec_of
+from mergekit_lit.core.specs import Computed, LazyParams, Spec, spec_of
 from mergekit_lit.core.tensorfiles import (
     HEADER_KEY,
     Checksums,
@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".index.json"
 
 
-class Shards(Mapping[str, Tensor]):
+class Shards(LazyParams):
     """The tensors of several safetensors files, each file opened when it is first asked for.
 
     Attributes:
@@ -48,6 +48,7 @@ class Shards(Mapping[str, Tensor]):
         index = self.path / INDEX if self.path.is_dir() else self.path
         self._folder = index.parent
         self._place, metadata = _read_index(index)
+        super().__init__(dict.fromkeys(sorted(self._place)))
         self.facts: dict[str, Any] = {}
         self._checksums: Checksums = {}
         if HEADER_KEY in metadata:
@@ -68,16 +69,6 @@ class Shards(Mapping[str, Tensor]):
         if self._checksums and file.checksums.get(name) != self._checksums.get(name):
             raise damaged(file.path, f"tensor {name!r} is not the one that the index names")
         return file[name]
-
-    def __contains__(self, name: object) -> bool:
-        # What Mapping has would read the tensor.
-        return name in self._place
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._place))
-
-    def __len__(self) -> int:
-        return len(self._place)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape without reading its data."""

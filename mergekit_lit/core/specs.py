@@ -1,7 +1,7 @@
 """This file is what is known of tensors before they are read or made: number types and shapes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,29 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Computed(Mapping[str, Tensor]):
+class LazyParams(Mapping[str, Tensor]):
+    """Tensors that are read or made when they are asked for, in the way of a subclass."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        """Say which there are.
+
+        Args:
+            names: in the order in which they are gone through.
+        """
+        self._names = names
+
+    def __contains__(self, name: object) -> bool:
+        # What Mapping has would read or make the tensor.
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Computed(LazyParams):
     """Tensors that are made when they are asked for, each time anew.
 
     Whoever goes through them once, as the writers of files do, holds one at a time.
@@ -39,6 +61,7 @@ class Computed(Mapping[str, Tensor]):
             specs: number type and shape of each tensor.
             make: returns one by its name.
         """
+        super().__init__(specs)
         self.specs = specs
         self._make = make
 
@@ -46,16 +69,6 @@ class Computed(Mapping[str, Tensor]):
         if name not in self.specs:
             raise KeyError(name)
         return self._make(name)
-
-    def __contains__(self, name: object) -> bool:
-        # What Mapping has would make the tensor.
-        return name in self.specs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape without making it."""

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_lit.core.files import atomic_path
 from mergekit_lit.core.params import Params, tensor_bytes
-from mergekit_lit.core.specs import Spec, spec_of
+from mergekit_lit.core.specs import LazyParams, Spec, spec_of
 
 HEADER_KEY = "mergekit_lit"
 """What facts and checksums stand under in a file's metadata."""
@@ -109,7 +109,7 @@ def read_header(path: Path, text: str) -> tuple[dict[str, Any], Checksums]:
     return facts, checksums
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(LazyParams):
     """The tensors of one safetensors file, each read (and checked) when it is asked for.
 
     Attributes:
@@ -131,14 +131,14 @@ class TensorFile(Mapping[str, Tensor]):
             # safetensors ships no types.
             self._file: Any = cast("Any", safe_open)(self.path, framework="pt")
             metadata = self._file.metadata() or {}
-            self._names = frozenset(self._file.keys())
+            super().__init__(dict.fromkeys(sorted(self._file.keys())))
         except (SafetensorError, OSError) as error:
             raise damaged(self.path, str(error)) from None
         self.facts: dict[str, Any] = {}
         self.checksums: Checksums = {}
         if HEADER_KEY in metadata:
             self.facts, self.checksums = read_header(self.path, metadata[HEADER_KEY])
-            if self.checksums.keys() != self._names:
+            if self.checksums.keys() != set(self):
                 raise damaged(self.path, "its header does not match its checksum")
         self._unread = set(self.checksums)
 
@@ -157,16 +157,6 @@ class TensorFile(Mapping[str, Tensor]):
                 raise damaged(self.path, f"tensor {name!r} does not match its checksum")
             self._unread.remove(name)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        # What Mapping has would read the tensor.
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape without reading its data.
@@ -189,27 +179,16 @@ class TensorFile(Mapping[str, Tensor]):
         return TensorView(self, prefix)
 
 
-class TensorView(Mapping[str, Tensor]):
+class TensorView(LazyParams):
     """The tensors of a file under one prefix, by short names, read when asked for."""
 
     def __init__(self, file: Params, prefix: str) -> None:
-        self._file = file
-        self._prefix = prefix
         names = (name.removeprefix(prefix) for name in file if name.startswith(prefix))
-        self._names = dict.fromkeys(names)
+        super().__init__(dict.fromkeys(names))
+        self._file, self._prefix = file, prefix
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file[self._prefix + name]
-
-    def __contains__(self, name: object) -> bool:
-        # What Mapping has would read the tensor.
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape without reading its data."""

@@ -1,16 +1,15 @@
 """This file refuses experts that do not fit their base, and numbers that are none."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params, check_finite
-from mergekit_lit.core.specs import Spec, check_same_names_and_shapes, spec_of
+from mergekit_lit.core.specs import LazyParams, Spec, check_same_names_and_shapes, spec_of
 
 
-class Finite(Mapping[str, Tensor]):
+class Finite(LazyParams):
     """Tensors of which each is looked through for NaN and infinity when it is first read."""
 
     def __init__(self, params: Params, source: str) -> None:
@@ -20,6 +19,7 @@ class Finite(Mapping[str, Tensor]):
             params: tensors.
             source: what messages call them.
         """
+        super().__init__(params)
         self._params, self._source = params, source
         self._unread = set(params)
 
@@ -39,16 +39,6 @@ class Finite(Mapping[str, Tensor]):
     def unchecked(self, name: str) -> Tensor:
         """Return one tensor for a reader that looks through it himself."""
         return self._params[name]
-
-    def __contains__(self, name: object) -> bool:
-        # What Mapping has would read the tensor.
-        return name in self._params
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape, without reading it where that can be."""

@@ -1,6 +1,5 @@
 """This file is number types: in which one a merge computes, and in which its result is kept."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params, is_finite, wide
 from mergekit_lit.core.registry import unknown_name
-from mergekit_lit.core.specs import Spec, spec_of
+from mergekit_lit.core.specs import LazyParams, Spec, spec_of
 
 ComputeDtype = Literal["float32", "float64"]
 """In which number type a merge computes."""
@@ -80,10 +79,11 @@ def _is_wide(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or tensor.dtype in _COMPUTE.values()
 
 
-class _In(Mapping[str, Tensor]):
+class _In(LazyParams):
     """Tensors in a number type, cast when asked for; integers stay."""
 
     def __init__(self, params: Params, dtype: torch.dtype | None) -> None:
+        super().__init__(params)
         self._params, self._dtype = params, dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -91,12 +91,6 @@ class _In(Mapping[str, Tensor]):
         if not tensor.is_floating_point():
             return tensor
         return wide(tensor) if self._dtype is None else tensor.to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
 
     def spec(self, name: str) -> Spec:
         """Return a tensor's number type and shape, without reading it where that can be."""

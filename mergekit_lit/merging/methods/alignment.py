@@ -4,7 +4,7 @@ The units of a layer can change places without changing what the network compute
 were initialised apart have theirs in different places, and their average is neither of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ from mergekit_lit.core.permutations import (
 )
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS
 from mergekit_lit.core.seeds import generator
+from mergekit_lit.core.specs import LazyParams
 from mergekit_lit.core.structure import Structure
 
 FEATURES = "features"
@@ -195,22 +196,17 @@ def _mean(tuned: Sequence[Params]) -> Params:
     }
 
 
-class _Permuted(Mapping[str, Tensor]):
+class _Permuted(LazyParams):
     """Tensors of one expert, each permuted when it is asked for."""
 
     def __init__(
         self, params: Params, structure: Structure, permutations: Mapping[str, Tensor]
     ) -> None:
+        super().__init__(params)
         self._params, self._structure, self._permutations = params, structure, permutations
 
     def __getitem__(self, name: str) -> Tensor:
         return permute_tensor(self._params[name], self._structure[name].axes, self._permutations)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
 
 
 def _permuted_head(head: Params, permutations: Mapping[str, Tensor]) -> Params:

@@ -6,7 +6,7 @@ number of entries alone declares `elementwise`, and one that acts on more than t
 merged declares the fates (`merging.plan.Fate`) of what it `touches`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params, add, subtract
 from mergekit_lit.core.registry import VENEERS
+from mergekit_lit.core.specs import LazyParams
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.merging.methods.arithmetic import depth_scales
 from mergekit_lit.merging.passes import reduced, squared_lengths
@@ -103,10 +104,11 @@ def lines(
     return replace(merged, shared=shared)
 
 
-class _Rescaled(Mapping[str, Tensor]):
+class _Rescaled(LazyParams):
     """Tensors of one expert, moved to base + factor * delta when they are asked for."""
 
     def __init__(self, base: Params, tuned: Params, factors: Mapping[str, float]) -> None:
+        super().__init__(tuned)
         self._base, self._tuned, self._factors = base, tuned, factors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -115,12 +117,6 @@ class _Rescaled(Mapping[str, Tensor]):
             return tuned
         base = floats({name: self._base[name]})
         return add(base, subtract({name: tuned}, base), scale=factor)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tuned)
-
-    def __len__(self) -> int:
-        return len(self._tuned)
 
 
 def _factors(lengths: Tensor, to: Literal["min", "median", "mean"]) -> Tensor:

@@ -11,6 +11,7 @@ from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.permutations import axis_layout, split_axis
 from mergekit_lit.core.registry import MERGE_METHODS, unknown_name
+from mergekit_lit.core.specs import LazyParams
 from mergekit_lit.core.structure import Structure, TensorInfo
 from mergekit_lit.merging.configuration import check_interval
 from mergekit_lit.merging.methods.alignment import FEATURES, check_axes
@@ -191,12 +192,13 @@ def _written(structure: Structure, names: Iterable[str]) -> set[str]:
     }
 
 
-class _Zipped(Mapping[str, Tensor]):
+class _Zipped(LazyParams):
     """T M_t W_t U_t of one expert's tensors, each computed when it is asked for."""
 
     def __init__(
         self, params: Params, structure: Structure, maps: Mapping[str, tuple[Tensor, Tensor]]
     ) -> None:
+        super().__init__(params)
         self._params, self._structure, self._maps = params, structure, maps
 
     def __getitem__(self, name: str) -> Tensor:
@@ -209,12 +211,6 @@ class _Zipped(Mapping[str, Tensor]):
                 write, read = self._maps[key]
                 wide = _mapped(wide, dim, axis, read.T if _is_input(info, dim) else write)
         return wide.to(tensor.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
 
 
 def _maps(group: Tensor) -> tuple[Tensor, Tensor]:
