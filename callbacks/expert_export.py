@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mergekit_lit.callbacks.view import step_ended
-from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.core.expert_files import save_expert
+from mergekit_lit.core.experts import Expert
 from mergekit_lit.core.params import check_finite, with_prefix
 from mergekit_lit.core.tensorfiles import floats
 from mergekit_lit.data.splits import TaskData

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mergekit_lit.callbacks.expert_export import ExpertExport, expert_of
 from mergekit_lit.callbacks.twin_distances import Place, squared_distances
 from mergekit_lit.callbacks.view import log_metrics, step_ended
-from mergekit_lit.core.experts import save_expert
+from mergekit_lit.core.expert_files import save_expert
 from mergekit_lit.core.measurements import add_measurements
 from mergekit_lit.data.splits import neighbour, replacement
 from mergekit_lit.lit.data import TaskDataModule

@@ -26,7 +26,8 @@ from methods import Row, row_of
 from omegaconf import OmegaConf
 from testbed import POLICY, Testbed, csv_of, groups_of, write_rows
 
-from mergekit_lit.core.experts import Experts, Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import SCALE

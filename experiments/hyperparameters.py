@@ -38,7 +38,8 @@ from testbed import (
     write_rows,
 )
 
-from mergekit_lit.core.experts import Experts, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule

@@ -26,7 +26,7 @@ from initialisations_tables import tables
 from omegaconf import OmegaConf
 from testbed import write_rows
 
-from mergekit_lit.core.experts import load_expert, save_base
+from mergekit_lit.core.expert_files import load_expert, save_base
 from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.data.splits import SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite

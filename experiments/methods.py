@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from mergekit_lit.core.experts import Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Merged
 from mergekit_lit.core.files import read_json, write_json
 from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.registry import MERGE_METHODS

@@ -28,7 +28,7 @@ from hyperparameters import Run, experts_of, runs_of
 from omegaconf import OmegaConf
 from testbed import POLICY, groups_of, write_rows
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import read_json
 from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.stages.advice import nearest_travel

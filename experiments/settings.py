@@ -20,7 +20,8 @@ import torch
 from methods import plan_of
 from omegaconf import OmegaConf
 
-from mergekit_lit.core.experts import Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import (

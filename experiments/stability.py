@@ -19,7 +19,7 @@ from stability_tables import calibration, distances, ranks
 from testbed import POLICY, Place, Testbed, testbed_of, write_rows
 
 from mergekit_lit.callbacks import StabilityTwins
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import read_json
 from mergekit_lit.core.measurements import read_measurements
 from mergekit_lit.lit.data import TaskDataModule

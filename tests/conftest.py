@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Expert, Experts, save_expert
+from mergekit_lit.core.expert_files import save_expert
+from mergekit_lit.core.experts import Base, Expert, Experts
 from mergekit_lit.core.params import add
 from mergekit_lit.core.specs import Computed, Spec
 from mergekit_lit.core.structure import TensorInfo

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergekit_lit.core.experts import Experts, Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.records import Record, Stopwatch

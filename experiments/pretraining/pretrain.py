@@ -23,7 +23,7 @@ from sources import Pool, make_pool, without_shared_classes
 from teacher import Teacher, distillation, make_teacher
 from torch import Tensor, nn
 
-from mergekit_lit.core.experts import save_base
+from mergekit_lit.core.expert_files import save_base
 from mergekit_lit.models.backbones import Backbone, build_backbone, describe_base
 
 FILES = Path(__file__).parents[2] / "mergekit_lit" / "models" / "files"

@@ -14,7 +14,7 @@ from mergekit_lit.cli.output import is_first_process, print_json, print_table
 from mergekit_lit.cli.parsing import add_group, add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config
 from mergekit_lit.cli.trainer import add_trainer, explicit, misconfiguration_told
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.checkpoints import match_names, open_tensors
-from mergekit_lit.core.experts import Base, Expert, Experts, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Base, Expert, Experts
 from mergekit_lit.core.params import Params, check_finite
 from mergekit_lit.core.permutations import has_axes
 from mergekit_lit.core.shards import Shards

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mergekit_lit.core.experts import Base, load_base_file
+from mergekit_lit.core.expert_files import load_base_file
+from mergekit_lit.core.experts import Base
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.models.encoders import EFFICIENTNET, HALF, make_encoder, unfit_size
 from mergekit_lit.models.structure import structure_of

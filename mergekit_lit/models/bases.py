@@ -7,7 +7,8 @@ the base's tensors alone; where a file holds them as they are, reading it is eno
 from pathlib import Path
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, load_base_file
+from mergekit_lit.core.expert_files import load_base_file
+from mergekit_lit.core.experts import Base
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.core.structure import Structure
 from mergekit_lit.models.weights import OURS, Weights, file_weights, shipped_weights

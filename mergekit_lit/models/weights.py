@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor, nn
 
-from mergekit_lit.core.experts import load_base_file
+from mergekit_lit.core.expert_files import load_base_file
 from mergekit_lit.core.params import with_prefix
 from mergekit_lit.core.tensorfiles import TensorFile, floats
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_lit.callbacks.delta_geometry import DeltaGeometry
 from mergekit_lit.callbacks.progress import Progress
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import file_kind, load_expert
+from mergekit_lit.core.expert_files import file_kind, load_expert
 from mergekit_lit.stages.opening import several_bases
 
 UNEQUAL = 2.0

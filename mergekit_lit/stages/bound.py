@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Experts, Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Base, Experts, Merged
 from mergekit_lit.core.measurements import read_measurements
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import TaskData

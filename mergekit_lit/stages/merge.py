@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lit.core.experts import Base, Experts, Merged, save_merged
+from mergekit_lit.core.expert_files import save_merged
+from mergekit_lit.core.experts import Base, Experts, Merged
 from mergekit_lit.core.files import together
 from mergekit_lit.core.merging import MergeObserver
 from mergekit_lit.core.records import Record, Stopwatch

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_lit.core.experts import Base, Expert, Merged, file_kind, load_expert, load_merged
+from mergekit_lit.core.expert_files import file_kind, load_expert, load_merged
+from mergekit_lit.core.experts import Base, Expert, Merged
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.lit.evaluation import Model
 from mergekit_lit.models.backbones import Backbone, build_backbone, load_base

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lit.core.checkpoints import WEIGHT_SUFFIXES
-from mergekit_lit.core.experts import Base, Expert, file_kind, load_expert
+from mergekit_lit.core.expert_files import file_kind, load_expert
+from mergekit_lit.core.experts import Base, Expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.models.bases import stored_base
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts, Merged, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
 from mergekit_lit.lit.recalibration import ImagesBySplit
 from mergekit_lit.models.backbones import Backbone

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_lit.core.experts import file_kind
+from mergekit_lit.core.expert_files import file_kind
 from mergekit_lit.lit.run_facts import RunFacts, TrackedModel, file_model
 from mergekit_lit.stages.folders import SWEEP_FILE
 

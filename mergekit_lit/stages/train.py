@@ -16,7 +16,7 @@ from mergekit_lit.callbacks.gradient_noise import GradientNoise
 from mergekit_lit.callbacks.gradient_norm import GradientNorm
 from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
 from mergekit_lit.callbacks.path_length import PathLength
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import has_content, remove_unfinished
 from mergekit_lit.core.records import Record, Stopwatch, plain
 from mergekit_lit.lit.data import TaskDataModule

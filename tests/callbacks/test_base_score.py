@@ -1,7 +1,7 @@
 import pytest
 
 from mergekit_lit.callbacks import BaseScore
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.stages.train import train_expert

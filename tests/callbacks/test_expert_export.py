@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from mergekit_lit.callbacks import GradientNoise, GradientNorm, PathLength
 from mergekit_lit.callbacks.expert_export import ExpertExport
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.lit.data import TaskDataModule

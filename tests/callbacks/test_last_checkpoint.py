@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from mergekit_lit.callbacks.last_checkpoint import LastCheckpoint
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.stages.train import train_expert

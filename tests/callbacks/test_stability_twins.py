@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from mergekit_lit.callbacks import StabilityTwins
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.measurements import add_measurements, read_measurements
 from mergekit_lit.lit.data import TaskDataModule

@@ -10,7 +10,8 @@ import torch
 
 from mergekit_lit.cli import main
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, load_merged, save_expert
+from mergekit_lit.core.expert_files import load_merged, save_expert
+from mergekit_lit.core.experts import Expert
 from mergekit_lit.models.backbones import load_base
 
 _ASK = "What merging them costs, and whether to: mergekit-lit predict"

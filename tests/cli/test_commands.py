@@ -10,7 +10,7 @@ import yaml
 
 from mergekit_lit.cli import main
 from mergekit_lit.cli.card import describe
-from mergekit_lit.core.experts import load_expert, load_merged
+from mergekit_lit.core.expert_files import load_expert, load_merged
 from mergekit_lit.core.tensorfiles import write_tensors
 
 BASE = "--model.base=resnet@random:0"

@@ -13,12 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import (
-    Base,
-    Experts,
-    load_expert,
-    load_merged,
-)
+from mergekit_lit.core.expert_files import load_expert, load_merged
+from mergekit_lit.core.experts import Base, Experts
 from mergekit_lit.core.records import Record
 from mergekit_lit.merging import load_experts, merge
 from mergekit_lit.merging.patterns import select

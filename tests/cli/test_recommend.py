@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports.commands import command_line
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.records import Record
 
 BASE = "vit@random:0"

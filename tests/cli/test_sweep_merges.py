@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_merged
+from mergekit_lit.core.expert_files import load_merged
 
 BASE = "timm/test_vit@random:0"
 

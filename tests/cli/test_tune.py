@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_merged
+from mergekit_lit.core.expert_files import load_merged
 from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record
 from mergekit_lit.reports.commands import command_line

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mergekit_lit.core.bits import pack, unpack
-from mergekit_lit.core.experts import Merged, load_merged, save_merged
+from mergekit_lit.core.expert_files import load_merged, save_merged
+from mergekit_lit.core.experts import Merged
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (8,), (9,), (0,), (3, 5, 7), (0, 4)])

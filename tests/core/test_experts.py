@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import (
-    Base,
-    Expert,
-    Merged,
+from mergekit_lit.core.expert_files import (
     file_kind,
     load_base_file,
     load_expert,
@@ -18,6 +15,7 @@ from mergekit_lit.core.experts import (
     save_expert,
     save_merged,
 )
+from mergekit_lit.core.experts import Base, Expert, Merged
 from mergekit_lit.core.structure import structure_from_json
 
 

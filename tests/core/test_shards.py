@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_lit.core.checkpoints import open_tensors
-from mergekit_lit.core.experts import Merged, file_kind, load_merged, save_merged
+from mergekit_lit.core.expert_files import file_kind, load_merged, save_merged
+from mergekit_lit.core.experts import Merged
 from mergekit_lit.core.shards import Shards, open_file, write_shards
 from mergekit_lit.core.specs import Computed, Spec, renamed
 from mergekit_lit.core.structure import TensorInfo

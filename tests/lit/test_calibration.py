@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import Base, Expert, Experts, Merged, load_merged, save_expert
+from mergekit_lit.core.expert_files import load_merged, save_expert
+from mergekit_lit.core.experts import Base, Expert, Experts, Merged
 from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import Images, SplitOptions

@@ -8,7 +8,7 @@ from torch import nn
 
 from mergekit_lit.callbacks import GradientNoise
 from mergekit_lit.callbacks.expert_export import ExpertExport
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.lora import LowRank

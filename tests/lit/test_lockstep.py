@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.lit import lockstep
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule

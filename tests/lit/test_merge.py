@@ -19,7 +19,8 @@ from torchmetrics.functional.classification import (
 )
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, Experts, Merged, save_expert
+from mergekit_lit.core.expert_files import save_expert
+from mergekit_lit.core.experts import Expert, Experts, Merged
 from mergekit_lit.core.params import add, content_hash
 from mergekit_lit.data.splits import Images, TaskData
 from mergekit_lit.data.transforms import to_input
@@ -301,7 +302,7 @@ import sys
 from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
-from mergekit_lit.core.experts import save_merged
+from mergekit_lit.core.expert_files import save_merged
 from mergekit_lit.lit.merge import MergeModule, PendingMerge
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.merging.gather import load_experts

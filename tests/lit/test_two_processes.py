@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.models.backbones import load_base
 
 VARIANTS = {

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Expert, Experts, save_base, save_expert
+from mergekit_lit.core.expert_files import save_base, save_expert
+from mergekit_lit.core.experts import Base, Expert, Experts
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.merging import in_memory, load_experts, merge
 

@@ -135,7 +135,8 @@ def test_more_experts_and_larger_matrices_are_expected_to_take_longer(make_exper
 
 def test_experts_may_be_opened_by_their_headers_alone(tmp_path, make_experts):
     from mergekit_lit.core.cards import Card
-    from mergekit_lit.core.experts import Base, Expert, save_expert
+    from mergekit_lit.core.expert_files import save_expert
+    from mergekit_lit.core.experts import Base, Expert
 
     made = make_experts(1, dtype=torch.float32)
     base = Base("tiny", "tiny", 8, made.base, made.structure, "0")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_lit.core.experts import save_merged
+from mergekit_lit.core.expert_files import save_merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.specs import Computed
 from mergekit_lit.merging import merge

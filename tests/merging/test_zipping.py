@@ -8,7 +8,8 @@ from torch import nn
 
 from mergekit_lit.core.calibration import Batch, Calibration
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts, load_merged, save_merged
+from mergekit_lit.core.expert_files import load_merged, save_merged
+from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.permutations import permutation_sizes
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.lit.recalibration import recalibrate

@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from mergekit_lit.core.experts import save_base
+from mergekit_lit.core.expert_files import save_base
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.models.architectures import SmallResNet
 from mergekit_lit.models.backbones import build_backbone, load_base

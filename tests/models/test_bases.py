@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, save_base
+from mergekit_lit.core.expert_files import save_base
+from mergekit_lit.core.experts import Base
 from mergekit_lit.core.tensorfiles import write_tensors
 from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.bases import stored_base

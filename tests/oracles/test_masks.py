@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lit.core.experts import load_merged, save_merged
+from mergekit_lit.core.expert_files import load_merged, save_merged
 from mergekit_lit.merging import merge
 from mergekit_lit.merging.methods.masks import emr, tall_masks
 

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, save_expert
+from mergekit_lit.core.expert_files import save_expert
+from mergekit_lit.core.experts import Expert
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
 

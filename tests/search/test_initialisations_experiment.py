@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mergekit_lit.core.experts import save_base
+from mergekit_lit.core.expert_files import save_base
 from mergekit_lit.core.files import read_json
 from mergekit_lit.models.backbones import load_base
 

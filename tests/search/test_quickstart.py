@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_expert, load_merged
+from mergekit_lit.core.expert_files import load_expert, load_merged
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging import merge

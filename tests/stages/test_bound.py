@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.cli import main
 from mergekit_lit.core.calibration import Batch
-from mergekit_lit.core.experts import load_expert, load_merged, save_expert
+from mergekit_lit.core.expert_files import load_expert, load_merged, save_expert
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.calibration import calibration_on

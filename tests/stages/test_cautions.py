@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Base, Expert, save_expert
+from mergekit_lit.core.expert_files import save_expert
+from mergekit_lit.core.experts import Base, Expert
 from mergekit_lit.core.structure import TensorInfo
 from mergekit_lit.stages.advice import expert_cautions, nearest_travel
 from mergekit_lit.stages.cautions import cautions

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Expert, Merged, save_expert, save_merged
+from mergekit_lit.core.expert_files import save_expert, save_merged
+from mergekit_lit.core.experts import Expert, Merged
 from mergekit_lit.core.params import add
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule

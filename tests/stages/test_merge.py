@@ -9,7 +9,7 @@ import torch
 
 from mergekit_lit.callbacks import DeltaGeometry, MergeCallback
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_merged
+from mergekit_lit.core.expert_files import load_merged
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions

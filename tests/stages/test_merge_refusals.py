@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from mergekit_lit.core import files
-from mergekit_lit.core.experts import load_merged, save_expert
+from mergekit_lit.core.expert_files import load_merged, save_expert
 from mergekit_lit.core.records import Record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import merge_files

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.suite_data import MergeDataModule

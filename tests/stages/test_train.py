@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from mergekit_lit.callbacks.gradient_norm import GradientNorm
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.data import TaskDataModule

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mergekit_lit.core.cards import Card
-from mergekit_lit.core.experts import Experts, load_expert
+from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.experts import Experts
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.search.recommending.points import Constants, OfExpert, Point, Probed
 from mergekit_lit.search.recommending.site import Site

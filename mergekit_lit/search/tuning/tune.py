@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lit.core.experts import Base, load_merged
+from mergekit_lit.core.expert_files import load_merged
+from mergekit_lit.core.experts import Base
 from mergekit_lit.core.files import file_hash, write_text
 from mergekit_lit.core.locks import sole_writer
 from mergekit_lit.core.records import Record, Stopwatch, plain

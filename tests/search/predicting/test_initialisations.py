@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import Base, Expert, load_expert, save_base, save_expert
+from mergekit_lit.core.expert_files import load_expert, save_base, save_expert
+from mergekit_lit.core.experts import Base, Expert
 from mergekit_lit.core.params import content_hash
 from mergekit_lit.core.permutations import permutation_sizes, permute
 from mergekit_lit.data.splits import SplitOptions

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mergekit_lit.cli import main
-from mergekit_lit.core.experts import load_expert, save_expert
+from mergekit_lit.core.expert_files import load_expert, save_expert
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.search.predicting import predict
 from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_lit.core.experts import load_expert
+from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.recalibration import recalibrate
 from mergekit_lit.merging.engine import merge

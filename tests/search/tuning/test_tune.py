@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mergekit_lit.core.experts import load_merged
+from mergekit_lit.core.expert_files import load_merged
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.suite_data import MergeDataModule
 from mergekit_lit.search.tuning import bench as benches
