@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli.dotted import nested, refuse_idle, typed
 from mergekit_lit.cli.evaluate import evaluate_parser, evaluated
-from mergekit_lit.cli.merge import merge_parser, merged_files, recipe_of
+from mergekit_lit.cli.merge import merge_parser, merged_files
+from mergekit_lit.cli.method_flags import recipe_of
 from mergekit_lit.cli.parsing import instantiated, parse_mapping
 from mergekit_lit.cli.saving import write_config
 from mergekit_lit.cli.swept import SweptCommand, put_damaged_aside

@@ -5,25 +5,31 @@ order, a bare `--resume` means true, `--steps 100,200` is a list, files can be n
 and an unknown key is told with its nearest right one.
 """
 
-import collections.abc
 import inspect
 import json
-import re
-from argparse import Action, ArgumentError
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from mergekit_lit.cli.actions import (
+    LISTS,
+    action_of,
+    as_list,
+    holds_things,
+    is_group,
+    kinds_of,
+    next_value,
+    spelt,
+)
 from mergekit_lit.cli.messages import told, unknown_key
-
-_LISTS = (list, tuple, collections.abc.Sequence)
+from mergekit_lit.cli.yaml_files import load_yaml
 
 
 @dataclass(frozen=True)
@@ -145,23 +151,23 @@ def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
         word = words.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
         key, plus = (key[:-1], "+") if key.endswith("+") else (key, "")
-        key = _spelt(parser, key)
+        key = spelt(parser, key)
         # `key=value` without dashes is what a W&B agent passes with ${args_no_hyphens}.
-        if not word.startswith("-") and not (equals and _action(parser, key)):
+        if not word.startswith("-") and not (equals and action_of(parser, key)):
             given.positionals.append(word)
             continue
         if word == "-h":
             key = "help"
-        action = _action(parser, key)
+        action = action_of(parser, key)
         if action is None:
             raise ValueError(unknown_key(parser, key))
-        value = text if equals else _next_value(action, key, words)
-        if _holds_things(action) and any(key == before.rstrip("+") for before, _ in given.options):
+        value = text if equals else next_value(action, key, words)
+        if holds_things(action) and any(key == before.rstrip("+") for before, _ in given.options):
             plus = "+"
         if key == "config" and value is not None:
             given.configs.append(value)
         else:
-            given.options.append((key + plus, _as_list(action, value) if not plus else value))
+            given.options.append((key + plus, as_list(action, value) if not plus else value))
     return given
 
 
@@ -184,45 +190,10 @@ def value_of(parser: ArgumentParser, key: str, text: str | None) -> Any:
         value = True if text is None else yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    kinds = _kinds(getattr(_action(parser, key), "_typehint", None))
+    kinds = kinds_of(getattr(action_of(parser, key), "_typehint", None))
     if {str, Path}.isdisjoint(kinds) or value is None or type(value) in (*kinds, list, dict):
         return value
     return text
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """Read one file of parameters, interpolations as they stand.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no YAML mapping, or gives a key twice.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No file {path!r}.")
-    try:
-        # A safe loader, but for what it refuses.
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path!r} must be a YAML file, but is not: {error}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path!r} must be a YAML mapping, but is a {type(value).__name__}.")
-    return value
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML drops the first without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = set()
-        for key, _ in node.value:
-            if key.value in keys:
-                problem = f"the key {key.value!r} comes twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
 
 
 def check_keys(
@@ -235,9 +206,9 @@ def check_keys(
     """
     for key, value in values.items():
         name = f"{above}{key}".removesuffix("+")
-        if isinstance(value, dict) and _is_group(parser, name):
+        if isinstance(value, dict) and is_group(parser, name):
             check_keys(parser, value, source=source, above=f"{name}.")
-        elif _action(parser, name) is None:
+        elif action_of(parser, name) is None:
             raise ValueError(unknown_key(parser, name, source=source))
 
 
@@ -258,93 +229,20 @@ def _with_lists(
         name = f"{above}{key}"
         if isinstance(value, dict):
             inner = _with_lists(parser, value, above=f"{name}.")
-            listed[key] = inner if _is_group(parser, name) else value
+            listed[key] = inner if is_group(parser, name) else value
             continue
         action = parser._option_string_actions.get(f"--{name}")
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        made = _as_list(action, text) if action else text
+        made = as_list(action, text) if action else text
         listed[key] = value if made == text else yaml.safe_load(str(made))
     return listed
 
 
-def _spelt(parser: ArgumentParser, key: str) -> str:
-    """Return `batch_norm` for `batch-norm`, where that is the parameter's name."""
-    name = key.replace("-", "_")
-    return name if _action(parser, key) is None and _action(parser, name) else key
-
-
-def _action(parser: ArgumentParser, key: str) -> Action | None:
-    """Return the action of a key; for a key inside a class or a dict, that of the outer one."""
-    actions: dict[str, Action] = parser._option_string_actions
-    if f"--{key}" in actions:
-        return actions[f"--{key}"]
-    outer = key.rpartition(".")[0]
-    while outer:
-        if f"--{outer}" in actions and not _is_group(parser, outer):
-            return actions[f"--{outer}"]
-        outer = outer.rpartition(".")[0]
-    return None
-
-
-def _is_group(parser: ArgumentParser, key: str) -> bool:
-    """Whether the key is a group of parameters, such as `data` or `trainer`."""
-    return any(action.dest.startswith(f"{key}.") for action in parser._actions if _takes(action))
-
-
-def _takes(action: Action) -> bool:
-    return not action.dest.endswith(".help")
-
-
-def _next_value(action: Action, key: str, words: list[str]) -> str | None:
-    """Take the flag's value off the rest of the line; None where it has none."""
-    if action.nargs == 0 or key == "print_config":
-        return None
-    if key.endswith(".help"):
-        return words.pop(0) if words and not words[0].startswith("-") else None
-    if getattr(action, "_typehint", None) is bool:
-        return words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
-    if not words or words[0].startswith("--"):
-        raise ValueError(f"`{key}` must be followed by a value: --{key} VALUE.")
-    return words.pop(0)
-
-
-def _as_list(action: Action, text: str | None) -> str | None:
-    """Return `[a,b]` for `a,b` where the parameter is a list of plain values."""
-    if text is None or text.lstrip().startswith("[") or text in ("null", ""):
-        return text
-    kinds = _kinds(getattr(action, "_typehint", None))
-    items = [get_args(kind) for kind in kinds if get_origin(kind) in _LISTS]
-    plain = _holds_things(action) or any(set(of) <= {int, float, str, Path, ...} for of in items)
-    numeric = not set(kinds).isdisjoint((int, float))
-    single = numeric and ("," not in text or text.lstrip().startswith("{"))
-    if not items or not plain or str in kinds or single or "${" in text:
-        return text
-    named = not _holds_things(action) and any(set(of) <= {str, Path, ...} for of in items)
-    if named and not set(text) & set("\"'"):
-        # To YAML, `*.bias` would be an alias; commas inside braces belong to a pattern.
-        words = [word.strip() for word in re.split(r",(?![^{]*\})", text)]
-        return json.dumps(words, ensure_ascii=False)
-    return f"[{text}]"
-
-
-def _holds_things(action: Action) -> bool:
-    """Whether the parameter is a list of names or mappings, which `--key A --key B` collects."""
-    kinds = _kinds(getattr(action, "_typehint", None))
-    lists = [kind for kind in kinds if get_origin(kind) in _LISTS]
-    items = [item for kind in lists for item in get_args(kind)]
-    return any(set(_kinds(item)) == {str, dict[str, Any]} for item in items)
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
 def _positional(parser: ArgumentParser, key: str | None, words: list[str]) -> str:
-    action = _action(parser, key) if key else None
+    action = action_of(parser, key) if key else None
     if key is None or action is None:
         raise ValueError(f"Every argument must be a flag, but {words[0]!r} is none.")
-    if any(get_origin(kind) in _LISTS for kind in _kinds(getattr(action, "_typehint", 0))):
+    if any(get_origin(kind) in LISTS for kind in kinds_of(getattr(action, "_typehint", 0))):
         return f"--{key}={json.dumps(words)}"
     if len(words) > 1:
         raise ValueError(f"`{key}` must be one argument, but {len(words)} came: {words}.")

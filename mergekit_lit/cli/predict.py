@@ -11,8 +11,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
+from mergekit_lit.cli.calibration import calibration
 from mergekit_lit.cli.initialisations import print_initialisations
-from mergekit_lit.cli.merge import add_method, calibration, methods_named, recipe_of
+from mergekit_lit.cli.method_flags import add_method, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.core.records import Record

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from mergekit_lit.cli.parsing import load_yaml, read
+from mergekit_lit.cli.parsing import read
+from mergekit_lit.cli.yaml_files import load_yaml
 from mergekit_lit.core.files import write_text
 
 

@@ -22,7 +22,6 @@ from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import (
     add_parameters,
     command_parser,
-    load_yaml,
     parse_mapping,
     read,
     value_of,
@@ -31,6 +30,7 @@ from mergekit_lit.cli.parsing import (
 from mergekit_lit.cli.saving import merged_values
 from mergekit_lit.cli.train import train_parser
 from mergekit_lit.cli.train_job import TrainJob
+from mergekit_lit.cli.yaml_files import load_yaml
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.search.sweeping.axes import read_axes
 from mergekit_lit.search.sweeping.estimates import Estimate, estimate

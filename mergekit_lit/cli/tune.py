@@ -8,7 +8,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mergekit_lit.cli import COMMANDS
-from mergekit_lit.cli.merge import calibration, veneers
+from mergekit_lit.cli.calibration import calibration
+from mergekit_lit.cli.method_flags import veneers
 from mergekit_lit.cli.output import print_json, print_table
 from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
 from mergekit_lit.cli.saving import config_texts, write_config

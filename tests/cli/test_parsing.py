@@ -7,15 +7,9 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from mergekit_lit.cli.parsing import (
-    add_parameters,
-    command_parser,
-    load_yaml,
-    parse,
-    value_of,
-    values_of,
-)
+from mergekit_lit.cli.parsing import add_parameters, command_parser, parse, value_of, values_of
 from mergekit_lit.cli.saving import config_texts, write_config
+from mergekit_lit.cli.yaml_files import load_yaml
 
 
 @dataclass

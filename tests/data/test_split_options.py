@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from mergekit_lit.cli.merge import calibration
+from mergekit_lit.cli.calibration import calibration
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.suite_data import MergeDataModule
