@@ -11,6 +11,7 @@ random groups of which one member was trained for longer, or faster, than the ot
   of the shortest.
 - `travel`: `travel_normalised`, beside the average alone.
 - `shorter`: the odd member's own checkpoint whose travel is nearest to the others'.
+- `distilled`: a student of the odd member, trained as the others are.
 
 Each is scored on a few test images of each task; nothing is tuned. Each case ends in one record.
 """
@@ -30,9 +31,12 @@ from testbed import POLICY, groups_of, write_rows
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import read_json
+from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.stages.advice import nearest_travel
 from mergekit_lit.stages.recipes import Recipe
+from mergekit_lit.stages.train import train_expert
 
 _TRAVEL = "travel_normalised"
 
@@ -117,10 +121,14 @@ def rows_of(case: Case) -> Iterator[dict[str, Any]]:
             before[odd] = one[case.steps[1]][places[odd]]
             travel = statistics.median(load_expert(file).card.travel or 0.0 for file in alike)
             path = {k: files[places[odd]] for k, files in one.items() if k <= case.steps[1]}
+            distilled = [*alike]
+            distilled[odd] = student_of(case, group[odd], before[odd])
             shorter = [*alike]
             shorter[odd] = path[nearest_travel({k: _travel(f) for k, f in path.items()}, travel)]
             for chosen in case.methods:
-                for repair, files, recipe in repairs(alike, before, shorter, chosen):
+                for repair, files, recipe in repairs(
+                    alike, before, {"shorter": shorter, "distilled": distilled}, chosen
+                ):
                     experts = bed.experts(files)
                     merged = bed.merged(experts, recipe)
                     scores = bed.scores({"merged": merged}, experts, split="test")["merged"]
@@ -137,10 +145,34 @@ def rows_of(case: Case) -> Iterator[dict[str, Any]]:
                     }
 
 
+def student_of(case: Case, task: str, teacher: Path) -> Path:
+    """Return a student of an expert, trained as the others of its group are."""
+    run, steps = case.others, case.steps[0]
+    result = train_expert(
+        data=TaskDataModule(
+            run.suite, task, batch=run.batch, train_share=run.train_share, split_seed=run.seed
+        ),
+        model=ExpertModule(
+            run.backbone,
+            lr=run.lr,
+            schedule=run.schedule,  # type: ignore[arg-type] # checked there
+            warmup_steps=run.warmup_steps,
+            teacher=str(teacher),
+            seed=run.seed,
+        ),
+        steps=[steps],
+        out=case.record.with_suffix("") / "students",
+        trainer={"accelerator": "cpu", "devices": 1},
+        resume=True,
+        name=task,
+    )
+    return result.experts[0]
+
+
 def repairs(
     alike: Sequence[Path],
     before: Sequence[Path],
-    shorter: Sequence[Path],
+    again: Mapping[str, Sequence[Path]],
     chosen: Mapping[str, Any],
 ) -> Iterator[tuple[str, Sequence[Path], Recipe]]:
     """Yield each repair of a merge: its name, the experts, and how they are merged."""
@@ -155,7 +187,8 @@ def repairs(
     yield "shortest norm", before, recipe(("equal_norms", {"to": "min"}))
     if chosen["method"] == "average":
         yield "travel", before, Recipe(method=_TRAVEL, batch_norm=POLICY)
-    yield "shorter", shorter, recipe()
+    for name, experts in again.items():
+        yield name, experts, recipe()
 
 
 def _travel(file: Path) -> float:

@@ -33,6 +33,7 @@ _IDLE = frozenset(
 )
 _COSTLY = (
     *("model.base", "model.image_size", "model.finetuning", "model.sam_radius", "data.batch"),
+    "model.teacher",
     "trainer.accumulate_grad_batches",
 )
 _TRIAL_STEPS = (2, 8)
@@ -49,6 +50,7 @@ _STACKED = {
     "model.sam_radius": 0.0,
     "model.compile": False,
     "model.channels_last": False,
+    "model.teacher": None,
 }
 # Arguments of the Trainer that do not.
 _STACKED_TRAINER = {

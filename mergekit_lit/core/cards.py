@@ -42,6 +42,9 @@ class Card:
         sam_radius: radius of sharpness-aware minimisation; 0 without.
         lora_rank: rank of the factors; None without.
         lora_alpha: their scale times the rank; None without.
+        teacher: content hash of the expert whose answers were learned; None without one.
+        teacher_share: share of its answers in the loss; None without.
+        temperature: at which they were compared; None without.
         head: how the head was made: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.
         seed: seed of the data order, the augmentation and the head's initialisation.
         replaced: m, samples replaced in a neighbouring data set; 0 for the plain run.
@@ -91,6 +94,9 @@ class Card:
     sam_radius: float | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    teacher: str | None = None
+    teacher_share: float | None = None
+    temperature: float | None = None
     head: str | None = None
     seed: int | None = None
     replaced: int | None = None

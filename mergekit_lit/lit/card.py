@@ -30,7 +30,7 @@ def expert_card(
         measured: path constants by the names of the card's fields.
     """
     optimization, tuning = module.optimization, module.finetuning
-    lora = tuning.kind == "lora"
+    lora, taught = tuning.kind == "lora", module.distillation
     is_sgd = optimization.optimizer == "sgd"
     horizon = trainer.max_steps if optimization.horizon_matters else None
     facts = {
@@ -57,6 +57,9 @@ def expert_card(
         "sam_radius": tuning.sam_radius,
         "lora_rank": tuning.lora_rank if lora else None,
         "lora_alpha": tuning.lora_alpha if lora else None,
+        "teacher": taught.content if taught else None,
+        "teacher_share": taught.share if taught else None,
+        "temperature": taught.temperature if taught else None,
         "head": module.head_kind,
         "seed": module.seed,
         "train_loss": train.loss,

@@ -16,6 +16,7 @@ from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import Batch
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
+from mergekit_lit.lit.distillation import Distillation, Teacher
 from mergekit_lit.lit.finetuning import Finetuning, FinetuningName, NormStatistics
 from mergekit_lit.lit.heads import Head, head_at, head_kind
 from mergekit_lit.lit.lockstep import Together
@@ -55,6 +56,7 @@ class ExpertModule(LightningModule):
         adapter: the low-rank factors of `lora`, after `setup`; else None.
         starts: where other modules of this process found statistics and heads that this one may
             need too; None to share none.
+        distillation: whose answers are learned; None without a teacher.
         together: computes losses along with those of other modules; None to compute them alone.
         seed: the seed of everything random.
     """
@@ -82,6 +84,9 @@ class ExpertModule(LightningModule):
         sam_radius: float = 0.0,
         lora_rank: int = 8,
         lora_alpha: float = 8.0,
+        teacher: str | None = None,
+        teacher_share: float = 0.9,
+        temperature: float = 2.0,
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002 (the user's word for torch.compile)
         seed: int = 0,
@@ -112,6 +117,11 @@ class ExpertModule(LightningModule):
                 x + r g / ||g||, at twice the cost; 0 for none.
             lora_rank: rank of the factors of `lora`, at least 1.
             lora_alpha: positive; the product of the factors is scaled by lora_alpha / lora_rank.
+            teacher: file of an expert of the same task and architecture whose answers are learned:
+                for one that went too far to be merged. The bound's terms are then of another loss
+                than was trained on.
+            teacher_share: share of its answers in the loss, in (0, 1]; the labels have the rest.
+            temperature: positive; the softer answers are compared, the larger it is.
             channels_last: whether convolutions run in channels-last memory: often faster, rounds
                 differently.
             compile: whether torch.compile runs the backbone.
@@ -146,6 +156,12 @@ class ExpertModule(LightningModule):
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
         self.finetuning.check_fits(self.structure)
+        self.distillation: Distillation | None = None
+        if teacher is not None:
+            self.distillation = Distillation.of(
+                teacher, self.base, share=teacher_share, temperature=temperature
+            )
+        self._teacher: Teacher | None = None
 
     @property
     def data(self) -> TaskDataModule:
@@ -161,6 +177,10 @@ class ExpertModule(LightningModule):
         statistics, head = self._start(start, data)
         start.load_state_dict({**start.state_dict(), **statistics})
         self.head = Head(head, trained=self.head_kind == "trained")
+        if self.distillation is not None:
+            self.distillation.check_fits(data)
+            teacher = self.plain_backbone(self.base.params, self.trainer.strategy.root_device)
+            self._teacher = self.distillation.taught(teacher)
         self.backbone.load_state_dict(start.state_dict())
         self.backbone.to(memory_format=self.memory)
         self.tangent = self.finetuning.tangent(start, self.memory)
@@ -270,11 +290,14 @@ class ExpertModule(LightningModule):
 
     def _loss(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """Return the loss, all that the forward pass draws at random keyed by `seed`."""
-        if self.together is not None and (loss := self.together(self, x, y)) is not None:
+        # What one pass computes for many knows no teacher.
+        together = self.together if self._teacher is None else None
+        if together is not None and (loss := together(self, x, y)) is not None:
             return loss
         seed_stream(seed, self.device)
-        smoothing = self.finetuning.label_smoothing
-        return cross_entropy(self(x).float(), y, label_smoothing=smoothing)
+        logits, smoothing = self(x).float(), self.finetuning.label_smoothing
+        plain = cross_entropy(logits, y, label_smoothing=smoothing)
+        return plain if self._teacher is None else self._teacher.loss(x, logits, plain)
 
     def _report(self, loss: Tensor, step: int) -> None:
         """Log the loss and the learning rate; refuse a loss that is no number."""

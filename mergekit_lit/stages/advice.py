@@ -116,7 +116,10 @@ def _too_far(file: Path, card: Card, middle: float | None, *, past: bool) -> str
         )
     earlier = _earlier(file, card)
     if not earlier:
-        return f"{what} {' and '.join(said)}. Train it again for fewer steps or at a lower rate."
+        return (
+            f"{what} {' and '.join(said)}. Train it again for fewer steps or at a lower rate, or "
+            f"distil it so: mergekit-lit train --model.teacher {file}"
+        )
     wanted = middle if middle is not None else min(earlier)
     chosen = earlier[min(earlier, key=lambda travel: abs(math.log(travel / wanted)))]
     return f"{what} {' and '.join(said)}. Merge its earlier checkpoint instead: {chosen}"

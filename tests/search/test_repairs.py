@@ -16,7 +16,9 @@ def script(experiment):
 def test_every_repair_is_merged_and_the_table_compares_it_with_before(script):
     made = {
         name: (files, recipe)
-        for name, files, recipe in script.repairs(["a"], ["b"], ["c"], {"method": "average"})
+        for name, files, recipe in script.repairs(
+            ["a"], ["b"], {"shorter": ["c"], "distilled": ["d"]}, {"method": "average"}
+        )
     }
     assert {name: files for name, (files, _) in made.items()} == {
         "alike": ["a"],
@@ -25,6 +27,7 @@ def test_every_repair_is_merged_and_the_table_compares_it_with_before(script):
         "shortest norm": ["b"],
         "travel": ["b"],
         "shorter": ["c"],
+        "distilled": ["d"],
     }
     assert made["travel"][1].method == "travel_normalised"
     assert made["shortest norm"][1].veneers == (("equal_norms", {"to": "min"}),)
@@ -50,7 +53,8 @@ def test_a_case_is_measured_once(script, tiny_sweep, tmp_path):
     record = script.make(case)
     rows = read_json(record)["metrics"]["rows"]
     assert [row["repair"] for row in rows] == [
-        *("alike", "before", "equal norms", "shortest norm", "travel", "shorter")
+        *("alike", "before", "equal norms", "shortest norm", "travel"),
+        *("shorter", "distilled"),
     ]
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
     before = record.read_bytes()

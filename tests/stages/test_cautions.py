@@ -144,7 +144,10 @@ def test_an_expert_that_went_too_far_names_the_checkpoint_to_take_instead(tmp_pa
 def test_without_an_earlier_checkpoint_it_is_to_be_trained_again(tmp_path):
     files = [_written(tmp_path, task, 100, 5.0) for task in "bc"]
     files.append(_written(tmp_path, "a", 900, 45.0))
-    assert expert_cautions(files)[-1].endswith("Train it again for fewer steps or at a lower rate.")
+    assert expert_cautions(files)[-1].endswith(
+        "Train it again for fewer steps or at a lower rate, or distil it so: mergekit-lit train "
+        f"--model.teacher {files[-1]}"
+    )
 
 
 def test_an_expert_below_its_base_went_past_what_is_good(tmp_path):
