@@ -48,6 +48,8 @@ _TAKEN = {
     "enable_checkpointing": "checkpoint_every",
 }
 
+# Arguments of the module that do nothing without a teacher.
+_TEACHING = ("teacher", "teacher_share", "temperature")
 # Trainer arguments that change the weights' path: a resumed run must have the same ones.
 _TRAJECTORY = (
     "accumulate_grad_batches",
@@ -272,7 +274,7 @@ def _config(
         plain(
             {
                 "data": {**data.hparams, "split_hash": data.task_data.split_hash},
-                "model": {**model.hparams, "base_hash": model.base.content},
+                "model": {**_model_config(model), "base_hash": model.base.content},
                 "steps": list(steps),
                 "trainer": {
                     **{key: chosen.get(key) for key in _TRAJECTORY},
@@ -283,6 +285,14 @@ def _config(
             }
         )
     )
+
+
+def _model_config(model: ExpertModule) -> dict[str, Any]:
+    """Return the module's arguments, and what its teacher is; without one, nothing of teaching."""
+    given = dict(model.hparams)
+    if model.distillation is not None:
+        return {**given, "teacher_hash": model.distillation.content}
+    return {name: value for name, value in given.items() if name not in _TEACHING}
 
 
 def _path_config(config: Mapping[str, Any], model: ExpertModule, steps: int) -> dict[str, Any]:

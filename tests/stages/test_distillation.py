@@ -128,6 +128,16 @@ def test_an_interrupted_student_goes_on_to_the_same_bytes(tiny_suite, tmp_path, 
     assert file_hash(gone_on) == file_hash(whole)
 
 
+def test_another_teacher_under_the_same_name_is_another_run(tiny_suite, tmp_path, teacher):
+    other = train(tiny_suite, tmp_path / "other", steps=[2])
+    named, hashes = tmp_path / "teacher.safetensors", set()
+    for file in (other, teacher):
+        named.write_bytes(file.read_bytes())
+        student = train(tiny_suite, tmp_path / "s", resume=True, model={"teacher": str(named)})
+        hashes.add(file_hash(student))
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
