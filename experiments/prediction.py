@@ -8,7 +8,8 @@ correlation between predicted and measured outcome, as the mean over folds, with
 backbone, and pooled, with 90 % bootstrap intervals; the mean absolute error; what is lost, in
 points of accuracy, by taking the merge of each group that is predicted best; and for fitted
 predictors the share of outcomes within 90 % intervals, and how wide these are. Each part is kept as
-a file in `--out`; what is there is not judged again, so that a killed run goes on.
+a file in `--out`; what is there is not judged again, so that a killed run goes on. `--page` writes
+a page with figures of them.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mergekit_lit.core.files import file_hash, read_json, write_json
+from mergekit_lit.core.files import file_hash, read_json, write_json, write_text
+from mergekit_lit.reports.markup import document, section
+from mergekit_lit.reports.whiskers import whiskers
 from mergekit_lit.search.predicting.columns import Level, Row
 from mergekit_lit.search.predicting.folds import SPLITS, Fold
 from mergekit_lit.search.predicting.intervals import Calibrated, calibrated, cross_calibrated
@@ -75,15 +78,23 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
     parser.add_argument("--levels", nargs="+", choices=get_args(Level), default=get_args(Level))
     parser.add_argument("--out", type=Path, default=Path("runs/prediction"))
+    parser.add_argument("--page", type=Path, help="HTML page of figures; none without it")
     given = parser.parse_args()
     table = read_table(given.table, needed_columns("probe", _BESIDE))
     about = {"table": file_hash(table_file(given.table)), "outcome": given.outcome}
+    sections = []
     for split in given.splits:
+        of_split: dict[str, dict[str, Any]] = {}
         print(f"\n### {split}, {given.outcome}\n\n{_HEADER}", flush=True)
         for part in (_NULLS, *given.levels):
             path = given.out / f"{given.outcome}-{split.replace(' ', '-')}-{part}.json"
             for name, found in kept(path, about, table, given.outcome, split, part).items():
                 print(line(name, found), flush=True)
+                of_split[name] = found
+        sections.append(drawn(split, of_split))
+    if given.page:
+        title = f"Predictions of merged {given.outcome} on what was held out"
+        write_text(given.page, document(title, *sections))
 
 
 def kept(
@@ -174,6 +185,37 @@ _HEADER = (
     "| predictor | Spearman, per fold | per task and backbone | pooled | mean error "
     "| regret, points | rows within | merges within | width |\n" + 9 * "|---" + "|"
 )
+
+
+def drawn(split: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the figures of one way of holding out: how well each ranks, and what it loses."""
+    ranks = {
+        name: (statistics.fmean(each["per_fold"].values()), each["per_fold_within"])
+        for name, each in found.items()
+    }
+    lost = {
+        name: (100 * each["regret"], [100 * end for end in each["regret_within"]])
+        for name, each in found.items()
+        if each["regret"] is not None
+    }
+    panels = (("Spearman, mean over folds", ranks), ("regret in points", lost))
+    return section(split, *(_panel(heading, rows, split) for heading, rows in panels if rows))
+
+
+def _panel(heading: str, rows: Mapping[str, tuple[float, Sequence[float]]], split: str) -> str:
+    fitted = tuple(get_args(Level))
+    return whiskers(
+        f"{heading}, with 90 % intervals",
+        [
+            (
+                name,
+                {"value": value, "low": ends[0], "high": ends[1]},
+                "merged" if name.endswith(fitted) else "expert",
+            )
+            for name, (value, ends) in rows.items()
+        ],
+        title=f"{split}: {heading}",
+    )
 
 
 def _turned(fit: Fit) -> Fit:

@@ -67,6 +67,13 @@ def test_each_part_is_judged_once_and_told_again(script, tmp_path, monkeypatch, 
     monkeypatch.setattr(script, "judged", None)
     script.main()
     assert capsys.readouterr().out == first
+    page = tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["prediction.py", *flags, "--page", str(page)])
+    script.main()
+    capsys.readouterr()
+    written = page.read_text()
+    assert "trees, cards 1.000 [" in written
+    assert written.count("<svg") == 2
     kept = json.loads((out / "accuracy-embedded-to-real-cards.json").read_text())
     assert len(kept["about"]["table"]) == 64
     write_table(table, measured(25))
