@@ -25,6 +25,16 @@ from mergekit_lit.theory.optimal import Landscape, Vector, optimum
 from mergekit_lit.theory.optimal_layers import Layers, best_rows
 
 
+def _check(
+    experts: Experts, *, travel: float | None, micro_batches: int, batch: int, images: int
+) -> None:
+    if travel is not None and not 0 < travel < float("inf"):
+        raise ValueError(f"`travel` must be positive and finite, or null, but is {travel!r}.")
+    Effort(micro_batches=micro_batches, batch=batch, hessian_images=images)
+    for t in range(len(experts)):
+        _known(experts, t)
+
+
 @MERGE_METHODS.add(
     form="linear",
     family="bound",
@@ -32,6 +42,7 @@ from mergekit_lit.theory.optimal_layers import Layers, best_rows
     source="Our reconstruction of the bound of arXiv 2601.21690",
     search={"travel": (0.1, 2.0)},
     order="sums over experts are rounded in their order",
+    check=_check,
 )
 def bound_optimal(
     experts: Experts,
@@ -71,8 +82,6 @@ def bound_optimal(
     arXiv:2007.07481 (FedNova).
     Differs: see `theory.optimal.optimum` and `theory.optimal_layers.best_rows`.
     """
-    if travel is not None and not 0 < travel < float("inf"):
-        raise ValueError(f"`travel` must be positive and finite, or null, but is {travel!r}.")
     asked = Effort(micro_batches=micro_batches, batch=batch, hessian_images=images, seed=seed)
     fewest = min(len(calibration.samples[task]) for task in experts.names)
     effort = asked.within(fewest)

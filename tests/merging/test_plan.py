@@ -13,6 +13,29 @@ from mergekit_lit.merging import load_experts, load_raw, merge, plan, save_raw, 
 from mergekit_lit.merging.timing import expected_seconds
 
 
+@pytest.mark.parametrize(
+    ("method", "config", "message"),
+    [
+        ("adamerging", {"lr": 0.0}, "`lr` must be above 0"),
+        ("adamerging", {"density": 0.0}, "`density` must lie in"),
+        ("bound_optimal", {"travel": -1.0}, "`travel` must be positive"),
+        ("bound_optimal", {"micro_batches": 1}, "`micro_batches` must be at least 2"),
+        ("fisher", {"floor": 0.0}, "`floor` must be above 0"),
+        ("greedy_soup", {"samples": 0}, "`samples` must be at least 1"),
+        ("mats", {"iterations": 0}, "`iterations` must be at least 1"),
+        ("regmean", {"ridge": 0.0}, "`ridge` must be above 0"),
+        ("regmean_plus_plus", {"off_diagonal": 2.0}, "`off_diagonal` must lie in"),
+        ("repair", {"samples": 1}, "`samples` must be at least 2"),
+        ("surgery", {"rank": 0}, "`rank` must be at least 1"),
+    ],
+)
+def test_values_of_methods_that_look_at_images_are_refused_before_any_is_read(
+    make_experts, headers_of, method, config, message
+):
+    with pytest.raises(ValueError, match=message):
+        plan(headers_of(make_experts(3)), method, config=config)
+
+
 @pytest.mark.parametrize("method", MERGE_METHODS.names())
 def test_the_plan_is_what_the_merge_then_does(make_experts, headers_of, method):
     low, high = MERGE_METHODS.get(method).facts.get("experts", (1, None))

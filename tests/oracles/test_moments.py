@@ -336,7 +336,7 @@ def test_mats_of_a_linear_softmax_has_its_blocks_in_closed_form():
     ("method", "config", "message"),
     [
         ("fisher", {"floor": 0}, "`floor` must be above 0, but is 0"),
-        ("fisher", {"samples": 0}, "number of images to look at must be at least 1, but is 0"),
+        ("fisher", {"samples": 0}, "`samples` must be at least 1, but is 0"),
         ("regmean", {"ridge": 0.0}, "`ridge` must be above 0, but is 0.0"),
         ("regmean", {"off_diagonal": 1.5}, r"`off_diagonal` must lie in \[0, 1\], but is 1.5"),
         ("regmean_plus_plus", {"ridge": -1}, "`ridge` must be above 0, but is -1"),

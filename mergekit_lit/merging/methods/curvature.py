@@ -12,7 +12,7 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
-from mergekit_lit.merging.methods.moments import as_matrices, looks, matrix_names
+from mergekit_lit.merging.methods.moments import as_matrices, check_samples, looks, matrix_names
 from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
 
@@ -23,6 +23,12 @@ _BLOCK_BYTES = 2**30
 _SOLVED = 1e-10
 
 
+def _check(_: Experts, *, iterations: int, samples: int) -> None:
+    check_samples(samples)
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, but is {iterations!r}.")
+
+
 @MERGE_METHODS.add(
     form="whole",
     family="moments",
@@ -30,6 +36,7 @@ _SOLVED = 1e-10
     source="Tam et al. 2024, arXiv:2312.04339, sec. 4 (MaTS)",
     search={"iterations": (1, 100)},
     order="the labels of the t-th expert are drawn from the t-th stream",
+    check=_check,
 )
 def mats(
     experts: Experts,
@@ -59,8 +66,6 @@ def mats(
     Differs: convolutions too, their places counted as rows; from the average, not from another
         merge.
     """
-    if iterations < 1:
-        raise ValueError(f"`iterations` must be at least 1, but is {iterations!r}.")
     steps: dict[str, Tensor] = {}
     for names in _rounds(experts):
         blocks = []

@@ -14,7 +14,7 @@ from mergekit_lit.core.params import Params, norm
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.core.seeds import generator
 from mergekit_lit.core.tensorfiles import floats
-from mergekit_lit.merging.methods.moments import looks
+from mergekit_lit.merging.methods.moments import check_samples, looks
 from mergekit_lit.merging.steps import moved
 
 Labels = Literal["sampled", "enumerated", "true"]
@@ -24,12 +24,19 @@ Labels = Literal["sampled", "enumerated", "true"]
 _GRADIENT_BYTES = 2**28
 
 
+def _check(_: Experts, *, samples: int, floor: float) -> None:
+    check_samples(samples)
+    if floor <= 0:
+        raise ValueError(f"`floor` must be above 0, but is {floor!r}.")
+
+
 @MERGE_METHODS.add(
     form="whole",
     family="moments",
     data="train",
     source="Matena & Raffel 2022, arXiv:2111.09832, sec. 3",
     order="the labels of the t-th expert are drawn from the t-th stream",
+    check=_check,
 )
 def fisher(
     experts: Experts,
@@ -63,8 +70,6 @@ def fisher(
     Source: Matena & Raffel 2022, arXiv:2111.09832, sec. 3.
     Differs: heads are not merged.
     """
-    if floor <= 0:
-        raise ValueError(f"`floor` must be above 0, but is {floor!r}.")
     weighted: dict[str, Tensor] = {}
     totals: dict[str, Tensor] = {}
     for t, task in enumerate(experts.names):

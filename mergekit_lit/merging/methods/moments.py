@@ -22,6 +22,16 @@ def matrix_names(experts: Experts) -> list[str]:
     ]
 
 
+def check_samples(samples: int, *, least: int = 1) -> None:
+    """Refuse a largest number of images that leaves too few.
+
+    Raises:
+        ValueError: fewer than the least.
+    """
+    if samples < least:
+        raise ValueError(f"`samples` must be at least {least}, but is {samples!r}.")
+
+
 def looks(calibration: Calibration, t: int, task: str, samples: int, seed: int) -> Iterator[Batch]:
     """Yield at most `samples` images of task t, in batches; the same at each call."""
     images = calibration.samples[task]

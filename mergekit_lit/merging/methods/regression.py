@@ -9,9 +9,22 @@ from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import check_interval
-from mergekit_lit.merging.methods.moments import as_matrices, input_moments, looks, matrix_names
+from mergekit_lit.merging.methods.moments import (
+    as_matrices,
+    check_samples,
+    input_moments,
+    looks,
+    matrix_names,
+)
 from mergekit_lit.merging.passes import mean_delta
 from mergekit_lit.merging.steps import moved
+
+
+def _check(_: Experts, *, off_diagonal: float, samples: int, ridge: float) -> None:
+    check_interval("off_diagonal", off_diagonal, "[0, 1]")
+    check_samples(samples)
+    if ridge <= 0:
+        raise ValueError(f"`ridge` must be above 0, but is {ridge!r}.")
 
 
 @MERGE_METHODS.add(
@@ -20,6 +33,7 @@ from mergekit_lit.merging.steps import moved
     data="train",
     source="Jin et al. 2023, arXiv:2212.09849, sec. 3 (RegMean)",
     search={"off_diagonal": (0.0, 1.0)},
+    check=_check,
 )
 def regmean(
     experts: Experts,
@@ -53,8 +67,6 @@ def regmean(
     Source: Jin et al. 2023, arXiv:2212.09849, sec. 3 (RegMean).
     Differs: convolutions too; `ridge`, without which inputs that are always 0 have no solution.
     """
-    check_interval("off_diagonal", off_diagonal, "[0, 1]")
-    _check_ridge(ridge)
     equations = NormalEquations(experts, off_diagonal=off_diagonal, ridge=ridge)
     names = matrix_names(experts)
     for t, task in enumerate(experts.names):
@@ -70,6 +82,7 @@ def regmean(
     data="train",
     source="Nguyen et al. 2025, arXiv:2508.03121 (RegMean++)",
     search={"off_diagonal": (0.0, 1.0)},
+    check=_check,
 )
 def regmean_plus_plus(
     experts: Experts,
@@ -100,8 +113,6 @@ def regmean_plus_plus(
     Source: Nguyen et al. 2025, arXiv:2508.03121 (RegMean++).
     Differs: convolutions too; `ridge`, as in `regmean`.
     """
-    check_interval("off_diagonal", off_diagonal, "[0, 1]")
-    _check_ridge(ridge)
     steps: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
     for names in _blocks(experts):
@@ -199,8 +210,3 @@ def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
     """Return a G + (1 - a) diag(G), (g, n, n)."""
     diagonal = torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
     return off_diagonal * gram + (1 - off_diagonal) * diagonal
-
-
-def _check_ridge(ridge: float) -> None:
-    if ridge <= 0:
-        raise ValueError(f"`ridge` must be above 0, but is {ridge!r}.")

@@ -12,19 +12,24 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS, VENEERS
 from mergekit_lit.merging.methods.averaging import average
-from mergekit_lit.merging.methods.moments import looks, matrix_names
+from mergekit_lit.merging.methods.moments import check_samples, looks, matrix_names
 from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 _SOURCE = "Jordan et al. 2022, arXiv:2211.08403, sec. 3 (REPAIR)"
 
 
-@VENEERS.add(position="after", data="train", source=_SOURCE)
+def _check(_: Experts, *, samples: int) -> None:
+    check_samples(samples, least=2)
+
+
+@VENEERS.add(position="after", data="train", source=_SOURCE, check=_check)
 @MERGE_METHODS.add(
     form="whole",
     family="alignment",
     data="train",
     source=_SOURCE,
+    check=_check,
 )
 @torch.no_grad()
 def repair(
@@ -62,8 +67,6 @@ def repair(
     Differs: a layer without a bias is left to the BatchNorm that follows it: there the policy
         `recalibrate` is the paper's reset; channels that do not vary in the merge are shifted only.
     """
-    if samples < 2:
-        raise ValueError(f"`samples` must be at least 2, but is {samples}.")
     if merged is not None and (merged.own or merged.masks or merged.adapters):
         raise ValueError(
             "`repair` must be given one model for all tasks, but this merge leaves each task "

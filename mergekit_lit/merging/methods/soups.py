@@ -9,7 +9,7 @@ from mergekit_lit.core.calibration import Batch, Calibration
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.merging.methods.moments import looks, looks_together
+from mergekit_lit.merging.methods.moments import check_samples, looks, looks_together
 from mergekit_lit.merging.passes import reduced
 from mergekit_lit.merging.steps import moved
 
@@ -20,6 +20,7 @@ from mergekit_lit.merging.steps import moved
     data="val",
     source="Wortsman et al. 2022, arXiv:2203.05482, recipe 1 (greedy soup)",
     order="of experts with equal scores the first is tried first",
+    check=lambda _, samples: check_samples(samples),
 )
 def greedy_soup(
     experts: Experts, calibration: Calibration, *, samples: int = 512, seed: int = 0

@@ -18,12 +18,19 @@ from mergekit_lit.merging.methods.test_time import check_learning
 _IMAGES = 4096
 
 
+def _check(_: Experts, *, rank: int, steps: int, lr: float, batch: int) -> None:
+    check_learning(steps=steps, lr=lr, batch=batch)
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, but is {rank!r}.")
+
+
 @MERGE_METHODS.add(
     form="whole",
     family="test-time",
     data="test-unlabelled",
     source="Yang et al. 2024, arXiv:2402.02705, eq. 4 (representation surgery)",
     order="the adapter of the t-th task is drawn from the t-th stream",
+    check=_check,
 )
 # Each argument is one parameter of the method, hence so many.
 def surgery(  # noqa: PLR0913
@@ -60,9 +67,6 @@ def surgery(  # noqa: PLR0913
     Differs: the features, which the adapter does not change, are computed once; at most 4096
         images of a task are looked at.
     """
-    check_learning(steps=steps, lr=lr, batch=batch)
-    if rank < 1:
-        raise ValueError(f"`rank` must be at least 1, but is {rank!r}.")
     merged = merge(experts, merged_by, config=settings, seed=seed)
     if merged.masks:
         raise ValueError(

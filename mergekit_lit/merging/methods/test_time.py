@@ -18,12 +18,33 @@ from mergekit_lit.merging.methods.sparsify import agreeing, trim_and_elect
 from mergekit_lit.merging.steps import moved, weighted_sum
 
 
+def check_learning(*, steps: int, lr: float, batch: int) -> None:
+    """Refuse settings of Adam that cannot be.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if steps < 0:
+        raise ValueError(f"`steps` must be at least 0, but is {steps!r}.")
+    if lr <= 0:
+        raise ValueError(f"`lr` must be above 0, but is {lr!r}.")
+    if batch < 1:
+        raise ValueError(f"`batch` must be at least 1, but is {batch!r}.")
+
+
+def _check(_: Experts, *, start: float, density: float, steps: int, lr: float, batch: int) -> None:
+    check_interval("start", start, "[0, 1]")
+    check_interval("density", density, "(0, 1]")
+    check_learning(steps=steps, lr=lr, batch=batch)
+
+
 @MERGE_METHODS.add(
     form="whole",
     family="test-time",
     data="test-unlabelled",
     source="Yang et al. 2024, arXiv:2310.02575, eq. 4 (AdaMerging)",
     order="the batches of the t-th task are drawn from the t-th stream",
+    check=_check,
 )
 # Each argument is one parameter of the method, hence so many.
 def adamerging(  # noqa: PLR0913
@@ -66,9 +87,6 @@ def adamerging(  # noqa: PLR0913
     Differs: coefficients are clamped after each step, not inside the model; no graph through the
         T deltas.
     """
-    check_interval("start", start, "[0, 1]")
-    check_interval("density", density, "(0, 1]")
-    check_learning(steps=steps, lr=lr, batch=batch)
     deltas = {name: experts.deltas(name) for name in experts.merged_names()}
     if plus_plus:
         deltas = trimmed_and_agreed(deltas, density=density)
@@ -202,17 +220,3 @@ def trimmed_and_agreed(deltas: Mapping[str, Tensor], *, density: float) -> dict[
         sign = torch.where(sign == 0, float(stats["majority"]()), sign)
         agreed[name] = agreeing(kept, sign)
     return agreed
-
-
-def check_learning(*, steps: int, lr: float, batch: int) -> None:
-    """Refuse settings of Adam that cannot be.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    if steps < 0:
-        raise ValueError(f"`steps` must be at least 0, but is {steps!r}.")
-    if lr <= 0:
-        raise ValueError(f"`lr` must be above 0, but is {lr!r}.")
-    if batch < 1:
-        raise ValueError(f"`batch` must be at least 1, but is {batch!r}.")

@@ -16,14 +16,13 @@ from mergekit_lit.core.structure import Structure, TensorInfo
 from mergekit_lit.merging.configuration import check_interval
 from mergekit_lit.merging.methods.alignment import FEATURES, check_axes
 from mergekit_lit.merging.methods.matching import correlations, group_units
-from mergekit_lit.merging.methods.moments import looks
+from mergekit_lit.merging.methods.moments import check_samples, looks
 
 
 def _check(experts: Experts, *, alpha: float, beta: float, until: str | None, samples: int) -> None:
     check_interval("alpha", alpha, "[0, 1]")
     check_interval("beta", beta, "[0, 1]")
-    if samples < 1:
-        raise ValueError(f"`samples` must be at least 1, but is {samples}.")
+    check_samples(samples)
     check_axes(experts)
     _tail(experts.structure, until)
 
