@@ -35,6 +35,7 @@ from testbed import (
     csv_of,
     groups_of,
     testbed_of,
+    trained,
     write_rows,
 )
 
@@ -47,7 +48,6 @@ from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound import expert_facts
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import bound
 from mergekit_lit.theory.constants import Effort
 from mergekit_lit.theory.facts import ALL, MergeFacts
@@ -175,15 +175,15 @@ def experts_of(run: Run) -> dict[int, list[Path]]:
     found: dict[int, list[Path]] = {steps: [] for steps in run.steps}
     for task in run.tasks:
         for steps in trainings:
-            result = train_expert(
-                data=TaskDataModule(
+            made = trained(
+                TaskDataModule(
                     run.suite,
                     task,
                     batch=run.batch,
                     train_share=run.train_share,
                     split_seed=run.seed,
                 ),
-                model=ExpertModule(
+                ExpertModule(
                     run.backbone,
                     lr=run.lr,
                     schedule=run.schedule,  # type: ignore[arg-type] # checked there
@@ -192,11 +192,9 @@ def experts_of(run: Run) -> dict[int, list[Path]]:
                 ),
                 steps=steps,
                 out=run.folder,
-                trainer={"accelerator": "cpu", "devices": 1},
-                resume=True,
                 name=task if len(steps) > 1 else f"{task}-step{steps[0]}",
             )
-            for count, path in zip(steps, result.experts, strict=True):
+            for count, path in made.items():
                 found[count].append(path)
     return found
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from merge_groups import Cell, Group, MergePlan, groups_of_pool
 from omegaconf import OmegaConf
-from testbed import POLICY, write_rows
+from testbed import POLICY, trained, write_rows
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.files import file_hash, read_json, write_json
@@ -61,7 +61,6 @@ from mergekit_lit.search.predicting.sights import (
 from mergekit_lit.search.predicting.table import columns_told, write_table
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
-from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.constants import Effort
 
 
@@ -267,9 +266,9 @@ def expert_file(pool: Pool, task: str, cell: Cell) -> Path:
     (steps,) = (
         s for *own, s in pool.trainings if own == [cell.lr, cell.batch, cell.n] and cell.steps in s
     )
-    result = train_expert(
-        data=TaskDataModule(pool.suite, task, batch=cell.batch, n=cell.n, split_seed=pool.seed),
-        model=ExpertModule(
+    made = trained(
+        TaskDataModule(pool.suite, task, batch=cell.batch, n=cell.n, split_seed=pool.seed),
+        ExpertModule(
             pool.backbone,
             lr=cell.lr,
             schedule=pool.schedule,  # type: ignore[arg-type] # checked there
@@ -278,11 +277,9 @@ def expert_file(pool: Pool, task: str, cell: Cell) -> Path:
         ),
         steps=steps,
         out=pool.folder / "experts" / cell.training,
-        trainer={"accelerator": "cpu", "devices": 1},
-        resume=True,
         name=task,
     )
-    return result.experts[steps.index(cell.steps)]
+    return made[cell.steps]
 
 
 class Bed:

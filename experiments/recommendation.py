@@ -27,7 +27,7 @@ import torch
 from merge_groups import Cell
 from merges import Pool, expert_file, jobs_of, tested
 from omegaconf import OmegaConf
-from testbed import write_rows
+from testbed import trained, write_rows
 
 from mergekit_lit.core.files import read_json
 from mergekit_lit.core.seeds import derive_seed
@@ -42,7 +42,6 @@ from mergekit_lit.search.recommending.request import Request, checked
 from mergekit_lit.search.recommending.site import Site
 from mergekit_lit.search.recommending.space import Space, Way
 from mergekit_lit.search.tuning.scores import Scorer
-from mergekit_lit.stages.train import train_expert
 
 _DRAWS = 200
 
@@ -92,11 +91,11 @@ class Study:
         own = [k for k in steps if k not in swept]
         if set(wanted) - set(found):
             cell = next(iter(swept.values()))
-            result = train_expert(
-                data=TaskDataModule(
+            found |= trained(
+                TaskDataModule(
                     self.pool.suite, task, batch=cell.batch, n=cell.n, split_seed=self.pool.seed
                 ),
-                model=ExpertModule(
+                ExpertModule(
                     self.pool.backbone,
                     lr=way.lr,
                     schedule="constant",
@@ -105,11 +104,8 @@ class Study:
                 ),
                 steps=own,
                 out=self.out / "probes" / way.name,
-                trainer={"accelerator": "cpu", "devices": 1},
-                resume=True,
                 name=task,
             )
-            found |= dict(zip(own, result.experts, strict=True))
         return {k: found[k] for k in wanted}
 
 

@@ -27,7 +27,7 @@ import torch
 from heterogeneous import configured
 from hyperparameters import Run, experts_of, runs_of
 from omegaconf import OmegaConf
-from testbed import POLICY, groups_of, write_rows
+from testbed import POLICY, groups_of, trained, write_rows
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import read_json
@@ -36,7 +36,6 @@ from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.stages.advice import nearest_travel
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.stages.train import train_expert
 
 _TRAVEL = "travel_normalised"
 
@@ -148,11 +147,11 @@ def rows_of(case: Case) -> Iterator[dict[str, Any]]:
 def student_of(case: Case, task: str, teacher: Path) -> Path:
     """Return a student of an expert, trained as the others of its group are."""
     run, steps = case.others, case.steps[0]
-    result = train_expert(
-        data=TaskDataModule(
+    made = trained(
+        TaskDataModule(
             run.suite, task, batch=run.batch, train_share=run.train_share, split_seed=run.seed
         ),
-        model=ExpertModule(
+        ExpertModule(
             run.backbone,
             lr=run.lr,
             schedule=run.schedule,  # type: ignore[arg-type] # checked there
@@ -162,11 +161,9 @@ def student_of(case: Case, task: str, teacher: Path) -> Path:
         ),
         steps=[steps],
         out=case.record.with_suffix("") / "students",
-        trainer={"accelerator": "cpu", "devices": 1},
-        resume=True,
         name=task,
     )
-    return result.experts[0]
+    return made[steps]
 
 
 def repairs(

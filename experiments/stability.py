@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from stability_tables import calibration, distances, ranks
-from testbed import POLICY, Place, Testbed, testbed_of, write_rows
+from testbed import POLICY, Place, Testbed, testbed_of, trained, write_rows
 
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.core.expert_files import load_expert
@@ -26,7 +26,6 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.stages.train import train_expert
 
 
 @dataclass(frozen=True)
@@ -116,23 +115,18 @@ def make(run: Run) -> Path:
 
 def train(run: Run, task: str) -> tuple[Path, ...]:
     """Train one run with its twins, and return its experts by step count."""
-    result = train_expert(
-        data=run.data(task),
-        model=ExpertModule(
-            run.backbone, lr=run.lr, schedule="constant", warmup_steps=0, seed=run.seed
-        ),
+    # That a twin with nothing replaced stays where the run is, the tests show.
+    twins = StabilityTwins(
+        twins=run.twins, replaced=run.replaced, null=False, every=10, export=run.export
+    )
+    made = trained(
+        run.data(task),
+        ExpertModule(run.backbone, lr=run.lr, schedule="constant", warmup_steps=0, seed=run.seed),
         steps=run.steps,
         out=run.out / f"{task}-{run.name}",
-        trainer={"accelerator": "cpu", "devices": 1},
-        # That a twin with nothing replaced stays where the run is, the tests show.
-        callbacks=[
-            StabilityTwins(
-                twins=run.twins, replaced=run.replaced, null=False, every=10, export=run.export
-            )
-        ],
-        resume=True,
+        callbacks=[twins],
     )
-    return result.experts
+    return tuple(made.values())
 
 
 def rows_of(run: Run, files: Sequence[Sequence[Path]]) -> Iterator[dict[str, Any]]:

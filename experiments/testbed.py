@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from lightning.pytorch import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,7 +24,9 @@ from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import Images, SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.calibration import calibration_on
+from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.evaluation import Model
+from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.recalibration import calibration_images, images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.backbones import load_base
@@ -31,6 +34,7 @@ from mergekit_lit.reports.results import csv_text
 from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merge
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
+from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.constants import (
     Effort,
     measure_sample_gradients,
@@ -205,6 +209,38 @@ def _moving(experts: Experts, params: Params) -> dict[str, Tensor]:
 def testbed_of(place: Place) -> Testbed:
     """Return the testbed of a place, loaded once in each process."""
     return Testbed(place)
+
+
+def trained(
+    data: TaskDataModule,
+    model: ExpertModule,
+    *,
+    steps: Sequence[int],
+    out: Path,
+    name: str | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[int, Path]:
+    """Return experts by step count, trained on one processor where they are missing.
+
+    Args:
+        data: the task.
+        model: the base and how to tune it.
+        steps: step counts.
+        out: folder of the run.
+        name: stem of the files; the task's name without one.
+        callbacks: beside the standard ones.
+    """
+    result = train_expert(
+        data=data,
+        model=model,
+        steps=steps,
+        out=out,
+        trainer={"accelerator": "cpu", "devices": 1},
+        callbacks=callbacks,
+        resume=True,
+        name=name,
+    )
+    return dict(zip(sorted(set(steps)), result.experts, strict=True))
 
 
 def write_rows(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], **facts: Any) -> Path:
