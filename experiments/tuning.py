@@ -17,9 +17,9 @@ leaves out groups of the same tasks on the same backbone.
 
 The columns: by how many points of mean test accuracy the choice falls short of the grid's own
 choice (its best on validation images; negative where it is better), and of the best candidate on
-test images, which nobody can choose; how far it lies above task arithmetic at 0.3; and by how much
-it falls short of the grid's best on validation images. Means over groups with Student's 95 %
-intervals over groups. AdaMerging learns from unlabelled test images, at the price of the budget: it
+test images, which nobody can choose; how far it lies above task arithmetic at 0.3, and on how many
+groups below it; and by how much it falls short of the grid's best on validation images. Means over
+groups with Student's 95 % intervals over groups. AdaMerging learns from unlabelled test images, at the price of the budget: it
 is no search, and chooses nothing on validation images.
 """
 
@@ -188,14 +188,16 @@ def told(grids: Sequence[Grid], found: Mapping[str, Mapping[str, Mapping[str, fl
 
 _HEADER = (
     "| search | short of the grid's choice | short of the best on test | above task arithmetic "
-    "| short of the grid on val | within a point of the grid's choice | trials |\n"
-    "|---|---|---|---|---|---|---|"
+    "| below it | short of the grid on val | within a point of the grid's choice | trials |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
 def _line(label: str, scores: Sequence[Mapping[str, float]]) -> str:
     known = [[100 * score[name] for score in scores if name in score] for name in COLUMNS]
     cells = [_cell(values) for values in known]
+    below = sum(score["over_reference"] < -1e-9 for score in scores)
+    cells.insert(-1, f"{below} of {len(scores)}")
     near = sum(score["to_choice"] <= 0.01 for score in scores)
     trials = float(np.mean([score["trials"] for score in scores]))
     return f"| {label} | {' | '.join(cells)} | {near} of {len(scores)} | {trials:.0f} |"
