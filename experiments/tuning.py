@@ -19,8 +19,8 @@ The columns: by how many points of mean test accuracy the choice falls short of 
 choice (its best on validation images; negative where it is better), and of the best candidate on
 test images, which nobody can choose; how far it lies above task arithmetic at 0.3, and on how many
 groups below it; and by how much it falls short of the grid's best on validation images. Means over
-groups with Student's 95 % intervals over groups. AdaMerging learns from unlabelled test images, at the price of the budget: it
-is no search, and chooses nothing on validation images.
+groups with Student's 95 % intervals over groups. AdaMerging learns from unlabelled test images, at
+the price of the budget: it is no search, and chooses nothing on validation images.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.search.recommending.recommend import Recommendation, recommend
 from mergekit_lit.search.recommending.request import Request
 from mergekit_lit.search.recommending.space import Space
-from mergekit_lit.stages.advice import expert_cautions
+from mergekit_lit.stages.advice import base_cautions, expert_cautions, uncarded
 
 _USAGE = "SUITE --budget SECONDS --out FOLDER [options], or --experts EXPERT ..."
 _EXPERTS = "--experts"
@@ -47,8 +47,8 @@ def advice(experts: list[Path], *, json: bool = False) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    if _EXPERTS in argv:
-        return _advise([word for word in argv if word != _EXPERTS])
+    if any(word.partition("=")[0] == _EXPERTS for word in argv):
+        return _advise([word.removeprefix(f"{_EXPERTS}=") for word in argv if word != _EXPERTS])
     parser = _parser()
     made = instantiated(parser, parse(parser, argv, positional="suite"))
     given = dict(vars(made))
@@ -72,11 +72,13 @@ def _advise(argv: Sequence[str]) -> int:
     parser = command_parser("recommend", COMMANDS["recommend"], usage=_USAGE)
     add_parameters(parser, advice)
     made = instantiated(parser, parse(parser, argv, positional="experts"))
-    lines = expert_cautions(made.experts)
+    lines = base_cautions(made.experts) + expert_cautions(made.experts)
+    unknown = uncarded(made.experts)
     if made.json:
-        print_json(lines)
+        print_json(lines + unknown)
     else:
-        print("\n".join(lines) or "Nothing on their cards speaks against merging these experts.")
+        clear = [] if unknown else ["Nothing on their cards speaks against merging these experts."]
+        print("\n".join([*(lines or clear), *unknown]))
     return 0
 
 

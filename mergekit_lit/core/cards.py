@@ -42,7 +42,7 @@ class Card:
         sam_radius: radius of sharpness-aware minimisation; 0 without.
         lora_rank: rank of the factors; None without.
         lora_alpha: their scale times the rank; None without.
-        teacher: content hash of the expert whose answers were learned; None without one.
+        teacher: content hash of the expert whose answers were learned, with its head; or None.
         teacher_share: share of its answers in the loss; None without.
         temperature: at which they were compared; None without.
         head: how the head was made: `trained`, `frozen-probe`, `frozen-ncm` or `embeddings`.

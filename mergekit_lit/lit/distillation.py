@@ -10,11 +10,23 @@ from torch.nn.functional import kl_div, log_softmax
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Base, Expert
-from mergekit_lit.core.params import content_hash
+from mergekit_lit.core.params import content_hash, with_prefix
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.passes import inputs
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.models.heads import apply_head
+
+
+def check_teaching(share: float, temperature: float) -> None:
+    """Refuse a share of a teacher's answers, or a temperature, that cannot be.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`teacher_share` must lie in (0, 1], but is {share!r}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, but is {temperature!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +53,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, one line each."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"`teacher_share` must lie in (0, 1], but is {self.share!r}.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"`temperature` must be positive and finite, but is {self.temperature!r}."
-            )
+        check_teaching(self.share, self.temperature)
 
     @classmethod
     def of(cls, path: str, base: Base, *, share: float, temperature: float) -> "Distillation":
@@ -74,8 +81,11 @@ class Distillation:
 
     @property
     def content(self) -> str:
-        """Content hash of the teacher's backbone."""
-        return content_hash(self.teacher.backbone)
+        """Content hash of the teacher's backbone and head."""
+        teacher = self.teacher
+        return content_hash(
+            with_prefix(teacher.backbone, "backbone.") | with_prefix(teacher.head, "head.")
+        )
 
     def check_fits(self, data: TaskData) -> None:
         """Refuse a teacher of another task.

@@ -16,7 +16,7 @@ from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.batches import Batch
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.data import TaskDataModule
-from mergekit_lit.lit.distillation import Distillation, Teacher
+from mergekit_lit.lit.distillation import Distillation, Teacher, check_teaching
 from mergekit_lit.lit.finetuning import Finetuning, FinetuningName, NormStatistics
 from mergekit_lit.lit.heads import Head, head_at, head_kind
 from mergekit_lit.lit.lockstep import Together
@@ -156,6 +156,7 @@ class ExpertModule(LightningModule):
         self.backbone, self.base = load_base(base, image_size=image_size)
         self.structure = self.base.structure
         self.finetuning.check_fits(self.structure)
+        check_teaching(teacher_share, temperature)
         self.distillation: Distillation | None = None
         if teacher is not None:
             self.distillation = Distillation.of(

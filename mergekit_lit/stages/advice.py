@@ -15,6 +15,9 @@ from mergekit_lit.stages.opening import several_bases
 UNEQUAL = 2.0
 """Largest ratio between experts that passes without a caution."""
 
+_TOLD_BY = ("travel", "displacement", "val_loss")
+"""What on a card these cautions rest on."""
+
 _REPAIRS = {
     "delta norms": "Rescale them: --then equal_norms, or train the odd one again.",
     "travels": "Average them by it: --method travel_normalised, or train the odd one again.",
@@ -36,13 +39,14 @@ def expert_cautions(files: Sequence[Path]) -> list[str]:
     """
     cards = {Path(f): load_expert(Path(f)).card for f in files if file_kind(Path(f)) == "expert"}
     travels = _known({file: card.travel for file, card in cards.items()})
-    middle = statistics.median(travels.values()) if travels else None
     lengths = _known({file: card.displacement for file, card in cards.items()})
     lines = [
         *unequal("delta norms", _by_task(lengths, cards)),
         *unequal("travels", _by_task(travels, cards)),
     ]
     for file, card in cards.items():
+        others = [travel for other, travel in travels.items() if other != file]
+        middle = statistics.median(others) if others else None
         far = middle is not None and (card.travel or 0.0) > UNEQUAL * middle
         past = _is_past(card)
         if far or past:
@@ -67,6 +71,30 @@ def base_cautions(files: Sequence[Path]) -> list[str]:
         "The experts are of several bases, whose units need not match. What merging them "
         f"costs, and whether to: mergekit-lit predict {named}"
     ]
+
+
+def uncarded(files: Sequence[Path]) -> list[str]:
+    """Return a line for each expert of which too little is known for any of these cautions.
+
+    Args:
+        files: of experts, or weights of others.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    lines = []
+    for file in map(Path, files):
+        card = load_expert(file).card if file_kind(file) == "expert" else None
+        if card is None:
+            lines.append(f"{str(file)!r} has no card: nothing is known of how it was trained.")
+            continue
+        unknown = [name for name in _TOLD_BY if getattr(card, name) is None]
+        if unknown:
+            lines.append(
+                f"The card of {str(file)!r} does not tell {', '.join(unknown)}: whether it went "
+                "further than the others cannot be said."
+            )
+    return lines
 
 
 def unequal(what: str, values: Mapping[str, float]) -> list[str]:
@@ -116,13 +144,21 @@ def _too_far(file: Path, card: Card, middle: float | None, *, past: bool) -> str
         )
     earlier = _earlier(file, card)
     if not earlier:
-        return (
-            f"{what} {' and '.join(said)}. Train it again for fewer steps or at a lower rate, or "
-            f"distil it so: mergekit-lit train --model.teacher {file}"
-        )
+        again = "Train it again for fewer steps or at a lower rate"
+        # Whose answers are worse than the base's is no teacher.
+        taught = "" if past else _taught(file, card)
+        return f"{what} {' and '.join(said)}. {again}{taught}."
     wanted = middle if middle is not None else min(earlier)
     chosen = earlier[min(earlier, key=lambda travel: abs(math.log(travel / wanted)))]
     return f"{what} {' and '.join(said)}. Merge its earlier checkpoint instead: {chosen}"
+
+
+def _taught(file: Path, card: Card) -> str:
+    """Return how to train a student of an expert that is good, but went too far."""
+    return (
+        f", or distil it so: mergekit-lit train --data.suite {card.suite} --data.task {card.task} "
+        f"--model.teacher {file} --steps K --out FOLDER"
+    )
 
 
 def _earlier(file: Path, card: Card) -> dict[float, Path]:

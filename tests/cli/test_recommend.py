@@ -40,6 +40,7 @@ def told_in_one_line(monkeypatch):
         (["--budget_steps=500", "--head=frozen-ncn"], "frozen-ncm"),
         (["--budget_steps=500", "--logger=wandbb"], "wandb"),
         (["--budget_steps=500", "--ways=0"], "`ways` must be at least 1"),
+        (["--budget_steps=500", "--backbone=nosuch"], "nosuch"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tiny_suite, tmp_path, capsys, flags, message):
@@ -60,8 +61,22 @@ def test_experts_that_are_there_are_looked_at(make_family, tmp_path, capsys):
     paths = [str(path) for path in make_family(BASE).save(tmp_path).paths]
     assert main(["recommend", "--experts", *paths, "--json"]) == 0
     assert isinstance(json.loads(capsys.readouterr().out), list)
+    assert main(["recommend", f"--experts={paths[0]}", *paths[1:]]) == 0
+    assert capsys.readouterr().out
     assert main(["recommend", "--experts", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_experts_of_several_bases_are_spoken_against(make_family, tmp_path, capsys):
+    paths = []
+    for name in ("resnet@random:0", "resnet@random:1"):
+        folder = tmp_path / name.replace("@", "-").replace(":", "-")
+        folder.mkdir()
+        paths += [str(path) for path in make_family(name).save(folder).paths]
+    assert main(["recommend", "--experts", *paths]) == 0
+    told = capsys.readouterr().out
+    assert "of several bases" in told
+    assert "Nothing on their cards" not in told
 
 
 @pytest.mark.slow

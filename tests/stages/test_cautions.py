@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import save_expert
 from mergekit_lit.core.experts import Base, Expert
 from mergekit_lit.core.structure import TensorInfo
-from mergekit_lit.stages.advice import expert_cautions, nearest_travel
+from mergekit_lit.stages.advice import expert_cautions, nearest_travel, uncarded
 from mergekit_lit.stages.cautions import cautions
 
 STRUCTURE = {
@@ -146,8 +147,13 @@ def test_without_an_earlier_checkpoint_it_is_to_be_trained_again(tmp_path):
     files.append(_written(tmp_path, "a", 900, 45.0))
     assert expert_cautions(files)[-1].endswith(
         "Train it again for fewer steps or at a lower rate, or distil it so: mergekit-lit train "
-        f"--model.teacher {files[-1]}"
+        f"--data.suite None --data.task a --model.teacher {files[-1]} --steps K --out FOLDER."
     )
+
+
+def test_one_of_two_can_have_gone_too_far(tmp_path):
+    files = [_written(tmp_path, "a", 900, 45.0), _written(tmp_path, "b", 100, 5.0)]
+    assert "travelled 45, more than twice the others' 5" in expert_cautions(files)[-1]
 
 
 def test_an_expert_below_its_base_went_past_what_is_good(tmp_path):
@@ -155,6 +161,7 @@ def test_an_expert_below_its_base_went_past_what_is_good(tmp_path):
     files.append(_written(tmp_path, "a", 100, 5.0, val_loss=1.5, base_val_loss=1.0))
     (line,) = expert_cautions(files)
     assert "validation loss of 1.5, above the base's 1" in line
+    assert "teacher" not in line
 
 
 def test_unequal_norms_name_the_veneer(tmp_path):
@@ -167,6 +174,14 @@ def test_unequal_norms_name_the_veneer(tmp_path):
 def test_cards_that_know_nothing_give_no_line(tmp_path):
     files = [_written(tmp_path, task, 100, None, lr=None) for task in "ab"]
     assert expert_cautions(files) == []
+    assert uncarded(files) == [
+        f"The card of {str(file)!r} does not tell travel, val_loss: whether it went further than "
+        "the others cannot be said."
+        for file in files
+    ]
+    save_file({"w": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    (line,) = uncarded([tmp_path / "plain.safetensors"])
+    assert "has no card" in line
 
 
 def test_the_nearest_travel_is_by_ratio():

@@ -1,14 +1,16 @@
 """Experts that learn another's answers: the loss against NumPy, and real tiny runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 
-from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.expert_files import load_expert, save_expert
 from mergekit_lit.core.files import file_hash
-from mergekit_lit.core.params import content_hash
+from mergekit_lit.core.params import content_hash, with_prefix
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.distillation import Distillation
 from mergekit_lit.lit.expert import ExpertModule
@@ -112,7 +114,9 @@ def test_what_already_answers_so_stays_where_it_is(tiny_suite, tmp_path):
 
 def test_the_card_names_the_teacher(tiny_suite, tmp_path, teacher):
     card = load_expert(train(tiny_suite, tmp_path, model={"teacher": str(teacher)})).card
-    assert card.teacher == content_hash(load_expert(teacher).backbone)
+    theirs = load_expert(teacher)
+    tensors = with_prefix(theirs.backbone, "backbone.") | with_prefix(theirs.head, "head.")
+    assert card.teacher == content_hash(tensors)
     assert (card.teacher_share, card.temperature) == (0.9, 2.0)
     plain = load_expert(teacher).card
     assert (plain.teacher, plain.teacher_share, plain.temperature) == (None, None, None)
@@ -131,11 +135,16 @@ def test_an_interrupted_student_goes_on_to_the_same_bytes(tiny_suite, tmp_path, 
 def test_another_teacher_under_the_same_name_is_another_run(tiny_suite, tmp_path, teacher):
     other = train(tiny_suite, tmp_path / "other", steps=[2])
     named, hashes = tmp_path / "teacher.safetensors", set()
-    for file in (other, teacher):
+    turned = load_expert(teacher)
+    save_expert(
+        tmp_path / "turned.safetensors",
+        replace(turned, head={name: -tensor for name, tensor in turned.head.items()}),
+    )
+    for file in (other, teacher, tmp_path / "turned.safetensors"):
         named.write_bytes(file.read_bytes())
         student = train(tiny_suite, tmp_path / "s", resume=True, model={"teacher": str(named)})
         hashes.add(file_hash(student))
-    assert len(hashes) == 2
+    assert len(hashes) == 3
 
 
 @pytest.mark.parametrize(
@@ -154,3 +163,8 @@ def test_bad_teachers_are_told_in_one_line(tiny_suite, tmp_path, teacher, option
         train(tiny_suite, tmp_path, model=model, **options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_share_of_no_teacher_is_looked_at_too():
+    with pytest.raises(ValueError, match="`teacher_share` must lie in"):
+        ExpertModule(VIT, image_size=8, teacher_share=7.0)

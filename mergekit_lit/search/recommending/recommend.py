@@ -89,6 +89,8 @@ def recommend(
     check_folder(out)
     check_record(out / RECORD, "recommend")
     check_logger(logger)
+    # Loads the base: before anything is written, since there may be none of this name.
+    site = Site(setting, out / "experts", train=train)
     plan = plain({"request": asdict(request), "space": asdict(space), "effort": asdict(effort)})
     with sole_writer(out / ".recommend.lock"):
         kept = Kept(out, plan)
@@ -96,9 +98,7 @@ def recommend(
             tell("what a step takes")
         pace = Pace(**kept.part("pace", lambda: _paced(request, setting)))
         budget = _budget(request, setting, pace)
-        found = _found(
-            request, Site(setting, out / "experts", train=train), budget, kept, effort, tell
-        )
+        found = _found(request, site, budget, kept, effort, tell)
         record = Record(
             stage="recommend",
             name=out.resolve().name,

@@ -51,7 +51,10 @@ def facts_of(
             "validation run": parts.sample * _given_up(budget, confirmed),
             "training": budget.whole(candidate),
         },
-        "cautions": _cautions(budget, candidate, parts.candidates, alone, expected),
+        "cautions": [
+            *_passed_over(order, candidate),
+            *_cautions(budget, candidate, parts.candidates, alone, expected),
+        ],
     }
 
 
@@ -128,6 +131,18 @@ def _given_up(budget: Budget, confirmed: Confirmed) -> float:
         cost += budget.pace.training(way, max(counts), exports=len(counts))
         cost += len(counts) * budget.pace.score
     return cost - budget.pace.training(chosen.way, chosen.steps)
+
+
+def _passed_over(order: Sequence[Outlook], chosen: Candidate) -> list[str]:
+    """Return why the first of the order is not what is recommended, where it is not."""
+    first = order[0]
+    if first.candidate == chosen or first.measured:
+        return []
+    return [
+        f"{_words(first.candidate)} now looks better (validation loss {first.val_loss:.3f}), but "
+        "was never merged: the validation run had given its way up, or ended before. What is "
+        "recommended is the best that was measured."
+    ]
 
 
 def _cautions(
