@@ -59,6 +59,11 @@ def run(argv: Sequence[str]) -> int:
     namespace = parse(parser, argv)
     _check_jobs(namespace)
     tasks = tasks_of(namespace.data.suite, namespace.data.task, root=namespace.data.root)
+    if namespace.model.teacher is not None and len(tasks) > 1:
+        raise ValueError(
+            f"`data.task` must be one task with `model.teacher`, an expert of one, but names "
+            f"{len(tasks)}: {', '.join(tasks)}. Train them one by one."
+        )
     texts = config_texts(parser, argv, namespace)
     again = "The same command" + ("" if namespace.resume else " with --resume true") + " goes on."
     with preemptible(again):

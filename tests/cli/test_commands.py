@@ -359,3 +359,11 @@ def test_a_card_of_a_damaged_file_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="does not match its checksum"):
         describe(path)
+
+
+def test_a_teacher_of_several_tasks_is_refused(tiny_suite, tmp_path, capsys):
+    words = [f"--data.suite={tiny_suite}", "--data.task=all", BASE, "--steps=1"]
+    words += ["--model.teacher=teacher.safetensors", f"--out={tmp_path / 'run'}"]
+    assert main(["train", *words]) == 2
+    assert "`data.task` must be one task with `model.teacher`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
