@@ -67,10 +67,7 @@ class Calibrated:
 
     def merges(self, new: Rows) -> Predicted:
         """Return what each merge will have on average over its tasks, in the order of names."""
-        values = self.predict(new)
-        names, means = mean_by(new.merge, values)
-        spreads = mean_by(new.merge, _spread(new, values))[1]
-        return _within(names, means, self.merge_width * spreads, new.ends)
+        return merges_of([(self, new)])
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,37 @@ class HeldOut:
     merge: Words
 
 
-def calibrated(fit: Fit, rows: Rows, *, level: float = LEVEL) -> Calibrated:
+def merges_of(parts: Sequence[tuple[Calibrated, Rows]]) -> Predicted:
+    """Return what merges will have on average over their tasks, in the order of names.
+
+    Where several predictors tell of tasks of one merge, its interval is by the largest width of
+    theirs: the mean is no surer than what is known least of.
+
+    Args:
+        parts: predictors, each with the rows that it tells of.
+    """
+    values = [model.predict(new) for model, new in parts]
+    spreads = [_spread(new, found) for (_, new), found in zip(parts, values, strict=True)]
+    merge = np.concatenate([new.merge for _, new in parts])
+    names, means = mean_by(merge, np.concatenate(values))
+    width = max(model.merge_width for model, _ in parts)
+    halves = width * mean_by(merge, np.concatenate(spreads))[1]
+    return _within(names, means, halves, parts[0][1].ends)
+
+
+def calibrated(
+    fit: Fit, rows: Rows, *, level: float = LEVEL, at_least: Sequence[HeldOut] = ()
+) -> Calibrated:
     """Fit a predictor, and find how wide its intervals must be for tasks that it has not seen.
 
     Args:
         fit: the predictor.
         rows: to learn from; of at least two tasks that share no merge with one another somewhere.
         level: share of outcomes that an interval is to hold, in (0, 1).
+        at_least: what a predictor that knows more tells of held out rows: intervals are not
+            narrower than its own, in the mean over these; empty for no such bound.
     """
-    return Calibrated(fit(rows), *_widths(held_out(fit, rows), level))
+    return Calibrated(fit(rows), *_widths(held_out(fit, rows), level, at_least))
 
 
 def cross_calibrated(fit: Fit, folds: Sequence[Fold], *, level: float = LEVEL) -> list[Calibrated]:
@@ -136,12 +155,26 @@ def _held(rows: Rows, found: Numbers) -> HeldOut:
     return HeldOut(rows.outcome, found, _spread(rows, found), rows.merge)
 
 
-def _widths(held: Sequence[HeldOut], level: float) -> tuple[float, float]:
-    """Return the widths of rows and of merges, whose rows may lie in several parts."""
+def _widths(
+    held: Sequence[HeldOut], level: float, at_least: Sequence[HeldOut] = ()
+) -> tuple[float, float]:
+    """Return the widths of rows and of merges."""
+    of_rows, of_merges = (_width(*numbers, level=level) for numbers in _rows_and_merges(held))
+    if not at_least:
+        return of_rows, of_merges
+    # Widths are in units of spreads, which are of another size where the anchor is another.
+    least_rows, least_merges = (
+        _width(*more, level=level) * float(more[-1].mean() / less[-1].mean())
+        for more, less in zip(_rows_and_merges(at_least), _rows_and_merges(held), strict=True)
+    )
+    return max(of_rows, least_rows), max(of_merges, least_merges)
+
+
+def _rows_and_merges(held: Sequence[HeldOut]) -> tuple[list[Numbers], list[Numbers]]:
+    """Return the numbers of rows, and those of merges, whose rows may lie in several parts."""
     numbers = [np.concatenate([getattr(part, n) for part in held]) for n in _NUMBERS]
     merge = np.concatenate([part.merge for part in held])
-    by_merge = (mean_by(merge, values)[1] for values in numbers)
-    return _width(*numbers, level=level), _width(*by_merge, level=level)
+    return numbers, [mean_by(merge, values)[1] for values in numbers]
 
 
 def _spread(rows: Rows, values: Numbers) -> Numbers:

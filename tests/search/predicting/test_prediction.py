@@ -11,7 +11,12 @@ from mergekit_lit.search.predicting.folds import (
     leave_groups_out,
     leave_one_task_out,
 )
-from mergekit_lit.search.predicting.intervals import calibrated, cross_calibrated, held_out
+from mergekit_lit.search.predicting.intervals import (
+    calibrated,
+    cross_calibrated,
+    held_out,
+    merges_of,
+)
 from mergekit_lit.search.predicting.judging import judge, judge_intervals, regrets, spearman
 from mergekit_lit.search.predicting.rows import Rows, mean_by
 
@@ -158,6 +163,49 @@ def test_intervals_widen_where_less_is_known(rows):
     whole = calibrated(predictors.linear, rows)
     blind = calibrated(predictors.linear, rows.with_features(["noise"]))
     assert blind.row_width > 2 * whole.row_width
+
+
+def half_widths(model, rows):
+    """Mean half-widths of rows and of merges over held out rows, before they are cut off."""
+    held = held_out(predictors.linear, rows)
+    spread = np.concatenate([part.spread for part in held])
+    means = mean_by(np.concatenate([part.merge for part in held]), spread)[1]
+    return model.row_width * spread.mean(), model.merge_width * means.mean()
+
+
+@pytest.mark.parametrize("anchor", ["the same", "none"])
+def test_intervals_are_never_narrower_where_less_is_known(rows, anchor):
+    # Where the noise is what is known more, knowing less would make them narrower.
+    draw = np.random.default_rng(3)
+    noisy = rows.features + np.where([True, True, False], draw.normal(size=(len(rows), 3)), 0)
+    poor = (
+        rows if anchor == "the same" else replace(rows, start=0 * rows.start, anchor=0 * rows.start)
+    )
+    whole = replace(rows, features=noisy)
+    more = held_out(predictors.linear, whole)
+    least = half_widths(calibrated(predictors.linear, whole), whole)
+    alone = half_widths(calibrated(predictors.linear, poor), poor)
+    found = half_widths(calibrated(predictors.linear, poor, at_least=more), poor)
+    assert found == pytest.approx(np.maximum(alone, least))
+    assert alone[0] < least[0]
+
+
+def test_a_mean_of_several_fits_is_as_unsure_as_the_least_sure(rows):
+    one = rows.at(rows.merge == rows.merge[0])
+    places = np.arange(len(one))
+    sure = calibrated(predictors.linear, rows)
+    alike = merges_of([(sure, one.at(places[:1])), (sure, one.at(places[1:]))])
+    assert alike.value == pytest.approx(sure.merges(one).value)
+    unsure = replace(sure, merge_width=2 * sure.merge_width)
+    free = replace(one, ends=(-9, 9))
+    width, wider = (
+        np.ptp([found.low, found.high])
+        for found in (
+            sure.merges(free),
+            merges_of([(sure, free.at(places[:1])), (unsure, free.at(places[1:]))]),
+        )
+    )
+    assert wider == pytest.approx(2 * width)
 
 
 def test_held_out_predictions_never_saw_their_task(rows):
