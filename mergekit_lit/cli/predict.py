@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from mergekit_lit.cli import COMMANDS
 from mergekit_lit.cli.calibration import calibration
 from mergekit_lit.cli.initialisations import print_initialisations
 from mergekit_lit.cli.method_flags import add_method, methods_named, recipe_of
 from mergekit_lit.cli.output import print_json, print_table
-from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse
+from mergekit_lit.cli.parsing import add_parameters, command_parser, instantiated, parse, read
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import parameters
+from mergekit_lit.reports.predictions import notes
 from mergekit_lit.search.predicting.columns import Level
 from mergekit_lit.search.predicting.initialisations import predict_initialisations
 from mergekit_lit.search.predicting.predict import predict_files
@@ -49,7 +50,8 @@ def options(  # noqa: PLR0913
 
     Args:
         experts: one file per expert, each of another task. Of those of different bases it is told
-            how far these lie apart, what merging and aligning costs, and whether to merge at all.
+            how far these lie apart, what merging and aligning costs, and whether to merge at all;
+            only `level`, the images, `out` and `json` count there.
         table: measured merges to learn from, as `experiments/merges.py` writes them; `shipped`
             stands for those that come with the package.
         level: what is looked at: `cards` and weights (seconds); `data`, training and validation
@@ -79,6 +81,7 @@ def run(argv: Sequence[str]) -> int:
     recipe, images = recipe_of(made, flags), calibration(**vars(made.data))
     level: Level = made.level or ("data" if images else "cards")
     if several_bases(made.experts):
+        _check_used(parser, argv, made)
         record = predict_initialisations(
             made.experts, level=level, calibration=images, out=made.out
         )
@@ -108,6 +111,34 @@ def _parser(own: Sequence[Callable[..., Any]], flags: Sequence[str]) -> Argument
         add_method(parser, function)
     parser.add_function_arguments(calibration, "data")
     return parser
+
+
+def _check_used(parser: ArgumentParser, argv: Sequence[str], made: Namespace) -> None:
+    """Refuse what would count for nothing where experts of different bases are compared.
+
+    Raises:
+        ValueError: names the first flag of these that is not at its default.
+    """
+    defaults = parser.get_defaults()
+    given = [
+        key
+        for key, value in made.items()
+        if key.partition(".")[0] not in _OF_BASES and _plain(value) != _plain(defaults.get(key))
+    ]
+    if given:
+        order = [key.rstrip("+") for key, _ in read(parser, argv).options]
+        # What a file of parameters says comes after all flags.
+        first = min(given, key=lambda key: order.index(key) if key in order else len(order))
+        raise ValueError(
+            f"`{first}` counts for nothing here: these experts are of different bases, and are "
+            "compared without measured merges, by all ways to merge that are known for such. "
+            "Leave it out, or give experts of one base."
+        )
+
+
+def _plain(value: Any) -> Any:
+    # A default is a tuple where the parser makes a list.
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _print(record: Record) -> None:
@@ -141,6 +172,7 @@ def _print(record: Record) -> None:
             "config": "with",
             "task": "task",
             "tasks": "merged with",
+            "backbone": "backbone",
             "accuracy": "accuracy",
         },
     )
@@ -151,16 +183,15 @@ def _print(record: Record) -> None:
     )
     for line in record.metrics["warnings"]:
         print(f"warning: {line}")
-    if record.metrics["unknown"]:
-        print(
-            f"{len(record.metrics['unknown'])} features are unknown, for which the cards lack "
-            f"facts or the methods have none, such as {record.metrics['unknown'][0]!r}: intervals "
-            "are those of predictions without them."
-        )
+    for line in notes(record):
+        print(line)
 
 
 def _told(found: Mapping[str, float]) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
+
+# What counts where experts of different bases are compared.
+_OF_BASES = ("experts", "level", "data", "out", "json", "batch_norm", "include", "exclude")
 
 _OUTCOMES = {"accuracy": "mean accuracy", "excess_error": "excess error"}

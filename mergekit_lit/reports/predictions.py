@@ -29,7 +29,6 @@ def predictions_section(records: Sequence[Record]) -> str:
 def _section(record: Record) -> str:
     merges, share = record.metrics["merges"], record.metrics["coverage"]
     drawn = {name: interval_panel(merges, name) for name in _OUTCOMES}
-    unknown = record.metrics["unknown"]
     return section(
         "What merges are expected to reach",
         flags(record.metrics["warnings"]),
@@ -43,10 +42,44 @@ def _section(record: Record) -> str:
         _terms_table(merges),
         folded("Each task", _tasks_table(merges)),
         _nearest_table(merges),
-        paragraph(f"Unknown here, and left out of the fit: {', '.join(unknown)}.", class_="soft")
-        if unknown
+        *(paragraph(line, class_="soft") for line in notes(record)),
+        paragraph(f"Unknown here: {', '.join(record.metrics['unknown'])}.", class_="soft")
+        if record.metrics["unknown"]
         else "",
     )
+
+
+def notes(record: Record) -> list[str]:
+    """Return what to bear in mind: measured cases of other backbones, and what is unknown."""
+    metrics = record.metrics
+    return [*_of_other_backbones(metrics), *_of_unknown(metrics)]
+
+
+def _of_other_backbones(metrics: Mapping[str, Any]) -> list[str]:
+    # Records of before this was kept lie in folders of users.
+    own = metrics.get("backbone")
+    rows = [one["backbone"] for merge in metrics["merges"] for one in merge["nearest"]]
+    others = [name for name in rows if name != own]
+    if own is None or not others:
+        return []
+    return [
+        f"These experts are of the backbone {own!r}: {len(others)} of the {len(rows)} nearest "
+        f"measured cases are of another one ({', '.join(sorted(set(others)))})."
+    ]
+
+
+def _of_unknown(metrics: Mapping[str, Any]) -> list[str]:
+    unknown, by_task = metrics["unknown"], metrics.get("unknown_of", {})
+    if not unknown:
+        return []
+    tasks = metrics["merges"][0]["tasks"]
+    whole = not by_task or set(by_task) == set(tasks)
+    lacking = "all tasks" if whole else ", ".join(repr(task) for task in by_task)
+    count = "1 feature is" if len(unknown) == 1 else f"{len(unknown)} features are"
+    return [
+        f"{count} unknown of {lacking}, which neither cards nor images tell, such as "
+        f"{unknown[0]!r}: these are predicted without, with intervals at least as wide."
+    ]
 
 
 def interval_panel(merges: Sequence[Mapping[str, Any]], outcome: str) -> str:

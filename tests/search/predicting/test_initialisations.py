@@ -128,7 +128,7 @@ def test_images_tell_what_merging_costs_and_gains(pairs, tiny_suite):
 
 
 def test_the_command_tells_bases_ways_and_verdict(pairs, tiny_suite, tmp_path, capsys):
-    flags = [*map(str, pairs["strangers"]), "--table", "none.parquet"]
+    flags = [*map(str, pairs["strangers"]), "--method", "average"]
     assert main(["predict", *flags, "--out", str(tmp_path / "told")]) == 0
     out = capsys.readouterr().out
     for part in (
@@ -181,10 +181,17 @@ def test_two_architectures_are_one_line(pairs, make_family, tmp_path, capsys):
     [
         (["--level", "data"], "`level` 'data' must be told a suite"),
         (["--data.suite", "nowhere"], "nowhere"),
+        (["--table", "none.parquet"], "`table` counts for nothing here"),
+        (["--json", "--method", "ties", "--table", "a"], "`method` counts for nothing here"),
+        (["--table", "a", "--method", "ties"], "`table` counts for nothing here"),
+        (["--seed", "1"], "`seed` counts for nothing here"),
+        (["--then", "lines"], "`then` counts for nothing here"),
+        (["--base", "vit@random:0"], "`base` counts for nothing here"),
+        (["--allow_different_base"], "`allow_different_base` counts for nothing here"),
     ],
 )
 def test_bad_input_is_one_line(pairs, capsys, flags, message):
-    command = ["predict", *map(str, pairs["strangers"]), "--table", "none.parquet", *flags]
+    command = ["predict", *map(str, pairs["strangers"]), *flags]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert message in error
