@@ -5,7 +5,7 @@ merge, and images if there are some, is compared with a table of merges that wer
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ import numpy as np
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.search.predicting.columns import Level, Row
-from mergekit_lit.search.predicting.intervals import Calibrated, calibrated
+from mergekit_lit.search.predicting.gaps import Gaps, gaps_of
+from mergekit_lit.search.predicting.intervals import (
+    Calibrated,
+    calibrated,
+    held_out,
+    merges_of,
+)
 from mergekit_lit.search.predicting.learning import (
-    SCALES,
     Outcome,
     directions_of,
-    learned_names,
     needed_columns,
     rows_of,
 )
 from mergekit_lit.search.predicting.looking import known_rows, open_experts
 from mergekit_lit.search.predicting.nearest import nearest
-from mergekit_lit.search.predicting.predictors import Boosting
+from mergekit_lit.search.predicting.predictors import Boosting, check_trees
 from mergekit_lit.search.predicting.recording import record_path, recorded
 from mergekit_lit.search.predicting.rows import Rows
 from mergekit_lit.search.predicting.table import SHIPPED, read_table, table_file
@@ -60,8 +64,10 @@ def predict_files(
 ) -> Record:
     """Predict accuracy and excess error of merges of the same experts, without scoring them.
 
-    The prediction is that of boosted trees that were fitted to measured merges, with only those
-    features that are known here: the less is known, the wider the intervals.
+    The prediction is that of boosted trees that were fitted to measured merges. Tasks of which
+    features are unknown are predicted by trees that were fitted without exactly these. Their
+    intervals are never narrower, in the mean over measured tasks that are held out, than those of
+    trees that know them; the mean of a merge takes the largest width of its tasks.
 
     Args:
         experts: one file per expert, each of another task, all of one base.
@@ -78,8 +84,9 @@ def predict_files(
     Returns:
         A record, whose metrics are `merges`: name, method, `accuracy` and `excess_error` on average
         over the tasks with `low` and `high`, the same for each of its `tasks`, `terms` of the bound
-        and what drives them, and the `nearest` measured rows; `unknown`, the features that nobody
-        could tell; `measured`, groups and merges that were learned from, and their table's hash;
+        and what drives them, and the `nearest` measured rows; `backbone`, that of the experts;
+        `unknown`, the features that nobody could tell of some task, and `unknown_of`, those of each
+        task; `measured`, groups and merges that were learned from, and their table's hash;
         `coverage`, the share of outcomes that the intervals are to hold; and `warnings`, what makes
         these experts merge badly.
 
@@ -101,13 +108,14 @@ def predict_files(
     check_methods(recipes)
     for recipe in recipes:
         check_recipe(recipe, None if level == "cards" else calibration)
+    check_trees()
     measured = read_table(table, needed_columns(level))
     opened, looked = open_experts(
         experts, level, calibration, base=base, allow_different_base=allow_different_base
     )
     new = list(known_rows(opened, recipes, looked))
-    unknown = _unknown(new, level)
-    found = {outcome: _predicted(measured, new, outcome, level, unknown) for outcome in _OUTCOMES}
+    gaps = gaps_of(new, level)
+    found = {outcome: _predicted(measured, new, outcome, level, gaps) for outcome in _OUTCOMES}
     merges = [_told(place, recipe, found, new) for place, recipe in enumerate(recipes)]
     return recorded(
         watch,
@@ -123,9 +131,11 @@ def predict_files(
         },
         metrics={
             "merges": merges,
-            "unknown": unknown,
+            "backbone": opened.backbone,
+            "unknown": gaps.names,
+            "unknown_of": {task: list(names) for task, names in gaps.unknown.items() if names},
             "measured": {
-                **_counts(found["accuracy"].known),
+                **found["accuracy"].counts(),
                 "sha256": file_hash(table_file(table)),
             },
         },
@@ -134,68 +144,110 @@ def predict_files(
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was predicted of one outcome."""
+class _Part:
+    """What was learned for tasks of which the same is known.
+
+    Attributes:
+        model: the predictor.
+        known: what it was fitted to.
+        new: the tasks' rows.
+    """
 
     model: Calibrated
+    known: Rows
+    new: Rows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was predicted of one outcome.
+
+    Attributes:
+        parts: each of some tasks.
+        measured: rows of the table.
+        known: the same, with the features that any new merge has.
+        new: rows of all tasks, with the same features.
+    """
+
+    parts: Sequence[_Part]
     measured: Sequence[Row]
     known: Rows
     new: Rows
 
     def merge(self, place: int) -> Interval:
         """Return the mean over the tasks of one merge."""
-        found = self.model.merges(self._of(place))
+        found = merges_of([(part.model, _at(part.new, place)) for part in self.parts])
         return Interval(float(found.value[0]), float(found.low[0]), float(found.high[0]))
 
     def tasks(self, place: int) -> dict[str, Interval]:
-        """Return each task of one merge."""
-        found = self.model.rows(self._of(place))
-        each = zip(found.labels, found.value, found.low, found.high, strict=True)
-        return {str(task): Interval(float(v), float(a), float(b)) for task, v, a, b in each}
+        """Return each task of one merge, in the order of the experts."""
+        told: dict[str, Interval] = {}
+        for part in self.parts:
+            found = part.model.rows(_at(part.new, place))
+            each = zip(found.labels, found.value, found.low, found.high, strict=True)
+            told |= {str(task): Interval(float(v), float(a), float(b)) for task, v, a, b in each}
+        return {str(task): told[str(task)] for task in _at(self.new, place).task}
 
     def nearest(self, place: int) -> list[Row]:
         """Return the measured rows that are most like one merge."""
-        return [self.measured[i] for i in nearest(self.known, self._of(place))]
+        return [self.measured[i] for i in nearest(self.known, _at(self.new, place))]
 
-    def _of(self, place: int) -> Rows:
-        return self.new.at(np.char.endswith(self.new.merge, f"/{place}"))
+    def counts(self) -> dict[str, int]:
+        """Return how many groups and merges were learned from."""
+        group, merge = (
+            np.concatenate([getattr(part.known, name) for part in self.parts])
+            for name in ("group", "merge")
+        )
+        return {"groups": len(np.unique(group)), "merges": len(np.unique(merge))}
 
 
 def _predicted(
-    measured: Sequence[Row],
-    new: Sequence[Row],
-    outcome: Outcome,
-    level: Level,
-    unknown: Sequence[str],
+    measured: Sequence[Row], new: Sequence[Row], outcome: Outcome, level: Level, gaps: Gaps
 ) -> _Found:
-    found = rows_of(measured, outcome, level=level, without=unknown)
-    places = np.flatnonzero(np.isfinite(found.change) & np.isfinite(found.anchor))
-    if len(places) < _LEAST_ROWS:
-        raise ValueError(
-            f"`table` must hold {_LEAST_ROWS} measured rows or more to learn from, but holds "
-            f"{len(places)}. Build more of it: python experiments/merges.py."
-        )
-    known = found.at(places)
+    fit = Boosting(directions_of(outcome))
+    whole = rows_of(measured, outcome, level=level, without=gaps.absent)
+    learnable = _learnable(whole)
+    # It costs as much as a calibration, hence only where something is unknown.
+    compared = bool(gaps.names) and len(learnable) >= _LEAST_ROWS
+    at_least = held_out(fit, learnable) if compared else ()
+    parts = []
+    for unknown, tasks in gaps.parts().items():
+        left_out = (*gaps.absent, *unknown)
+        known = _learnable(rows_of(measured, outcome, level=level, without=left_out))
+        _check_enough(known)
+        model = calibrated(fit, known, at_least=at_least if unknown else ())
+        rows = [row for row in new if row["task"] in tasks]
+        parts.append(_Part(model, known, _new_rows(rows, outcome, level, left_out)))
+    places = np.flatnonzero(np.isfinite(whole.outcome))
     return _Found(
-        calibrated(Boosting(directions_of(outcome)), known),
+        parts,
         [measured[int(i)] for i in places],
-        known,
-        rows_of(new, outcome, level=level, without=unknown),
+        whole.at(places),
+        _new_rows(new, outcome, level, gaps.absent),
     )
 
 
-def _unknown(new: Sequence[Row], level: Level) -> list[str]:
-    """Return what cannot be learned from: what no new row knows, or not all where all must."""
-    starts = {name for scale in SCALES.values() for name, _ in scale.starts}
-    return [
-        name
-        for name in learned_names(level)
-        if (any if name in starts else all)(np.isnan(row[name]) for row in new)
-    ]
+def _learnable(rows: Rows) -> Rows:
+    """Return the rows that can be learned from."""
+    return rows.at(np.isfinite(rows.change) & np.isfinite(rows.anchor))
 
 
-def _counts(known: Rows) -> dict[str, int]:
-    return {"groups": len(np.unique(known.group)), "merges": len(np.unique(known.merge))}
+def _check_enough(known: Rows) -> None:
+    if len(known) < _LEAST_ROWS:
+        raise ValueError(
+            f"`table` must hold {_LEAST_ROWS} measured rows or more to learn from, but holds "
+            f"{len(known)}. Build more of it: python experiments/merges.py."
+        )
+
+
+def _new_rows(new: Sequence[Row], outcome: Outcome, level: Level, without: Sequence[str]) -> Rows:
+    """Return rows of new merges, each merge by its place: cards may name several suites."""
+    rows = rows_of(new, outcome, level=level, without=without)
+    return replace(rows, merge=np.array([str(row["merge"]) for row in new]))
+
+
+def _at(rows: Rows, place: int) -> Rows:
+    return rows.at(rows.merge == str(place))
 
 
 def _told(

@@ -50,9 +50,7 @@ class Boosting:
         return lambda new: new.reached(model.predict(_with_method(new, known, methods)))
 
     def _model(self, names: Sequence[str]) -> Any:
-        from sklearn.ensemble import HistGradientBoostingRegressor
-
-        return HistGradientBoostingRegressor(
+        return _trees()(
             learning_rate=_LEARNING_RATE,
             max_iter=self.trees,
             max_leaf_nodes=_LEAVES,
@@ -63,6 +61,15 @@ class Boosting:
             early_stopping=False,
             random_state=self.seed,
         )
+
+
+def check_trees() -> None:
+    """Refuse to go on where boosted trees cannot be fitted, before any work is lost.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    _trees()
 
 
 def linear(rows: Rows) -> Predict:
@@ -126,6 +133,16 @@ def method_mean(rows: Rows) -> Predict:
     whole = float(change.mean())
     means = {name: float(change[rows.method == name].mean()) for name in np.unique(rows.method)}
     return lambda new: new.anchor + np.array([means.get(name, whole) for name in new.method])
+
+
+def _trees() -> Any:
+    try:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'Learning from tables of merges needs scikit-learn: pip install -e ".[predict]".'
+        ) from None
+    return HistGradientBoostingRegressor
 
 
 def _with_method(rows: Rows, known: NDArray[np.intp], methods: Words) -> Numbers:

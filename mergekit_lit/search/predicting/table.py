@@ -127,6 +127,6 @@ def _arrow() -> tuple[ModuleType, ModuleType]:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "Tables of merges need pyarrow: pip install 'mergekit-lit[predict]'."
+            'Tables of merges need pyarrow: pip install -e ".[predict]".'
         ) from None
     return pa, parquet

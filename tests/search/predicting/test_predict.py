@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mergekit_lit.core.expert_files import load_expert, save_expert
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.search.predicting import predict
 from mergekit_lit.search.predicting.columns import KEYS, OUTCOMES
+from mergekit_lit.search.predicting.gaps import Gaps, gaps_of
 from mergekit_lit.search.predicting.learning import SCALES, learned_names
 from mergekit_lit.search.predicting.looking import (
     EFFORT,
@@ -115,8 +117,10 @@ def test_what_makes_experts_merge_badly_is_said_too(experts, table, tmp_path, ca
     save_expert(tmp_path / "far.safetensors", replace(far, card=replace(far.card, travel=9.0)))
     flags = [str(experts[0]), str(tmp_path / "far.safetensors"), "--table", str(table)]
     assert main(["predict", *flags, "--out", str(tmp_path / "told")]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "warning" in line)
-    assert "travels are unequal" in line
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if "travels are unequal" in line
+    )
+    assert line.startswith("warning: ")
     assert "travels are unequal" in (tmp_path / "told" / "report.html").read_text()
 
 
@@ -202,11 +206,117 @@ def test_the_shipped_table_is_learned_from_by_default(experts, capsys):
     assert "1792 merges of 224 groups of experts (shipped)" in capsys.readouterr().out
 
 
-def test_what_an_expert_is_told_from_must_be_known_of_all():
-    row = dict.fromkeys(learned_names("data"), 0.5)
-    gap = {**row, "own_card_base_accuracy": math.nan, "scale": math.nan}
-    assert predict._unknown([row, gap], "data") == ["own_card_base_accuracy"]
-    assert predict._unknown([gap, gap], "data") == ["own_card_base_accuracy", "scale"]
+def test_what_a_method_does_not_have_is_not_unknown():
+    row = {**dict.fromkeys(learned_names("data"), 0.5), "task": "a", "linear": 1.0}
+    plain = {**row, "scale": math.nan, "density": math.nan}
+    ties = {**row, "linear": 0.0, "scale": math.nan, "bound_chi2_w": math.nan}
+    gap = {**plain, "task": "b", "own_card_base_accuracy": math.nan, "bound_chi2_w": math.nan}
+    assert gaps_of([plain], "data") == Gaps(("scale", "density"), {"a": ()})
+    assert gaps_of([plain, ties], "data") == Gaps(("scale",), {"a": ()})
+    found = gaps_of([plain, gap, ties], "data")
+    assert found.absent == ("scale",)
+    assert found.names == ["own_card_base_accuracy", "bound_chi2_w"]
+    assert found.parts() == {(): ["a"], tuple(found.names): ["b"]}
+
+
+HYPERPARAMETERS = {"lr": 0.01, "batch": 8, "steps": 50, "n": 100}
+LOSSES = {"train_loss": 0.2, "val_loss": 0.3, "base_val_loss": 0.9}
+SCORES = {"val_accuracy": 0.8, "base_val_accuracy": 0.4}
+FULL = {**HYPERPARAMETERS, **LOSSES, **SCORES, "eps_path": 0.01, "displacement": 2.0, "classes": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(experts, tmp_path_factory):
+    """The experts with all facts that are learned from on their cards."""
+    folder, paths = tmp_path_factory.mktemp("whole"), []
+    for path in experts:
+        expert = load_expert(path)
+        paths.append(folder / path.name)
+        card = replace(expert.card, suite="tiny", **FULL)
+        save_expert(paths[-1], replace(expert, card=card))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def mixed(whole, tmp_path_factory):
+    """The same, the second without hyperparameters and without the name of its suite."""
+    folder = tmp_path_factory.mktemp("mixed")
+    expert = load_expert(whole[1])
+    stripped = dict.fromkeys((*HYPERPARAMETERS, "suite"))
+    save_expert(folder / "b.safetensors", replace(expert, card=replace(expert.card, **stripped)))
+    return [whole[0], folder / "b.safetensors"]
+
+
+def counted(monkeypatch):
+    """The features that each fit learns from, in order."""
+    fits = []
+
+    class Counted(Boosting):
+        def __call__(self, rows):
+            fits.append(rows.names)
+            return super().__call__(rows)
+
+    monkeypatch.setattr(predict, "Boosting", partial(Counted, trees=8))
+    return fits
+
+
+def test_whole_cards_cost_one_fit_and_its_calibration(whole, table, monkeypatch, capsys):
+    fits = counted(monkeypatch)
+    flags = ["--table", str(table), "--method", "average,ties,task_arithmetic"]
+    assert main(["predict", *map(str, whole), *flags]) == 0
+    assert "unknown" not in capsys.readouterr().out
+    # Of each of two outcomes: one fit, and one for each of the table's seven tasks.
+    assert len(fits) == 2 * (1 + 7)
+
+
+def test_a_task_of_which_less_is_known_is_told_by_its_own_fit(
+    whole, mixed, table, monkeypatch, tmp_path, capsys
+):
+    before = predict_files(whole, RECIPES, table=table)
+    fits = counted(monkeypatch)
+    found = predict_files(mixed, RECIPES, table=table)
+    assert found.metrics == predict_files(mixed, RECIPES, table=table).metrics
+    first, second = before.metrics["merges"][0]["tasks"]
+    assert set(found.metrics["unknown_of"]) == {second}
+    assert found.metrics["unknown"] == found.metrics["unknown_of"][second]
+    assert {"own_log_lr", "own_log_n", "own_log_epochs"} <= set(found.metrics["unknown"])
+    assert {"own_log_lr" in names for names in fits} == {True, False}
+    for old, new in zip(before.metrics["merges"], found.metrics["merges"], strict=True):
+        assert list(new["tasks"]) == [first, second]
+        # Its rows are predicted as if all were known of both.
+        assert new["tasks"][first] == old["tasks"][first]
+        for outcome in ("accuracy", "excess_error"):
+            mean = np.mean([task[outcome]["value"] for task in new["tasks"].values()])
+            assert new[outcome]["value"] == pytest.approx(mean)
+            assert new[outcome]["low"] <= new[outcome]["value"] <= new[outcome]["high"]
+    flags = ["--table", str(table), "--out", str(tmp_path / "told")]
+    assert main(["predict", *map(str, mixed), *flags]) == 0
+    page = (tmp_path / "told" / "report.html").read_text()
+    assert f"unknown of {second!r}" in capsys.readouterr().out
+    assert "features are unknown of" in page
+
+
+def test_missing_scikit_learn_is_told_before_any_work(whole, table, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    monkeypatch.setattr(predict, "open_experts", lambda *_, **__: pytest.fail("it looked"))
+    assert main(["predict", *map(str, whole), "--table", str(table)]) == 2
+    error = capsys.readouterr().err
+    assert 'needs scikit-learn: pip install -e ".[predict]"' in error
+    assert error.count("\n") == 1
+
+
+def test_cases_of_other_backbones_are_told(whole, table, tmp_path, capsys):
+    flags = ["--table", str(table), "--out", str(tmp_path / "told")]
+    assert main(["predict", *map(str, whole), *flags]) == 0
+    # The table's backbone is x.
+    line = "3 of the 3 nearest measured cases are of another one (x)"
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "told" / "predict.record.json").read_text())
+    assert line in out
+    assert "backbone" in next(text for text in out.splitlines() if "nearest measured" in text)
+    assert line in (tmp_path / "told" / "report.html").read_text()
+    assert record["metrics"]["backbone"] == "vit"
+    assert {one["backbone"] for one in record["metrics"]["merges"][0]["nearest"]} == {"x"}
 
 
 def test_the_nearest_merge_is_the_same_one(table):
