@@ -19,8 +19,11 @@ _TOLD_BY = ("travel", "displacement", "val_loss")
 """What on a card these cautions rest on."""
 
 _REPAIRS = {
-    "delta norms": "Rescale them: --then equal_norms, or train the odd one again.",
-    "travels": "Average them by it: --method travel_normalised, or train the odd one again.",
+    # To their mean, the veneer's default, short ones are made too long to bear.
+    "delta norms": "An average bears that; for `ties` rescale them to the shortest, --then "
+    "'{name: equal_norms, config: {to: min}}', or train the odd one again.",
+    "travels": "An average weighs them alike with --method travel_normalised; or train the odd one "
+    "again.",
     "confidences": "Train the odd one again as the others were.",
 }
 

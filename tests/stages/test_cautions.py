@@ -168,7 +168,7 @@ def test_unequal_norms_name_the_veneer(tmp_path):
     files = [_written(tmp_path, "a", 100, 5.0), _written(tmp_path, "b", 100, 5.0, size=3.0)]
     (line,) = expert_cautions(files)
     assert "delta norms are unequal: 'b' 3, 'a' 1" in line
-    assert "--then equal_norms" in line
+    assert "--then '{name: equal_norms, config: {to: min}}'" in line
 
 
 def test_cards_that_know_nothing_give_no_line(tmp_path):
