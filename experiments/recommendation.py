@@ -11,7 +11,8 @@ the validation run cost, and takes the one whose merge has the least validation 
 test accuracy of the best cell less that of the chosen one: the best of many cells is lucky, so that
 a regret of 0 is out of reach for any choice that does not see the test images.
 
-`--real FOLDER` adds the tasks of a folder. One record a group; what is there is not made again.
+`--real FOLDER` adds the tasks of a folder. One record a group; what is there is not made again. The
+rows of all are written to `<out>/recommendation.json`.
 `--no-train` passes over groups for which an expert of the sweep is missing.
 """
 
@@ -29,7 +30,7 @@ from merges import Pool, expert_file, jobs_of, tested
 from omegaconf import OmegaConf
 from testbed import trained, write_rows
 
-from mergekit_lit.core.files import read_json
+from mergekit_lit.core.files import read_json, write_json
 from mergekit_lit.core.seeds import derive_seed
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
@@ -132,7 +133,9 @@ def main() -> None:
                 print(f"left out, experts are missing: {study.pool.backbone} {'+'.join(group)}")
                 continue
             records.append(compared(study, group))
-    print(table([row for path in records for row in read_json(path)["metrics"]["rows"]]))
+    rows = [row for path in records for row in read_json(path)["metrics"]["rows"]]
+    write_json(given.out / "recommendation.json", rows)
+    print(table(rows))
 
 
 def studies(
