@@ -1,4 +1,4 @@
-"""A quiet Trainer of a few steps on the CPU, for modules that are trained or tested."""
+"""A quiet Trainer of a few steps on the CPU, and small experts, tasks and data that it is given."""
 
 import warnings
 from collections.abc import Callable
