@@ -237,7 +237,7 @@ def _plot(
 
 
 def _number(slope: float, bounds: tuple[float, float] | None) -> str:
-    return f"{slope:.2f}" + ("" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]")
+    return f"{slope:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
 
 
 def _predicted(prediction: Prediction) -> str:

@@ -143,7 +143,7 @@ def test_tables_and_figures(script, exponents, tmp_path, monkeypatch, capsys):
     script.main()
     told = capsys.readouterr().out
     assert "### net, constant rate" in told
-    cells = ["learning rate", "below one epoch", "eps_path", "2.00 [2.00, 2.00]", "2", "agree"]
+    cells = ["learning rate", "below one epoch", "eps_path", "2.000 [2.000, 2.000]", "2", "agree"]
     assert f"| {' | '.join([*cells, '1', 'disagree'])} |" in told
     # log(0.003 / 0.01)^2 > 0 at both ends, and the base lies in between.
     assert told.count("| 0.01 | U | ours | agree |") == 3
