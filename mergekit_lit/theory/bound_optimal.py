@@ -82,6 +82,7 @@ def bound_optimal(
     arXiv:2007.07481 (FedNova).
     Differs: see `theory.optimal.optimum` and `theory.optimal_layers.best_rows`.
     """
+    _check(experts, travel=travel, micro_batches=micro_batches, batch=batch, images=images)
     asked = Effort(micro_batches=micro_batches, batch=batch, hessian_images=images, seed=seed)
     fewest = min(len(calibration.samples[task]) for task in experts.names)
     effort = asked.within(fewest)

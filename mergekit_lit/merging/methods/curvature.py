@@ -66,6 +66,7 @@ def mats(
     Differs: convolutions too, their places counted as rows; from the average, not from another
         merge.
     """
+    _check(experts, iterations=iterations, samples=samples)
     steps: dict[str, Tensor] = {}
     for names in _rounds(experts):
         blocks = []

@@ -70,6 +70,7 @@ def fisher(
     Source: Matena & Raffel 2022, arXiv:2111.09832, sec. 3.
     Differs: heads are not merged.
     """
+    _check(experts, samples=samples, floor=floor)
     weighted: dict[str, Tensor] = {}
     totals: dict[str, Tensor] = {}
     for t, task in enumerate(experts.names):

@@ -67,6 +67,7 @@ def regmean(
     Source: Jin et al. 2023, arXiv:2212.09849, sec. 3 (RegMean).
     Differs: convolutions too; `ridge`, without which inputs that are always 0 have no solution.
     """
+    _check(experts, off_diagonal=off_diagonal, samples=samples, ridge=ridge)
     equations = NormalEquations(experts, off_diagonal=off_diagonal, ridge=ridge)
     names = matrix_names(experts)
     for t, task in enumerate(experts.names):
@@ -113,6 +114,7 @@ def regmean_plus_plus(
     Source: Nguyen et al. 2025, arXiv:2508.03121 (RegMean++).
     Differs: convolutions too; `ridge`, as in `regmean`.
     """
+    _check(experts, off_diagonal=off_diagonal, samples=samples, ridge=ridge)
     steps: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}
     for names in _blocks(experts):

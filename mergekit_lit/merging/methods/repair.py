@@ -67,6 +67,7 @@ def repair(
     Differs: a layer without a bias is left to the BatchNorm that follows it: there the policy
         `recalibrate` is the paper's reset; channels that do not vary in the merge are shifted only.
     """
+    _check(experts, samples=samples)
     if merged is not None and (merged.own or merged.masks or merged.adapters):
         raise ValueError(
             "`repair` must be given one model for all tasks, but this merge leaves each task "

@@ -46,6 +46,7 @@ def greedy_soup(
     Differs: experts of different tasks, hence the normalised accuracy averaged over tasks; there
         all experts are of one task. Where an expert has no image right, plain accuracy counts.
     """
+    check_samples(samples)
     judge = _Judge(experts, calibration, samples, seed)
     alone = [judge.score([t]) for t in range(len(experts))]
     order = sorted(range(len(experts)), key=lambda t: (-alone[t], t))

@@ -67,6 +67,7 @@ def surgery(  # noqa: PLR0913
     Differs: the features, which the adapter does not change, are computed once; at most 4096
         images of a task are looked at.
     """
+    _check(experts, rank=rank, steps=steps, lr=lr, batch=batch)
     merged = merge(experts, merged_by, config=settings, seed=seed)
     if merged.masks:
         raise ValueError(

@@ -87,6 +87,7 @@ def adamerging(  # noqa: PLR0913
     Differs: coefficients are clamped after each step, not inside the model; no graph through the
         T deltas.
     """
+    _check(experts, start=start, density=density, steps=steps, lr=lr, batch=batch)
     deltas = {name: experts.deltas(name) for name in experts.merged_names()}
     if plus_plus:
         deltas = trimmed_and_agreed(deltas, density=density)
