@@ -106,7 +106,12 @@ def merges_of(parts: Sequence[tuple[Calibrated, Rows]]) -> Predicted:
 
 
 def calibrated(
-    fit: Fit, rows: Rows, *, level: float = LEVEL, at_least: Sequence[HeldOut] = ()
+    fit: Fit,
+    rows: Rows,
+    *,
+    level: float = LEVEL,
+    held: Sequence[HeldOut] = (),
+    at_least: Sequence[HeldOut] = (),
 ) -> Calibrated:
     """Fit a predictor, and find how wide its intervals must be for tasks that it has not seen.
 
@@ -114,10 +119,11 @@ def calibrated(
         fit: the predictor.
         rows: to learn from; of at least two tasks that share no merge with one another somewhere.
         level: share of outcomes that an interval is to hold, in (0, 1).
+        held: what `held_out` tells of these rows, where that is there already.
         at_least: what a predictor that knows more tells of held out rows: intervals are not
             narrower than its own, in the mean over these; empty for no such bound.
     """
-    return Calibrated(fit(rows), *_widths(held_out(fit, rows), level, at_least))
+    return Calibrated(fit(rows), *_widths(held or held_out(fit, rows), level, at_least))
 
 
 def cross_calibrated(fit: Fit, folds: Sequence[Fold], *, level: float = LEVEL) -> list[Calibrated]:

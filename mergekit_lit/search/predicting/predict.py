@@ -215,7 +215,9 @@ def _predicted(
         left_out = (*gaps.absent, *unknown)
         known = _learnable(rows_of(measured, outcome, level=level, without=left_out))
         _check_enough(known)
-        model = calibrated(fit, known, at_least=at_least if unknown else ())
+        # Where nothing more is unknown, these rows are those of `at_least`.
+        held, least = ((), at_least) if unknown else (at_least, ())
+        model = calibrated(fit, known, held=held, at_least=least)
         rows = [row for row in new if row["task"] in tasks]
         parts.append(_Part(model, known, _new_rows(rows, outcome, level, left_out)))
     places = np.flatnonzero(np.isfinite(whole.outcome))
