@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 
 from mergekit_lit.core.expert_files import load_expert, save_expert
@@ -20,19 +19,6 @@ from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.train import train_expert
 
 RESNET, VIT = "resnet@random:0", "vit@random:0"
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise StopError
 
 
 def train(suite, out, *, base=VIT, task="dots", steps=(4,), callbacks=(), model=None, **options):
@@ -122,11 +108,13 @@ def test_the_card_names_the_teacher(tiny_suite, tmp_path, teacher):
     assert (plain.teacher, plain.teacher_share, plain.temperature) == (None, None, None)
 
 
-def test_an_interrupted_student_goes_on_to_the_same_bytes(tiny_suite, tmp_path, teacher):
+def test_an_interrupted_student_goes_on_to_the_same_bytes(
+    tiny_suite, tmp_path, teacher, stop_after
+):
     options = {"steps": [6], "model": {"teacher": str(teacher)}}
     whole = train(tiny_suite, tmp_path / "whole", **options)
-    cut = {"checkpoint_every": 2, "callbacks": [StopAfter(5)]}
-    with pytest.raises(StopError):
+    cut = {"checkpoint_every": 2, "callbacks": [stop_after(5)]}
+    with pytest.raises(stop_after.error):
         train(tiny_suite, tmp_path / "cut", **cut, **options)
     gone_on = train(tiny_suite, tmp_path / "cut", checkpoint_every=2, resume=True, **options)
     assert file_hash(gone_on) == file_hash(whole)

@@ -21,21 +21,6 @@ from mergekit_lit.stages.train import train_expert, world_size
 RESNET, VIT = "timm/test_resnet@random:0", "vit@random:0"
 
 
-class StopError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Ends a run as a kill does: in the middle of things."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise StopError
-
-
 class EarlyEnd(Callback):
     """Ends a run as early stopping and time limits do."""
 
@@ -106,12 +91,16 @@ def test_several_step_counts_share_one_trajectory(tiny_suite, tmp_path):
 @pytest.mark.parametrize(
     ("options", "accumulate"), [({"base": RESNET}, 2), ({"model": {"optimizer": "adamw"}}, 1)]
 )
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path, options, accumulate):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tiny_suite, tmp_path, options, accumulate, stop_after
+):
     options = {**options, "steps": [3, 7], "trainer": {"accumulate_grad_batches": accumulate}}
     options["data"] = {"augment": "crop-flip"}
     whole = train(tiny_suite, tmp_path / "whole", **options)
-    with pytest.raises(StopError):
-        train(tiny_suite, tmp_path / "cut", checkpoint_every=2, callbacks=[StopAfter(5)], **options)
+    with pytest.raises(stop_after.error):
+        train(
+            tiny_suite, tmp_path / "cut", checkpoint_every=2, callbacks=[stop_after(5)], **options
+        )
     assert (tmp_path / "cut/checkpoints/dots/last.ckpt").is_file()
     gone_on = train(tiny_suite, tmp_path / "cut", checkpoint_every=2, resume=True, **options)
     assert [file_hash(path) for path in gone_on.experts] == [file_hash(p) for p in whole.experts]
@@ -119,15 +108,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_suite, tmp_path, opti
     assert logs[0] == logs[1]
 
 
-def test_an_expert_that_is_written_is_not_trained_again(tiny_suite, tmp_path):
+def test_an_expert_that_is_written_is_not_trained_again(tiny_suite, tmp_path, stop_after):
     class Count(Callback):
         steps = 0
 
         def on_train_batch_end(self, *_):
             self.steps += 1
 
-    with pytest.raises(StopError):
-        train(tiny_suite, tmp_path, steps=[3, 6], callbacks=[StopAfter(5)])
+    with pytest.raises(stop_after.error):
+        train(tiny_suite, tmp_path, steps=[3, 6], callbacks=[stop_after(5)])
     count = Count()
     train(tiny_suite, tmp_path, steps=[3, 6], callbacks=[count], resume=True)
     assert count.steps == 3
@@ -152,9 +141,9 @@ def test_resume_leaves_a_finished_run_as_it_is(tiny_suite, tmp_path):
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 
-def test_resume_refuses_another_configuration(tiny_suite, tmp_path):
-    with pytest.raises(StopError):
-        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[StopAfter(3)])
+def test_resume_refuses_another_configuration(tiny_suite, tmp_path, stop_after):
+    with pytest.raises(stop_after.error):
+        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[stop_after(3)])
     with pytest.raises(
         ValueError, match=r"configuration, but `model\.lr` was 0\.01 and is 0\.02 now"
     ):
@@ -169,9 +158,11 @@ def test_resume_refuses_another_configuration(tiny_suite, tmp_path):
         ({"precision": "bf16-true"}, "precision", "None", "'bf16-true'"),
     ],
 )
-def test_resume_refuses_other_processes_and_precision(tiny_suite, tmp_path, now, key, was, value):
-    with pytest.raises(StopError):
-        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[StopAfter(3)])
+def test_resume_refuses_other_processes_and_precision(
+    tiny_suite, tmp_path, now, key, was, value, stop_after
+):
+    with pytest.raises(stop_after.error):
+        train(tiny_suite, tmp_path, checkpoint_every=2, callbacks=[stop_after(3)])
     with pytest.raises(ValueError, match=rf"`trainer\.{key}` was {was} and is {value} now"):
         train(tiny_suite, tmp_path, trainer=now, resume=True)
 
