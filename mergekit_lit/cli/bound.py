@@ -22,7 +22,7 @@ from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.lit.run_facts import LoggerKind
 from mergekit_lit.merging.configuration import parameters
 from mergekit_lit.stages.bounds import compare_bounds
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 _USAGE = "EXPERT ... [--method NAME[,NAME ...] [flags of one]] [--data.suite SUITE] [options]"
 
@@ -118,9 +118,10 @@ def _print(record: Record) -> None:
         [{"name": name, "value": weighing[name]} for name in _WEIGHING],
         {"name": "weighing", "value": "value"},
     )
-    total = "unknown: a term of it is" if found["total"] is None else f"{found['total']:.4g}"
     effective = " (effective: adaptive optimizer)" if found["effective"] else ""
-    print(f"total: {total}{effective}")
+    for name in _TOTALS:
+        value = "unknown: a term of it is" if found[name] is None else f"{found[name]:.4g}"
+        print(f"{name.replace('_', ' ')}: {value}{effective}")
     _print_sentences(record)
 
 
@@ -131,7 +132,10 @@ def _print_compared(records: Sequence[Record]) -> None:
         {"name": term, **{name: _number(found["terms"][term]) for name, found in told.items()}}
         for term in records[0].metrics["bound"]["terms"]
     ]
-    rows.append({"name": "total", **{name: found["total"] for name, found in told.items()}})
+    rows += [
+        {"name": key.replace("_", " "), **{name: found[key] for name, found in told.items()}}
+        for key in _TOTALS
+    ]
     rows += [
         {"name": key, **{name: found["weighing"][key] for name, found in told.items()}}
         for key in _WEIGHING
@@ -159,4 +163,5 @@ def _print_sentences(record: Record, prefix: str = "") -> None:
         print(f"{prefix}signature: {sentence}")
 
 
+_TOTALS = ("total", "total_by_step")
 _WEIGHING = ("a_eff", "chi2_lambda", "chi2_w", "tv_lambda", "tv_w")

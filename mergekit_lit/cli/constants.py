@@ -14,7 +14,7 @@ from mergekit_lit.core.merging import BatchNormPolicy
 from mergekit_lit.core.records import Record
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 _USAGE = "EXPERT ... --data.suite SUITE [options]"
 

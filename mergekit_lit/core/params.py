@@ -45,6 +45,11 @@ def norm(params: Params) -> float:
     return math.sqrt(dot(params, params))
 
 
+def flat(params: Params) -> Tensor:
+    """Return all entries as one vector, in the order of the names."""
+    return torch.cat([tensor.flatten() for tensor in params.values()])
+
+
 def count(params: Params) -> int:
     """Return the number of entries."""
     return sum(tensor.numel() for tensor in params.values())

@@ -235,12 +235,13 @@ def _terms_table(records: Sequence[Record]) -> str:
         rows.append(
             [
                 Cell(record.name),
-                _cell(told["total"], "unknown"),
+                # Older records know no second total.
+                *(_cell(told.get(name), "unknown") for name in ("total", "total_by_step")),
                 *cells,
                 *(_cell(weight, "unknown") for weight in weights),
             ]
         )
-    heads = ("merge", "total", *(name.replace("_", " ") for name in names))
+    heads = ("merge", "total", "total by step", *(name.replace("_", " ") for name in names))
     return table("Terms of the bound", (*heads, "chi2_lambda", "chi2_w"), rows)
 
 

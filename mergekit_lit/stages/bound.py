@@ -23,7 +23,7 @@ from mergekit_lit.stages.refits import delta2_by_refits, refits_of
 from mergekit_lit.theory.blocks import blocks_of
 from mergekit_lit.theory.bound import TOTAL, Bound, bound
 from mergekit_lit.theory.coefficients import Block
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
 from mergekit_lit.theory.signatures import signatures
 
@@ -209,6 +209,8 @@ def _merge_facts(measured: Measured | None) -> MergeFacts:
         gram=measured.base.gram,
         merged_gradient2=measured.merged.gradient2.value,
         sample_gradient2=measured.sample_gradient2.value,
+        slope=measured.base.slope.value if measured.base.slope else None,
+        step2=measured.step2,
     )
 
 
@@ -243,6 +245,7 @@ def _told(result: Bound) -> dict[str, Any]:
         "terms": {name: asdict(term) for name, term in result.terms.items()},
         "parts": list(TOTAL),
         "total": result.total,
+        "total_by_step": result.total_by_step,
         "weighing": asdict(result.weighing),
         "violated": list(result.violated),
         "effective": result.effective,

@@ -13,7 +13,7 @@ from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe
 from mergekit_lit.stages.report import build_report
 from mergekit_lit.stages.run_groups import facts_of_run, used_files
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 
 def compare_bounds(
@@ -95,7 +95,10 @@ def _paths(recipes: Sequence[Recipe], out: Path | None) -> list[Path | None]:
 def _track(records: Sequence[Record], folder: Path, logger: LoggerKind) -> None:
     """Tell of the merges: their terms as summary and as a table, and each expert's part."""
     names = [record.name for record in records]
-    totals = {record.name: {"total": record.metrics["bound"]["total"]} for record in records}
+    totals = {
+        record.name: {name: record.metrics["bound"][name] for name in ("total", "total_by_step")}
+        for record in records
+    }
     rows = list(_rows(records))
     for row in rows:
         totals[row["method"]][row["name"]] = row["value"]

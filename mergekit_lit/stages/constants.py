@@ -15,17 +15,13 @@ from mergekit_lit.lit.recalibration import task_statistics
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.theory.coefficients import Block
-from mergekit_lit.theory.constants import (
-    AtPoint,
-    Effort,
-    Smoothness,
-    measure_point,
-    measure_sample_gradients,
-    measure_smoothness,
-)
+from mergekit_lit.theory.constants import AtPoint, measure_point
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.heterogeneity import Estimate
+from mergekit_lit.theory.norms import squared_norm
 from mergekit_lit.theory.objective import Objective
 from mergekit_lit.theory.signatures import Symptoms
+from mergekit_lit.theory.smoothness import Smoothness, measure_sample_gradients, measure_smoothness
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Measured:
         merged: at x_avg, under the merge's own.
         smoothness: around them.
         sample_gradient2: G^2 at x_avg.
+        step2: ||x_avg - x0||^2.
         test: losses and accuracies on test images, by task.
         train: the same on training images.
     """
@@ -45,6 +42,7 @@ class Measured:
     merged: AtPoint
     smoothness: Smoothness
     sample_gradient2: Estimate
+    step2: float
     test: Mapping[str, Mapping[str, float]]
     train: Mapping[str, Mapping[str, float]]
 
@@ -92,14 +90,18 @@ def measure_merge(
         for split in ("train", "test")
     )
     names = {block.name: block.tensors for block in blocks}
+    step = {name: weights[name] - base[name] for name in moving}
     losses = {task: row["loss"] for task, row in train.items()}
     return Measured(
-        base=measure_point(at_base, base, calibration, p=p, effort=effort, blocks=names),
+        base=measure_point(
+            at_base, base, calibration, p=p, effort=effort, blocks=names, direction=step
+        ),
         merged=measure_point(at_merge, weights, calibration, p=p, effort=effort, losses=losses),
         smoothness=measure_smoothness(at_merge, base, weights, experts, calibration, effort=effort),
         sample_gradient2=measure_sample_gradients(
             at_merge, weights, calibration, p=p, effort=effort
         ),
+        step2=float(squared_norm(list(step.values()))),
         test=test,
         train=train,
     )

@@ -7,11 +7,13 @@ What comes from where:
   merged gradient norm as optimization error; the three signatures of failure. Its theorems' texts
   were not at hand: nothing here is its theorem.
 - *Cited*: l2 on-average model stability (Lei & Ying 2020), effective step vectors and the surrogate
-  objective (Wang et al. 2020), the scale of gradient noise (McCandlish et al. 2018).
+  objective (Wang et al. 2020), the scale of gradient noise (McCandlish et al. 2018), the descent
+  lemma (Nesterov 2004).
 - *Our reconstruction of the bound*: the terms of `terms` and their sum in `bound`, proved from what
   is cited and checked on quadratics (tests/theory/test_bound.py); the second divergence chi2_w;
-  coefficients that differ by layer, and the term `mismatch` that they bring; the path estimate of
-  stability; `bound_optimal` and `travel_normalised`.
+  coefficients that differ by layer, and the term `mismatch` that they bring; the second total, of
+  the step that the deltas make (`descent`); the path estimate of stability; `bound_optimal` and
+  `travel_normalised`.
 """
 
 from mergekit_lit.theory.noise import (

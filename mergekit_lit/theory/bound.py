@@ -6,17 +6,20 @@ from dataclasses import dataclass, replace
 
 from mergekit_lit.theory.coefficients import Block, Weighing, weigh, weigh_blocks
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, check_facts
-from mergekit_lit.theory.terms import (
-    LARGEST_STEP,
-    LARGEST_TRAVEL,
-    Term,
+from mergekit_lit.theory.stability_terms import (
     delta,
     delta_by_path,
     delta_by_refits,
+    generalization,
+)
+from mergekit_lit.theory.term import Term, sum_of
+from mergekit_lit.theory.terms import (
+    LARGEST_STEP,
+    LARGEST_TRAVEL,
+    descent,
     divergence,
     drift,
     drift_in_closed_form,
-    generalization,
     merged_gradient,
     merged_noise,
     mismatch,
@@ -25,6 +28,8 @@ from mergekit_lit.theory.terms import (
 
 TOTAL = ("progress", "drift", "mismatch", "merged_noise", "divergence", "generalization")
 """The terms that add up to the total."""
+BY_STEP = ("descent", "generalization")
+"""The terms of the total by the step itself."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Bound:
         terms: by name, in the order in which they are told.
         weighing: A_eff, w and the divergences.
         total: their sum as `bound` defines it; None unless every term of it is known.
+        total_by_step: descent + generalization; None unless both are known.
         violated: assumptions that the run breaks, one sentence each.
         effective: whether an adaptive optimizer makes everything derived from travels effective.
     """
@@ -42,6 +48,7 @@ class Bound:
     terms: Mapping[str, Term]
     weighing: Weighing
     total: float | None
+    total_by_step: float | None = None
     violated: tuple[str, ...] = ()
     effective: bool = False
 
@@ -68,6 +75,11 @@ def bound(
     The closed form of the drift stands beside the measured one where it is proved, and is called
     vacuous elsewhere. ||grad F_S(x_avg)||^2, the source's own optimization error, is a term by
     itself. A total is given only if each of its terms is known.
+
+    Once the experts are there, their deltas tell more than their trainings do. Beside the total
+    stands a second one, whose first part bounds F_S(x_avg) for any merge and travel:
+
+        descent         F_S(x0) + <grad F_S(x0), x_avg - x0> + (L / 2) ||x_avg - x0||^2
 
     Coefficients lambda_i^l that differ by block l of the parameters: block l moves by A_l =
     sum_i lambda_i^l s_i down the objective with shares w_i^l = lambda_i^l s_i / A_l. The descent
@@ -105,6 +117,7 @@ def bound(
         mismatch(weighing, experts, merge),
         merged_noise(weighing, experts, merge),
         merged_gradient(merge),
+        descent(weighing, experts, merge),
         divergence(weighing, experts),
         delta(weighing, experts, merge),
         delta_by_refits(merge),
@@ -112,12 +125,11 @@ def bound(
     ]
     named = {term.name: term for term in terms} | _limited(terms, weighing, experts, merge)
     named |= generalization(weighing, experts, merge, named["delta2"])
-    parts = [named[name].value for name in TOTAL]
-    known = [part for part in parts if part is not None]
     return Bound(
         terms=named,
         weighing=weighing,
-        total=math.fsum(known) if len(known) == len(parts) else None,
+        total=sum_of([named[name].value for name in TOTAL]),
+        total_by_step=sum_of([named[name].value for name in BY_STEP]),
         violated=_violated(weighing, experts, merge),
         effective=any(expert.adaptive for expert in experts),
     )

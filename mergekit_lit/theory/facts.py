@@ -67,6 +67,8 @@ class MergeFacts:
         merged_gradient2: ||grad F_S(x_avg)||^2.
         sample_gradient2: G^2 at x_avg.
         delta2_of_merge: Delta_M^2, from the merge of the refits themselves.
+        slope: <grad F_S(x0), x_avg - x0>.
+        step2: ||x_avg - x0||^2.
         linear: whether x_avg is x0 + sum_i lambda_i tau_i.
         fixed: whether these lambda_i were found without images.
     """
@@ -77,6 +79,8 @@ class MergeFacts:
     merged_gradient2: float | None = None
     sample_gradient2: float | None = None
     delta2_of_merge: float | None = None
+    slope: float | None = None
+    step2: float | None = None
     linear: bool = True
     fixed: bool = True
 
@@ -87,8 +91,8 @@ def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
     Raises:
         ValueError: one is negative or not finite.
     """
-    # A U-statistic of a squared norm may come out negative, and enters as it is.
-    signed = {"zeta2", "merged_gradient2", "noise"}
+    # A U-statistic of a squared norm may come out negative, and enters as it is; a slope falls.
+    signed = {"zeta2", "merged_gradient2", "noise", "slope"}
     for facts in (*experts, merge):
         for name, value in vars(facts).items():
             if not isinstance(value, float) or name in signed:

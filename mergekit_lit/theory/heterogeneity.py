@@ -73,7 +73,7 @@ def mean_gradient_square(
         weights: w_i of each task.
         level: of the jackknife interval.
     """
-    rows = _weighted(gradients, weights)
+    rows = _weighted(gradients.rows, weights)
     lean = _leaning(gradients, weights)
     samples = gradients.batch * sum(len(r) for r in gradients.rows)
     return _with_interval(_gram(rows), lambda gram: _off_diagonal(gram) + lean, level, samples)
@@ -125,6 +125,38 @@ def gradient_products(gradients: TaskGradients, columns: Sequence[slice]) -> lis
     return [[float(entry) for entry in row] for row in products]
 
 
+def mean_slopes(
+    gradients: TaskGradients,
+    weights: Sequence[float],
+    directions: Tensor,
+    columns: Sequence[slice],
+    *,
+    level: float = 0.95,
+) -> list[Estimate]:
+    """Return <sum_i w_i grad F_Si, v> along V directions over some of the parameters.
+
+    Args:
+        gradients: of T tasks, the same number K of micro-batches of each, at least 2.
+        weights: w_i of each task.
+        directions: v, over these parameters one part after the other, (V, Q).
+        columns: which of the P parameters, Q in all.
+        level: of the normal interval over micro-batches.
+    """
+    count = len(gradients.rows[0])
+    each = torch.zeros(count, len(directions), dtype=torch.float64)
+    start = 0
+    for part in columns:
+        mean = _weighted([rows[:, part] for rows in gradients.rows], weights)
+        each += mean @ directions[:, start : start + mean.shape[1]].double().T
+        start += mean.shape[1]
+    samples = gradients.batch * sum(len(rows) for rows in gradients.rows)
+    half = _normal_quantile(level) * each.std(0) / math.sqrt(count)
+    pairs = zip(each.mean(0).tolist(), half.tolist(), strict=True)
+    if count < 3:
+        return [Estimate(value, None, None, samples) for value, _ in pairs]
+    return [Estimate(value, value - wide, value + wide, samples) for value, wide in pairs]
+
+
 def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
     """Return G^2 = (1/n) sum_j ||grad f(x; z_j)||^2 with its normal interval.
 
@@ -140,16 +172,16 @@ def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
     return Estimate(value, value - half, value + half, len(wide))
 
 
-def _weighted(gradients: TaskGradients, weights: Sequence[float]) -> Tensor:
-    counts = {len(rows) for rows in gradients.rows}
+def _weighted(of_tasks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    counts = {len(rows) for rows in of_tasks}
     if len(counts) != 1 or counts.pop() < 2:
         raise ValueError(
             "Each task must have the same number of micro-batches, at least 2, but they have "
-            f"{[len(rows) for rows in gradients.rows]}."
+            f"{[len(rows) for rows in of_tasks]}."
         )
-    return torch.stack(
-        [w * rows.double() for w, rows in zip(weights, gradients.rows, strict=True)]
-    ).sum(0)
+    return torch.stack([w * rows.double() for w, rows in zip(weights, of_tasks, strict=True)]).sum(
+        0
+    )
 
 
 def _leaning(gradients: TaskGradients, weights: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""This file is the terms of the bound, one function each: our reconstruction of the bound.
+"""This file is the terms of the bound but for stability's: our reconstruction of the bound.
 
 Symbols: T experts from x0; expert i took K_i steps of rate eta_i over batches of b_i from n_i
 samples, with effective step vector a_i; s_i = eta_i ||a_i||_1 is its travel. The merge is
@@ -9,35 +9,16 @@ expert's displacement and lambda_i^2 for the mean square (`weigh_blocks`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
 
 from mergekit_lit.theory.coefficients import Weighing
 from mergekit_lit.theory.facts import ALL, ExpertFacts, Gram, MergeFacts
+from mergekit_lit.theory.term import Term, sum_of, term_of, weighted
 
-Provenance: TypeAlias = Literal["measured", "closed form", "vacuous", "unknown"]
 LARGEST_TRAVEL = 0.306
 """Largest eta_i K_i L for which the closed form of the drift is proved."""
 LARGEST_STEP = 0.5
 """Largest A_eff L for which progress is proved."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of the bound.
-
-    Attributes:
-        name: what it is.
-        value: the number; None where unknown or vacuous.
-        provenance: where the number comes from.
-        note: why it is unknown or vacuous, or what it rests on.
-    """
-
-    name: str
-    value: float | None
-    provenance: Provenance
-    note: str = ""
 
 
 def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
@@ -46,12 +27,12 @@ def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     The gain is proved for A_l L <= 0.5 alone, and left out where that fails: it would go on growing
     with A_l, below a loss of 0.
     """
-    start, slope = _weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
+    start, slope = weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
     step = (weighing.farthest or 0.0) * (merge.smoothness or 0.0)
     if start is not None and step > LARGEST_STEP:
         return Term("progress", start, "measured", "without a gain: A_eff L exceeds 0.5")
     needs = {"A_eff": weighing.a_eff, "F_Si(x0)": start, "grad F_Si(x0)": slope}
-    return _term("progress", needs, lambda _, f, g: f - g / 4)
+    return term_of("progress", needs, lambda _, f, g: f - g / 4)
 
 
 def _slope(weighing: Weighing, merge: MergeFacts) -> float | None:
@@ -84,10 +65,10 @@ def mismatch(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     known = {
         "L": merge.smoothness,
         "A_eff": weighing.a_eff,
-        "d^2": _sum([expert.d2 for expert in experts]),
+        "d^2": sum_of([expert.d2 for expert in experts]),
         "gradients by block": None if merge.gram is None else 0.0,
     }
-    return _term("mismatch", known, of_blocks)
+    return term_of("mismatch", known, of_blocks)
 
 
 def _mismatch_of(block: Weighing, gram: Gram, w: Sequence[float], drifts: Sequence[float]) -> float:
@@ -113,13 +94,13 @@ def drift(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     """Return (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the gradients' drift."""
     if merge.gradient_drift is not None and weighing.w is not None:
         moved = math.fsum(w * d for w, d in zip(weighing.w, merge.gradient_drift, strict=True))
-        return _term("drift", {"A_eff": weighing.a_eff}, lambda a: a / 2 * moved, "by gradients")
-    return _term(
+        return term_of("drift", {"A_eff": weighing.a_eff}, lambda a: a / 2 * moved, "by gradients")
+    return term_of(
         "drift",
         {
             "A_eff": weighing.a_eff,
             "L": merge.smoothness,
-            "d^2": _weighted(weighing.w, [expert.d2 for expert in experts]),
+            "d^2": weighted(weighing.w, [expert.d2 for expert in experts]),
         },
         lambda a, smooth, d2: a * smooth**2 / 2 * d2,
         "by displacements",
@@ -137,17 +118,17 @@ def drift_in_closed_form(
     name, smooth = "drift_closed_form", merge.smoothness
     if weighing.blocks:
         return Term(name, None, "vacuous", "proved for one coefficient an expert")
-    zeta = _weighted(weighing.w, [expert.zeta2 for expert in experts])
+    zeta = weighted(weighing.w, [expert.zeta2 for expert in experts])
     parts = [_noise_on_the_way(expert) for expert in experts]
-    noise = _weighted(weighing.w, parts)
+    noise = weighted(weighing.w, parts)
     missing = {"A_eff": weighing.a_eff, "L": smooth, "sigma^2": noise, "zeta^2": zeta}
     if smooth is None or weighing.a_eff is None or noise is None or zeta is None:
-        return _term(name, missing, lambda *_: 0.0)
+        return term_of(name, missing, lambda *_: 0.0)
     travels = [expert.travel or 0.0 for expert in experts]
     if max(travels) * smooth > LARGEST_TRAVEL or weighing.a_eff * smooth > LARGEST_STEP:
         why = f"eta K L = {max(travels) * smooth:.3g}, A_eff L = {weighing.a_eff * smooth:.3g}"
         return Term(name, None, "vacuous", f"proved for eta K L <= 0.306, A_eff L <= 0.5; {why}")
-    apart = _weighted(
+    apart = weighted(
         weighing.w,
         [
             16 / 3 * s**2 * (2 * (expert.zeta2 or 0.0) + 2 * zeta)
@@ -178,16 +159,18 @@ def merged_noise(weighing: Weighing, experts: Sequence[ExpertFacts], merge: Merg
         else square * expert.travel_squared * expert.noise / expert.batch
         for square, expert in zip(weighing.squares, experts, strict=True)
     ]
-    return _term(
+    return term_of(
         "merged_noise",
-        {"L": merge.smoothness, "travel and sigma^2": _sum(parts)},
+        {"L": merge.smoothness, "travel and sigma^2": sum_of(parts)},
         lambda smooth, noise: smooth * noise,
     )
 
 
 def merged_gradient(merge: MergeFacts) -> Term:
     """Return ||grad F_S(x_avg)||^2, the source's optimization error."""
-    return _term("merged_gradient", {"||grad F_S(x_avg)||^2": merge.merged_gradient2}, lambda g: g)
+    return term_of(
+        "merged_gradient", {"||grad F_S(x_avg)||^2": merge.merged_gradient2}, lambda g: g
+    )
 
 
 def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
@@ -195,104 +178,30 @@ def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
     if weighing.chi2_w == 0:
         return Term("divergence", 0.0, "closed form", "chi2_w is 0")
     losses = [expert.train_loss for expert in experts]
-    mean = _weighted(weighing.w, losses)
+    mean = weighted(weighing.w, losses)
     spread = None
     if mean is not None:
         squares = [None if loss is None else (loss - mean) ** 2 for loss in losses]
-        spread = _weighted(weighing.w, squares)
-    return _term(
+        spread = weighted(weighing.w, squares)
+    return term_of(
         "divergence",
         {"chi2_w": weighing.chi2_w, "train losses": spread},
         lambda chi2, variance: math.sqrt(max(0.0, chi2 * variance)),
     )
 
 
-def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
-    """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits.
+def descent(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return sum_i p_i F_Si(x0) + <grad F_S(x0), x_avg - x0> + (L / 2) ||x_avg - x0||^2.
 
-    The formula takes lambda_i to stay when a sample is replaced.
+    What bounds F_S(x_avg) by the step itself, however it was made: for any merge, linear or not, of
+    any travel, without a surrogate and hence without divergence.
+
+    Source: the descent lemma, as in Nesterov 2004, Lemma 1.2.3.
     """
-    if any(expert.chaotic for expert in experts):
-        return Term("delta2", None, "unknown", "needs twins further off than the rounding twin")
-    if not (merge.linear and merge.fixed):
-        heads = _sum([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
-        needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
-        return _term("delta2", needs, lambda d, h: d + h, "by the merge of the refits")
-    parts = [
-        None
-        if expert.eps2 is None or expert.eps2_head is None
-        else p * (square * expert.eps2 + expert.eps2_head)
-        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
-    ]
-    return _term("delta2", {"eps^2": _sum(parts)}, lambda d: d)
-
-
-def _head(p: float, expert: ExpertFacts) -> float | None:
-    return None if expert.eps2_head is None else p * expert.eps2_head
-
-
-def delta_by_refits(merge: MergeFacts) -> Term:
-    """Return Delta_M^2 of the backbone, from the merge of the refits, linear or not."""
-    return _term("delta2_by_refits", {"refits": merge.delta2_of_merge}, lambda d: d)
-
-
-def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
-    """Return Delta^2 with the path estimate of the backbones' stability in place of twins."""
-    parts = [
-        None if expert.eps2_path is None else p * square * expert.eps2_path
-        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
-    ]
-    note = "an estimate of its size, not calibrated by twins; without the heads"
-    return _term("delta2_by_path", {"eps_path": _sum(parts)}, lambda d: d, note)
-
-
-def generalization(
-    weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts, delta2: Term
-) -> dict[str, Term]:
-    """Return both forms of the generalization term, and the smaller.
-
-    sqrt(2 L F_S) Delta + L Delta^2 / 2  and  G Delta + L Delta^2 / 2
-    """
-    smooth = merge.smoothness
-    loss = _weighted(weighing.p, [expert.train_loss for expert in experts])
-    by_loss = _term(
-        "generalization_by_loss",
-        {"L": smooth, "F_S(x_avg)": loss, "Delta^2": delta2.value},
-        lambda el, f, d: math.sqrt(2 * el * f * d) + el * d / 2,
-    )
-    by_gradient = _term(
-        "generalization_by_gradient",
-        {"L": smooth, "G^2": merge.sample_gradient2, "Delta^2": delta2.value},
-        lambda el, g, d: math.sqrt(g * d) + el * d / 2,
-    )
-    known = [term for term in (by_loss, by_gradient) if term.value is not None]
-    if known:
-        least = min(known, key=lambda term: term.value or 0.0)
-        best = Term("generalization", least.value, "measured", least.name)
-    else:
-        best = Term("generalization", None, "unknown", by_loss.note)
-    return {term.name: term for term in (by_loss, by_gradient, best)}
-
-
-def _term(
-    name: str,
-    needs: Mapping[str, float | None],
-    formula: Callable[..., float],
-    note: str = "",
-) -> Term:
-    """Return a term by its formula, or say what is missing."""
-    missing = [symbol for symbol, value in needs.items() if value is None]
-    if missing:
-        return Term(name, None, "unknown", f"needs {', '.join(missing)}")
-    return Term(name, formula(*needs.values()), "measured", note)
-
-
-def _weighted(weights: Sequence[float] | None, values: Sequence[float | None]) -> float | None:
-    if weights is None:
-        return None
-    return _sum([None if v is None else w * v for w, v in zip(weights, values, strict=True)])
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) if len(known) == len(values) else None
+    needs = {
+        "F_Si(x0)": weighted(weighing.p, [expert.base_loss for expert in experts]),
+        "<grad F_S(x0), x_avg - x0>": merge.slope,
+        "||x_avg - x0||^2": merge.step2,
+        "L": merge.smoothness,
+    }
+    return term_of("descent", needs, lambda f, slope, step2, smooth: f + slope + smooth / 2 * step2)

@@ -26,8 +26,10 @@ from mergekit_lit.stages.opening import load_base_of
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import TOTAL
-from mergekit_lit.theory.constants import Effort, measure_point, measure_sample_gradients
+from mergekit_lit.theory.constants import measure_point
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.objective import Objective, hessian_product
+from mergekit_lit.theory.smoothness import measure_sample_gradients
 
 VIT = "vit@random:0"
 # All 100 training images of a task: the estimates are then exact.

@@ -30,6 +30,8 @@ MERGE = MergeFacts(
     gram={ALL: ()},
     merged_gradient2=0.3,
     sample_gradient2=4.0,
+    slope=-0.4,
+    step2=0.6,
 )
 
 
@@ -69,6 +71,8 @@ def test_terms_by_hand():
     assert found.terms["drift_closed_form"].provenance == "closed form"
     assert terms["merged_noise"] == pytest.approx(1.25 * (0.25**2 + 0.75**2) * 0.004 * 3 / 8)
     assert terms["merged_gradient"] == 0.3
+    assert terms["descent"] == pytest.approx(2.0 - 0.4 + 1.25 / 2 * 0.6)
+    assert found.total_by_step == pytest.approx(terms["descent"] + terms["generalization"])
     mean = w[0] * 1.5 + w[1] * 0.5
     variance = w[0] * (1.5 - mean) ** 2 + w[1] * (0.5 - mean) ** 2
     chi2 = sum((0.5 - share) ** 2 / share for share in w)

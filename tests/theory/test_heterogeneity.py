@@ -7,11 +7,13 @@ from mergekit_lit.theory.heterogeneity import (
     TaskGradients,
     heterogeneity,
     mean_gradient_square,
+    mean_slopes,
     per_sample_square,
     task_noise,
 )
 
 TASKS, SIZES, DIM = 3, (40, 60, 50), 7
+ALONG = torch.linspace(-1.0, 2.0, DIM, dtype=torch.float64)[None]
 DRAWS, BATCHES, BATCH = 600, 4, 5
 
 
@@ -56,6 +58,12 @@ ESTIMATES = {
     "heterogeneity": (
         lambda g: heterogeneity(g, 1, [1 / 3] * 3),
         lambda s: truth(s, [-1 / 3, 2 / 3, -1 / 3]),
+    ),
+    "slope": (
+        lambda g: mean_slopes(g, [0.7, 0.1, 0.2], ALONG, [slice(0, 3), slice(3, DIM)])[0],
+        lambda s: float(
+            sum(w * g.mean(0) for w, g in zip([0.7, 0.1, 0.2], s, strict=True)) @ ALONG[0]
+        ),
     ),
     "noise": (
         lambda g: task_noise(g, 0),

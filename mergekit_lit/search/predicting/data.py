@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.params import flat
 from mergekit_lit.search.predicting.columns import Column, Row, number, spread, spread_columns
 from mergekit_lit.search.predicting.deltas import step_of
 from mergekit_lit.search.predicting.probing import Probe
-from mergekit_lit.search.predicting.sights import Seen, flat
+from mergekit_lit.search.predicting.sights import Seen
 from mergekit_lit.stages.bound import coefficients_of, expert_facts
 from mergekit_lit.theory.bound import Bound, bound
 from mergekit_lit.theory.coefficients import Block

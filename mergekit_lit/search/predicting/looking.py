@@ -28,7 +28,7 @@ from mergekit_lit.stages.bound import check_same_images
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import base_of, load_base_of
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 EFFORT = Effort(micro_batches=4, batch=40, hessian_images=24, images=64)
 VAL_IMAGES = 100

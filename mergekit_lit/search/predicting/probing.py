@@ -12,7 +12,7 @@ from mergekit_lit.lit.recalibration import calibration_images, recalibrate, stat
 from mergekit_lit.lit.scores import Outcomes
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.search.tuning.scores import Scorer
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 
 @dataclass(frozen=True)

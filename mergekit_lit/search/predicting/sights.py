@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_lit.core.calibration import Batch, Calibration, drawn
 from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.params import flat
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.recalibration import calibration_images
@@ -19,7 +20,8 @@ from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.search.predicting.probing import Score, score_of
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.stages.constants import objectives_at_base
-from mergekit_lit.theory.constants import Effort, task_gradients
+from mergekit_lit.theory.constants import task_gradients
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.heterogeneity import TaskGradients, gradient_products, task_noise
 from mergekit_lit.theory.objective import Objective
 
@@ -183,11 +185,6 @@ def see(
         curvatures=[float(slope @ step) for slope in slopes],
         smoothness=apart / length if length else None,
     )
-
-
-def flat(params: Mapping[str, Tensor]) -> Tensor:
-    """Return all tensors as one vector (P,), in their order."""
-    return torch.cat([tensor.flatten() for tensor in params.values()])
 
 
 def _curvature(sight: Sight, point: Mapping[str, Tensor], step: Tensor) -> float:

@@ -18,13 +18,10 @@ from mergekit_lit.search.recommending.points import Constants, OfExpert, Point, 
 from mergekit_lit.search.recommending.site import Site
 from mergekit_lit.search.recommending.space import Way
 from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merge
-from mergekit_lit.theory.constants import (
-    Effort,
-    measure_point,
-    measure_sample_gradients,
-    measure_secant,
-)
+from mergekit_lit.theory.constants import measure_point
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.facts import ALL, effective_travel
+from mergekit_lit.theory.smoothness import measure_sample_gradients, measure_secant
 
 
 def probe(

@@ -30,7 +30,7 @@ from mergekit_lit.search.recommending.space import Space, Way
 from mergekit_lit.search.recommending.telling import facts_of, tables_of, training_file
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.run_groups import facts_of_run
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 RECORD = "recommend.record.json"
 TRAINING = "recommended.yaml"

@@ -15,7 +15,7 @@ from mergekit_lit.models.backbones import load_base
 from mergekit_lit.search.predicting import cards, data, deltas, probing, sights
 from mergekit_lit.search.predicting.columns import checked, joined, spread
 from mergekit_lit.search.tuning.scores import Scorer
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 EFFORT = Effort(micro_batches=2, batch=4, hessian_images=4, images=8)
 

@@ -30,7 +30,7 @@ from mergekit_lit.search.predicting.predictors import Boosting
 from mergekit_lit.search.predicting.table import COLUMNS, feature_names, write_table
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")

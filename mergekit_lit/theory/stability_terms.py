@@ -1,0 +1,78 @@
+"""This file is the terms of the bound that stability makes: Delta, and what it adds to the loss.
+
+Symbols are those of `theory.terms`.
+"""
+
+import math
+from collections.abc import Sequence
+
+from mergekit_lit.theory.coefficients import Weighing
+from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
+from mergekit_lit.theory.term import Term, sum_of, term_of, weighted
+
+
+def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
+    """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits.
+
+    The formula takes lambda_i to stay when a sample is replaced.
+    """
+    if any(expert.chaotic for expert in experts):
+        return Term("delta2", None, "unknown", "needs twins further off than the rounding twin")
+    if not (merge.linear and merge.fixed):
+        heads = sum_of([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
+        needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
+        return term_of("delta2", needs, lambda d, h: d + h, "by the merge of the refits")
+    parts = [
+        None
+        if expert.eps2 is None or expert.eps2_head is None
+        else p * (square * expert.eps2 + expert.eps2_head)
+        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
+    ]
+    return term_of("delta2", {"eps^2": sum_of(parts)}, lambda d: d)
+
+
+def _head(p: float, expert: ExpertFacts) -> float | None:
+    return None if expert.eps2_head is None else p * expert.eps2_head
+
+
+def delta_by_refits(merge: MergeFacts) -> Term:
+    """Return Delta_M^2 of the backbone, from the merge of the refits, linear or not."""
+    return term_of("delta2_by_refits", {"refits": merge.delta2_of_merge}, lambda d: d)
+
+
+def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
+    """Return Delta^2 with the path estimate of the backbones' stability in place of twins."""
+    parts = [
+        None if expert.eps2_path is None else p * square * expert.eps2_path
+        for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
+    ]
+    note = "an estimate of its size, not calibrated by twins; without the heads"
+    return term_of("delta2_by_path", {"eps_path": sum_of(parts)}, lambda d: d, note)
+
+
+def generalization(
+    weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts, delta2: Term
+) -> dict[str, Term]:
+    """Return both forms of the generalization term, and the smaller.
+
+    sqrt(2 L F_S) Delta + L Delta^2 / 2  and  G Delta + L Delta^2 / 2
+    """
+    smooth = merge.smoothness
+    loss = weighted(weighing.p, [expert.train_loss for expert in experts])
+    by_loss = term_of(
+        "generalization_by_loss",
+        {"L": smooth, "F_S(x_avg)": loss, "Delta^2": delta2.value},
+        lambda el, f, d: math.sqrt(2 * el * f * d) + el * d / 2,
+    )
+    by_gradient = term_of(
+        "generalization_by_gradient",
+        {"L": smooth, "G^2": merge.sample_gradient2, "Delta^2": delta2.value},
+        lambda el, g, d: math.sqrt(g * d) + el * d / 2,
+    )
+    known = [term for term in (by_loss, by_gradient) if term.value is not None]
+    if known:
+        least = min(known, key=lambda term: term.value or 0.0)
+        best = Term("generalization", least.value, "measured", least.name)
+    else:
+        best = Term("generalization", None, "unknown", by_loss.note)
+    return {term.name: term for term in (by_loss, by_gradient, best)}
