@@ -38,6 +38,7 @@ from testbed import (
     trained,
     write_rows,
 )
+from torch import Tensor
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts
@@ -49,7 +50,7 @@ from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound import expert_facts
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.bound import bound
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.facts import ALL, MergeFacts
 
 Losses: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -215,6 +216,7 @@ def rows_of(run: Run) -> Iterator[dict[str, Any]]:
             # Once for all groups, at the first.
             around = around or bed.around(experts, merged, run.effort)
             found = _losses(bed, merged, experts)
+            step = bed.step(experts, merged)
             yield {
                 **{name: getattr(run, name) for name in _SETTINGS},
                 "steps": steps,
@@ -224,7 +226,7 @@ def rows_of(run: Run) -> Iterator[dict[str, Any]]:
                 **_means(found, group),
                 **{f"experts_{name}": value for name, value in _means(alone, group).items()},
                 **{f"base_{name}": value for name, value in _means(base, group).items()},
-                **terms_of(experts, found["train"], base["train"], slopes, around),
+                **terms_of(experts, found["train"], base["train"], slopes, around, step),
             }
 
 
@@ -244,7 +246,12 @@ def path_of(experts: Experts) -> dict[str, float]:
 
 
 def terms_of(
-    experts: Experts, merged: Losses, base: Losses, slopes: Slopes, around: Around
+    experts: Experts,
+    merged: Losses,
+    base: Losses,
+    slopes: Slopes,
+    around: Around,
+    step: Tensor,
 ) -> dict[str, float | None]:
     """Return the terms of the bound of a simple average, with the path estimate for Delta.
 
@@ -254,6 +261,7 @@ def terms_of(
         base: of the base, of all tasks.
         slopes: gradients at the base.
         around: L, G^2 and the merged gradient, of this or another group of the configuration.
+        step: x_avg - x0, (P,).
     """
     group = experts.names
     zeta2 = slopes.zeta2(group)
@@ -272,6 +280,8 @@ def terms_of(
         gram={ALL: slopes.of(group).tolist()},
         merged_gradient2=around.gradient2,
         sample_gradient2=around.sample_gradient2,
+        slope=slopes.along(group, step),
+        step2=float(step.square().sum()),
     )
     found = bound(facts, merge, [1 / len(group)] * len(group))
     terms = {name: found.terms[name].value for name in ("progress", "drift", "merged_noise")}
@@ -284,6 +294,8 @@ def terms_of(
         "delta2_path": found.terms["delta2_by_path"].value,
         "generalization_path": found.terms["generalization"].value,
         "total_path": found.total,
+        "descent": found.terms["descent"].value,
+        "total_by_step_path": found.total_by_step,
     }
 
 

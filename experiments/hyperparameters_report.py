@@ -17,6 +17,7 @@ stability.
 import argparse
 import csv
 import gzip
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,7 +140,7 @@ def ranks(rows: Sequence[Row]) -> str:
         [row for row in rows if row["size"] == size], "lr", "batch", "train_share", "steps"
     )
     means = [
-        {name: statistics.fmean(row[name] for row in each) for name in _RANKED}
+        {name: _mean(each, name) for name in _RANKED}
         | {"added": statistics.fmean(row["gap"] - row["base_gap"] for row in each)}
         for each in cells.values()
     ]
@@ -158,12 +159,22 @@ def ranks(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _mean(rows: Sequence[Row], name: str) -> float:
+    """Return the mean over the rows that know a number; NaN where none does."""
+    # Tables of other versions may lack a column.
+    known = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
+    return statistics.fmean(known) if known else math.nan
+
+
 _RANKED = (
     *("lr", "steps", "test_loss", "total_path", "drift", "generalization_path", "eps_path"),
     *("merged_gradient", "displacement", "experts_train_loss", "experts_accuracy", "train_loss"),
+    *("descent", "total_by_step_path"),
 )
 _PREDICTORS = {
     "total_path": "total, with Delta by the path estimate",
+    "total_by_step_path": "total by the step, with the same Delta",
+    "descent": "descent",
     "drift": "drift",
     "generalization_path": "generalization, by the path estimate",
     "eps_path": "eps_path",
@@ -180,8 +191,9 @@ def _spearman(means: Sequence[Mapping[str, float]], name: str, of: str) -> tuple
     from scipy.stats import spearmanr
 
     def rank(each: Sequence[Mapping[str, float]]) -> float | None:
-        x, y = [mean[name] for mean in each], [mean[of] for mean in each]
-        if len(each) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        known = [mean for mean in each if not math.isnan(mean[name])]
+        x, y = [mean[name] for mean in known], [mean[of] for mean in known]
+        if len(known) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
             return None
         return float(spearmanr(x, y).statistic)
 

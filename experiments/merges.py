@@ -61,7 +61,7 @@ from mergekit_lit.search.predicting.sights import (
 from mergekit_lit.search.predicting.table import columns_told, write_table
 from mergekit_lit.search.tuning.scores import Scorer
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 
 @dataclass(frozen=True, kw_only=True)

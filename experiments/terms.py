@@ -27,14 +27,14 @@ from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe
-from mergekit_lit.theory.constants import Effort
+from mergekit_lit.theory.effort import Effort
 
 LEAST = 0.05
 """The least change against the average that is told, as a share."""
 
 WEIGHED = ("progress", "drift", "mismatch", "merged_noise", "divergence", "delta2_by_path")
 """Terms that rest on coefficients."""
-OTHERS = ("merged_gradient", "delta2", "delta2_by_refits", "generalization")
+OTHERS = ("descent", "merged_gradient", "delta2", "delta2_by_refits", "generalization")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def values(job: Job) -> dict[str, float | str]:
     for name in (*WEIGHED, *OTHERS):
         term = bound["terms"][name]
         found[name] = term["provenance"] if term["value"] is None else term["value"]
-    return {**found, "total": _known(bound["total"])}
+    return {**found, **{name: _known(bound[name]) for name in ("total", "total_by_step")}}
 
 
 _WEIGHED = {*WEIGHED, "chi2_lambda", "chi2_w", "total"}

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.params import Params
+from mergekit_lit.core.params import Params, flat
 from mergekit_lit.core.records import Record, Stopwatch
 from mergekit_lit.data.splits import Images, SplitOptions, TaskData
 from mergekit_lit.data.suites import load_suite
@@ -35,13 +36,10 @@ from mergekit_lit.stages.constants import objectives_at_base, objectives_at_merg
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
 from mergekit_lit.stages.train import train_expert
-from mergekit_lit.theory.constants import (
-    Effort,
-    measure_sample_gradients,
-    measure_secant,
-    task_gradients,
-)
+from mergekit_lit.theory.constants import task_gradients
+from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.heterogeneity import gradient_products, mean_gradient_square
+from mergekit_lit.theory.smoothness import measure_sample_gradients, measure_secant
 
 Matrix: TypeAlias = NDArray[np.float64]
 
@@ -90,21 +88,31 @@ class Slopes:
     Attributes:
         tasks: their names.
         gram: <grad F_Si(x0), grad F_Sj(x0)>, without bias, (T, T).
+        means: grad F_Si(x0), (T, P).
     """
 
     tasks: tuple[str, ...]
     gram: Matrix
+    means: Tensor
 
     def of(self, group: Sequence[str]) -> Matrix:
         """Return the products of a group's gradients."""
-        places = [self.tasks.index(task) for task in group]
+        places = self._places(group)
         return self.gram[np.ix_(places, places)]
+
+    def along(self, group: Sequence[str], step: Tensor) -> float:
+        """Return <grad F_S(x0), step> with the mean over a group as F_S, step (P,)."""
+        each = [torch.dot(self.means[place].double(), step) for place in self._places(group)]
+        return float(torch.stack(each).mean())
 
     def zeta2(self, group: Sequence[str]) -> list[float]:
         """Return ||grad F_Si - grad F_S||^2 at x0 of each task of a group."""
         gram = self.of(group)
         apart = gram.diagonal() - 2 * gram.mean(1) + gram.mean()
         return [float(value) for value in apart]
+
+    def _places(self, group: Sequence[str]) -> list[int]:
+        return [self.tasks.index(task) for task in group]
 
 
 class Testbed:
@@ -167,7 +175,13 @@ class Testbed:
         start = _moving(experts, experts.base)
         found = task_gradients(objectives, start, calibration, effort=effort)
         gram = gradient_products(found, [slice(None)])
-        return Slopes(tuple(experts.names), np.array(gram))
+        means = torch.stack([rows.mean(0) for rows in found.rows])
+        return Slopes(tuple(experts.names), np.array(gram), means)
+
+    def step(self, experts: Experts, merged: Merged) -> Tensor:
+        """Return x_avg - x0 as one vector, (P,)."""
+        base, weights = _moving(experts, experts.base), _moving(experts, merged.shared)
+        return flat({name: weights[name].double() - base[name] for name in base})
 
     def around(self, experts: Experts, merged: Merged, effort: Effort) -> Around:
         """Return what the loss is like around a merge; secants are taken to two of its experts."""
