@@ -66,23 +66,27 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="YAML: suite, tasks, experts, rows ...")
     parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbones", nargs="+", help="in place of the file's")
+    parser.add_argument("--steps", type=int, help="of the experts, in place of the file's")
     parser.add_argument("--experts", type=Path, default=Path("runs/stability"))
     parser.add_argument("--out", type=Path, default=Path("runs/terms"))
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     settings: Any = OmegaConf.to_container(OmegaConf.load(given.file))
-    settings |= {k: v for k in ("suite", "backbones") if (v := getattr(given, k))}
+    settings |= {k: v for k in ("suite", "backbones", "steps") if (v := getattr(given, k))}
     for backbone in settings["backbones"]:
         jobs = jobs_of(settings, backbone, given.experts, given.out)
         with Crew(given.jobs) as crew:
             crew.run(make, jobs)
-        print(f"\n### {backbone}\n\n{told(jobs)}", flush=True)
+        print(f"\n### {backbone}, {settings['steps']} steps\n\n{told(jobs)}", flush=True)
 
 
 def jobs_of(settings: Mapping[str, Any], backbone: str, experts: Path, out: Path) -> list[Job]:
     """Return one job for each row of a file."""
-    folder = backbone.replace("/", "-")
-    names = [settings["experts"].format(backbone=folder, task=task) for task in settings["tasks"]]
+    folder, steps = backbone.replace("/", "-"), settings["steps"]
+    names = [
+        settings["experts"].format(backbone=folder, task=task, steps=steps)
+        for task in settings["tasks"]
+    ]
     calibration = Calibration(
         suite=settings["suite"],
         options=SplitOptions(**settings["split"]),
@@ -94,7 +98,7 @@ def jobs_of(settings: Mapping[str, Any], backbone: str, experts: Path, out: Path
             tuple(experts / name for name in names),
             calibration,
             Effort(**settings["effort"]),
-            out / folder,
+            out / f"{folder}-{steps}",
         )
         for entry in settings["rows"]
     ]

@@ -48,6 +48,7 @@ def test_methods_become_a_table(script, vits, tmp_path, monkeypatch, capsys):
         "backbones": ["vit"],
         "tasks": [path.stem for path in vits.paths],
         "experts": "{task}.safetensors",
+        "steps": 4,
         "split": {"reserve": split.reserve, "val_share": split.val_share},
         "images": 16,
         "effort": {"micro_batches": 2, "batch": 4, "hessian_images": 2, "lanczos_steps": 1},
