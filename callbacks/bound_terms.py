@@ -1,10 +1,12 @@
 """This file follows the terms of the bound that one expert's training decides, along the way."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import SGD
 
+from mergekit_lit.callbacks.gradient_norm import GradientNorm
 from mergekit_lit.callbacks.path_length import PathLength
 from mergekit_lit.callbacks.view import is_logging_step, log_metrics, step_ended, training_samples
 from mergekit_lit.theory.bound import bound
@@ -21,7 +23,9 @@ class BoundTerms(Callback):
     needs the other experts, or the merged model, only `mergekit-lit bound` can tell.
 
     It reads the path from the `PathLength` of the same Trainer, which every training has, and
-    measures nothing itself. An adaptive optimizer has no travel, so that nothing is logged.
+    measures nothing itself. An adaptive optimizer has no travel: there the length of the path over
+    the mean norm of the gradients stands in for it (`theory.facts.effective_travel`), if a
+    `GradientNorm` is there, and names begin with `bound/effective_`.
     """
 
     def __init__(self, *, coefficient: float = 1.0, smoothness: float | None = None) -> None:
@@ -41,6 +45,7 @@ class BoundTerms(Callback):
             raise ValueError(f"`smoothness` must be positive, but is {smoothness!r}.")
         self.coefficient, self.smoothness = coefficient, smoothness
         self._path: PathLength | None = None
+        self._norm: GradientNorm | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the follower of the path.
@@ -50,6 +55,7 @@ class BoundTerms(Callback):
         """
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it untyped
         self._path = next((c for c in callbacks if isinstance(c, PathLength)), None)
+        self._norm = next((c for c in callbacks if isinstance(c, GradientNorm)), None)
         if self._path is None:
             raise ValueError(
                 "BoundTerms needs a PathLength among the Trainer's callbacks, but there is none. "
@@ -76,20 +82,32 @@ class BoundTerms(Callback):
         samples = training_samples(trainer)
         noise = self._path.noise
         eps = path.get("eps_path")
+        adaptive = not isinstance(trainer.optimizers[0], SGD)
         expert = ExpertFacts(
-            travel=path.get("travel"),
+            travel=self._effective_travel(path) if adaptive else path.get("travel"),
             travel_squared=path.get("travel_squared"),
             d2=path.get("mean_squared_displacement"),
             batch=samples.batch if samples else None,
             noise=noise,
             eps2_path=None if eps is None else eps**2,
-            adaptive=not isinstance(trainer.optimizers[0], SGD),
+            adaptive=adaptive,
         )
         found = bound([expert], MergeFacts(smoothness=self.smoothness), [self.coefficient])
         known = {
-            f"bound/{name}": term.value
+            name: term.value
             for name, term in found.terms.items()
-            if term.value is not None and name not in ("divergence", "mismatch")
+            if term.value is not None and name not in _OF_MERGES
         }
         a_eff = found.weighing.a_eff
-        return known | ({} if a_eff is None else {"bound/a_eff": a_eff})
+        known |= {} if a_eff is None else {"a_eff": a_eff}
+        prefix = "bound/effective_" if adaptive else "bound/"
+        return {f"{prefix}{name}": value for name, value in known.items()}
+
+    def _effective_travel(self, path: Mapping[str, float]) -> float | None:
+        """Return the length of the path over the mean norm of the gradients."""
+        norm = self._norm.card_facts()["gradient_norm"] if self._norm else None
+        return path["path_length"] / norm if norm and path["path_length"] else None
+
+
+# What one expert alone says nothing of.
+_OF_MERGES = ("divergence", "mismatch", "overshoot")

@@ -47,7 +47,7 @@ from mergekit_lit.data.suites import load_suite
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.search.crew import Crew
-from mergekit_lit.stages.bound import expert_facts
+from mergekit_lit.stages.bound_facts import expert_facts
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.bound import bound
 from mergekit_lit.theory.effort import Effort
@@ -272,16 +272,18 @@ def terms_of(
             zeta2=apart,
             base_loss=base[task]["loss"],
             train_loss=merged[task]["loss"],
+            slope=along,
         )
-        for card, task, apart in zip(experts.cards, group, zeta2, strict=True)
+        for card, task, apart, along in zip(
+            experts.cards, group, zeta2, slopes.along(group, step), strict=True
+        )
     ]
     merge = MergeFacts(
         smoothness=around.smoothness,
         gram={ALL: slopes.of(group).tolist()},
         merged_gradient2=around.gradient2,
         sample_gradient2=around.sample_gradient2,
-        slope=slopes.along(group, step),
-        step2=float(step.square().sum()),
+        step2={ALL: float(step.square().sum())},
     )
     found = bound(facts, merge, [1 / len(group)] * len(group))
     terms = {name: found.terms[name].value for name in ("progress", "drift", "merged_noise")}

@@ -100,10 +100,9 @@ class Slopes:
         places = self._places(group)
         return self.gram[np.ix_(places, places)]
 
-    def along(self, group: Sequence[str], step: Tensor) -> float:
-        """Return <grad F_S(x0), step> with the mean over a group as F_S, step (P,)."""
-        each = [torch.dot(self.means[place].double(), step) for place in self._places(group)]
-        return float(torch.stack(each).mean())
+    def along(self, group: Sequence[str], step: Tensor) -> list[float]:
+        """Return <grad F_Si(x0), step> of each task of a group, step (P,)."""
+        return [float(self.means[place].double() @ step) for place in self._places(group)]
 
     def zeta2(self, group: Sequence[str]) -> list[float]:
         """Return ||grad F_Si - grad F_S||^2 at x0 of each task of a group."""

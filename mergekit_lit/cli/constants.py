@@ -70,10 +70,10 @@ def _parser() -> ArgumentParser:
 
 
 def _print(record: Record) -> None:
-    """Print each constant with its interval, and the images whose gradients it took."""
+    """Print each constant with its interval, and the gradients of single images that it took."""
     rows = list(_rows(record.metrics["constants"]))
     headings = {"name": "constant", "where": "where", "value": "value", "interval": "95 % interval"}
-    print_table(rows, {**headings, "samples": "images"})
+    print_table(rows, {**headings, "samples": "gradients"})
     print(f"{record.cpu_seconds:.0f} s of processor time")
 
 
@@ -85,12 +85,20 @@ def _rows(constants: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield _row(f"sigma^2, {task}", place, estimate)
         for task, estimate in point["zeta2"].items():
             yield _row(f"zeta^2, {task}", place, estimate)
+        for task, estimate in point["own_gradient2"].items():
+            yield _row(f"||grad F_Si||^2, {task}", place, estimate)
+        for task, estimate in point["slopes"].items():
+            yield _row(f"slope along the step, {task}", place, estimate)
     yield _row("G^2", "merged", constants["sample_gradient2"])
     smooth = constants["smoothness"]
-    yield {"name": "L, 95 % of the secants", "where": "around", "value": smooth["secant"]}
-    yield _row("dominant eigenvalue", "merged", smooth["eigenvalue"])
+    yield _row("L, 95 % of the secants", "around", smooth["secant"])
+    eigenvalue = smooth["eigenvalue"]
+    images = smooth["images"] * 2 * eigenvalue["products"]
+    name = "dominant eigenvalue (interval: the residual)"
+    yield _row(name, "merged", {**eigenvalue, "samples": images})
     for task, curvature in smooth["along"].items():
-        yield {"name": f"curvature along {task}", "where": "merged", "value": curvature}
+        if curvature is not None:
+            yield _row(f"curvature along {task}", "merged", curvature)
 
 
 def _row(name: str, where: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,5 +110,5 @@ def _row(name: str, where: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
         "where": where,
         "value": estimate["value"],
         "interval": interval,
-        "samples": estimate.get("samples"),
+        "samples": estimate["samples"],
     }

@@ -242,11 +242,15 @@ def replacement(data: TaskData, m: int, seed: int) -> tuple[Array, Images]:
     Raises:
         ValueError: m is out of range, or the data is a neighbour already.
     """
-    largest = min(len(data.reserve), len(data.train))
+    limits = {
+        "the reserve": (len(data.reserve), "Replace fewer images, or carve a larger `reserve`."),
+        "the training images": (len(data.train), "Replace fewer images."),
+    }
+    what, (largest, remedy) = min(limits.items(), key=lambda item: item[1][0])
     if not 0 <= m <= largest:
         raise ValueError(
-            f"`neighbour` must lie in 0..{largest}, the reserve of task {data.name!r}, but is {m}. "
-            "Replace fewer images, or carve a larger `reserve`."
+            f"`neighbour` must lie in 0..{largest}, {what} of task {data.name!r}, but is {m}. "
+            f"{remedy}"
         )
     if data.original:
         raise ValueError("`data` must be an original data set, but is a neighbour of one already.")

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import file_kind, load_expert
@@ -55,6 +56,22 @@ def expert_cautions(files: Sequence[Path]) -> list[str]:
         if far or past:
             lines.append(_too_far(file, card, middle if far else None, past=past))
     return lines
+
+
+def merge_cautions(facts: Mapping[str, Any]) -> list[str]:
+    """Return one line if a method gave every delta the coefficient 0.
+
+    Args:
+        facts: of the merge, as its record holds them.
+    """
+    rows = [facts.get("coefficients") or [], *(facts.get("coefficients_by_tensor") or {}).values()]
+    known = [coefficient for row in rows for coefficient in row]
+    if not known or any(known):
+        return []
+    return [
+        "All coefficients are 0: no step was found that is better than the base, and the merge is "
+        "that. Ask for a fixed travel or scale, or merge by another method."
+    ]
 
 
 def base_cautions(files: Sequence[Path]) -> list[str]:

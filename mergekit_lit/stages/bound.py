@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Base, Experts, Merged
 from mergekit_lit.core.measurements import read_measurements
@@ -14,6 +13,7 @@ from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.recalibration import images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
+from mergekit_lit.stages.bound_facts import expert_facts, merge_facts
 from mergekit_lit.stages.constants import Measured, measure_merge, symptoms_of
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
@@ -24,7 +24,7 @@ from mergekit_lit.theory.blocks import blocks_of
 from mergekit_lit.theory.bound import TOTAL, Bound, bound
 from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.effort import Effort
-from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
+from mergekit_lit.theory.facts import effective_travel
 from mergekit_lit.theory.signatures import signatures
 
 
@@ -154,64 +154,8 @@ def bound_of(
         for card, name, twins in zip(experts.cards, experts.names, stability, strict=True)
     ]
     chosen = coefficients or [1 / len(experts)] * len(experts)
-    merge = replace(_merge_facts(measured), linear=linear, fixed=fixed, delta2_of_merge=delta2)
+    merge = replace(merge_facts(measured), linear=linear, fixed=fixed, delta2_of_merge=delta2)
     return bound(facts, merge, chosen)
-
-
-def expert_facts(
-    card: Card, name: str, measured: Measured | None, twins: Mapping[str, Any] | None
-) -> ExpertFacts:
-    """Return what the bound takes of one expert, from its card, images and twins."""
-    plain = (
-        card.optimizer == "sgd"
-        and not card.momentum
-        and card.schedule == "constant"
-        and not card.warmup_steps
-    )
-    known = plain and card.lr is not None and card.steps is not None
-    eps2, eps2_head = _stability(card, twins)
-    replaced = (twins or {}).get("replaced", {})
-    return ExpertFacts(
-        travel=effective_travel(card),
-        travel_squared=card.travel_squared,
-        plain_sgd=(card.lr, card.steps) if known else None,  # type: ignore[arg-type] # known
-        d2=card.mean_squared_displacement,
-        batch=card.batch,
-        noise=card.gradient_noise,
-        zeta2=measured.base.zeta2[name].value if measured else None,
-        eps2=eps2,
-        eps2_path=None if card.eps_path is None else card.eps_path**2,
-        eps2_head=eps2_head,
-        chaotic=bool(replaced) and eps2 is None,
-        base_loss=measured.base.losses[name] if measured else None,
-        train_loss=measured.train[name]["loss"] if measured else None,
-        lr=card.lr,
-        adaptive=card.optimizer not in (None, "sgd"),
-    )
-
-
-def _stability(card: Card, twins: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
-    """Return eps^2 of backbone and head where twins measured them above the rounding."""
-    head = None if card.head in (None, "trained") else 0.0
-    for _, found in sorted(
-        (twins or {}).get("replaced", {}).items(), key=lambda pair: int(pair[0])
-    ):
-        if found["above_rounding"] is not False:
-            return found["backbone"]["mean"], found["head"]["mean"]
-    return None, head
-
-
-def _merge_facts(measured: Measured | None) -> MergeFacts:
-    if measured is None:
-        return MergeFacts()
-    return MergeFacts(
-        smoothness=measured.smoothness.secant,
-        gram=measured.base.gram,
-        merged_gradient2=measured.merged.gradient2.value,
-        sample_gradient2=measured.sample_gradient2.value,
-        slope=measured.base.slope.value if measured.base.slope else None,
-        step2=measured.step2,
-    )
 
 
 def _check_one_base(paths: Sequence[Path], base: Base) -> None:
@@ -265,11 +209,12 @@ def _rows(experts: Experts, result: Bound, measured: Measured | None) -> list[di
             "noise": card.gradient_noise,
             "eps_path": card.eps_path,
             "expert_train_loss": card.train_loss,
+            **result.by_task[i],
         }
         if measured:
             train, test = measured.train[name], measured.test[name]
             row |= {
-                "base_loss": measured.base.losses[name],
+                "base_loss": measured.base_losses[name],
                 "train_loss": train["loss"],
                 "test_loss": test["loss"],
                 "gap": test["loss"] - train["loss"],

@@ -15,8 +15,9 @@ from mergekit_lit.lit.recalibration import task_statistics
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.stages.evaluate import evaluate_models
 from mergekit_lit.theory.coefficients import Block
-from mergekit_lit.theory.constants import AtPoint, measure_point
+from mergekit_lit.theory.constants import AtPoint, mean_loss, measure_point
 from mergekit_lit.theory.effort import Effort
+from mergekit_lit.theory.facts import ALL
 from mergekit_lit.theory.heterogeneity import Estimate
 from mergekit_lit.theory.norms import squared_norm
 from mergekit_lit.theory.objective import Objective
@@ -29,20 +30,22 @@ class Measured:
     """What images tell of a merge.
 
     Attributes:
-        base: at x0, under the statistics that each head was fitted under.
-        merged: at x_avg, under the merge's own.
+        base: at x0, under the merge's BatchNorm statistics: theory compares values of one function.
+        merged: at x_avg, under the same.
+        base_losses: of the base itself, under the statistics that each head was fitted under.
         smoothness: around them.
         sample_gradient2: G^2 at x_avg.
-        step2: ||x_avg - x0||^2.
+        step2: ||x_avg^l - x0^l||^2 by block l of the parameters.
         test: losses and accuracies on test images, by task.
         train: the same on training images.
     """
 
     base: AtPoint
     merged: AtPoint
+    base_losses: Mapping[str, float]
     smoothness: Smoothness
     sample_gradient2: Estimate
-    step2: float
+    step2: Mapping[str, float]
     test: Mapping[str, Mapping[str, float]]
     train: Mapping[str, Mapping[str, float]]
 
@@ -89,19 +92,23 @@ def measure_merge(
         )
         for split in ("train", "test")
     )
-    names = {block.name: block.tensors for block in blocks}
+    names = {block.name: block.tensors for block in blocks} or {ALL: moving}
     step = {name: weights[name] - base[name] for name in moving}
     losses = {task: row["loss"] for task, row in train.items()}
     return Measured(
         base=measure_point(
-            at_base, base, calibration, p=p, effort=effort, blocks=names, direction=step
+            at_merge, base, calibration, p=p, effort=effort, blocks=names, direction=step
         ),
         merged=measure_point(at_merge, weights, calibration, p=p, effort=effort, losses=losses),
+        base_losses={o.task: mean_loss(o, base, calibration, effort) for o in at_base},
         smoothness=measure_smoothness(at_merge, base, weights, experts, calibration, effort=effort),
         sample_gradient2=measure_sample_gradients(
             at_merge, weights, calibration, p=p, effort=effort
         ),
-        step2=float(squared_norm(list(step.values()))),
+        step2={
+            block: float(squared_norm([step[name] for name in tensors]))
+            for block, tensors in names.items()
+        },
         test=test,
         train=train,
     )
@@ -134,7 +141,7 @@ def symptoms_of(experts: Experts, measured: Measured) -> Symptoms:
     return Symptoms(
         lr=max((card.lr for card in experts.cards if card.lr is not None), default=None),
         eigenvalue=measured.smoothness.eigenvalue.value,
-        base_loss=measured.base.losses,
+        base_loss=measured.base_losses,
         merged_loss={name: row["loss"] for name, row in train.items()},
         expert_loss={
             name: card.train_loss for name, card in zip(experts.names, experts.cards, strict=True)

@@ -17,7 +17,7 @@ from mergekit_lit.merging.gather import load_experts, read_through
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.merging.plan import Plan, plan
 from mergekit_lit.merging.raw import HEADS, load_raw, save_raw
-from mergekit_lit.stages.advice import base_cautions, expert_cautions
+from mergekit_lit.stages.advice import base_cautions, expert_cautions, merge_cautions
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import architecture_of, base_of, fingerprint, is_plain
@@ -116,6 +116,7 @@ def merge_files(  # noqa: PLR0913
     with together():
         # Tensors are merged as they are written, so that the time is known only afterwards.
         save(out, merged, max_shard_bytes=max_shard_bytes)
+        record.metrics["warnings"] += merge_cautions(merged.facts)
         watch.finish(record).write(record_path)
     if logger != "csv":
         _track(record, out, merged, found, logger)

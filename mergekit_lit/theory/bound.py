@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mergekit_lit.theory.by_task import terms_by_task
 from mergekit_lit.theory.coefficients import Block, Weighing, weigh, weigh_blocks
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, check_facts
 from mergekit_lit.theory.stability_terms import (
@@ -23,10 +24,14 @@ from mergekit_lit.theory.terms import (
     merged_gradient,
     merged_noise,
     mismatch,
+    overshoot,
     progress,
 )
 
-TOTAL = ("progress", "drift", "mismatch", "merged_noise", "divergence", "generalization")
+TOTAL = (
+    *("progress", "drift", "overshoot", "mismatch", "merged_noise", "divergence"),
+    "generalization",
+)
 """The terms that add up to the total."""
 BY_STEP = ("descent", "generalization")
 """The terms of the total by the step itself."""
@@ -39,16 +44,20 @@ class Bound:
     Attributes:
         terms: by name, in the order in which they are told.
         weighing: A_eff, w and the divergences.
-        total: their sum as `bound` defines it; None unless every term of it is known.
+        total: their sum as `bound` defines it; None unless every term of it is known, and where the
+            merge is no sum of scaled deltas.
         total_by_step: descent + generalization; None unless both are known.
+        by_task: each expert's part (`terms_by_task`).
         violated: assumptions that the run breaks, one sentence each.
-        effective: whether an adaptive optimizer makes everything derived from travels effective.
+        effective: whether an adaptive optimizer, or clipping, makes everything derived from travels
+            effective.
     """
 
     terms: Mapping[str, Term]
     weighing: Weighing
     total: float | None
     total_by_step: float | None = None
+    by_task: Sequence[Mapping[str, float | None]] = ()
     violated: tuple[str, ...] = ()
     effective: bool = False
 
@@ -62,11 +71,13 @@ def bound(
 ) -> Bound:
     """Return every term of the excess-error bound of a merge, each with its provenance.
 
-    E[F(x_avg) - F*] <= progress + drift + mismatch + merged noise + divergence + generalization
+    E[F(x_avg) - F*] <= progress + drift + overshoot + mismatch + merged noise + divergence
+                        + generalization
 
         progress        F~_S(x0) - (A_eff / 4) ||grad F~_S(x0)||^2
         drift           (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the measured
                         gradient drift
+        overshoot       (L - 1 / A_eff) ||x_avg - x0||^2 / 2 where A_eff L > 1, else 0
         merged noise    L sum_i lambda_i^2 sum_k (eta_k a_k)^2 sigma_i^2 / b_i
         divergence      sqrt(chi2_w Var_{i~w} F_Si(x_avg)), the losses at the best point taken as 0
         generalization  the smaller of sqrt(2 L F_S) Delta + L Delta^2 / 2 and
@@ -114,6 +125,7 @@ def bound(
         progress(weighing, experts, merge),
         drift(weighing, experts, merge),
         drift_in_closed_form(weighing, experts, merge),
+        overshoot(weighing, merge),
         mismatch(weighing, experts, merge),
         merged_noise(weighing, experts, merge),
         merged_gradient(merge),
@@ -128,10 +140,12 @@ def bound(
     return Bound(
         terms=named,
         weighing=weighing,
-        total=sum_of([named[name].value for name in TOTAL]),
+        # Of another merge progress, drift and noise are the plain average's.
+        total=sum_of([named[name].value for name in TOTAL]) if merge.linear else None,
         total_by_step=sum_of([named[name].value for name in BY_STEP]),
+        by_task=terms_by_task(weighing, experts, merge),
         violated=_violated(weighing, experts, merge),
-        effective=any(expert.adaptive for expert in experts),
+        effective=any(expert.adaptive or expert.clipped for expert in experts),
     )
 
 
@@ -208,7 +222,10 @@ def _of_smoothness(
         yield f"eta K L = {far * smooth:.3g} exceeds 0.306: the drift has no closed form."
     farthest = weighing.farthest
     if farthest is not None and farthest * smooth > LARGEST_STEP:
-        yield f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved."
+        yield (
+            f"A_eff L = {farthest * smooth:.3g} exceeds 0.5: no progress is proved, and beyond 1 "
+            "the length of the step is charged."
+        )
 
 
 def _of_experts(experts: Sequence[ExpertFacts]) -> Iterator[str]:
@@ -220,3 +237,17 @@ def _of_experts(experts: Sequence[ExpertFacts]) -> Iterator[str]:
         )
     if any(expert.adaptive for expert in experts):
         yield "An adaptive optimizer has no steps that the data do not change."
+    clipped = sum(expert.clipped for expert in experts)
+    if clipped:
+        yield (
+            f"Gradients of {clipped} of {len(experts)} experts were clipped: their steps' weights "
+            "depend on the data, and what rests on travels is effective."
+        )
+    heads = sum(expert.trained_head for expert in experts)
+    if heads:
+        yield (
+            f"The heads of {heads} of {len(experts)} experts were trained: F_Si(x0) is under the "
+            "trained head, and L, G^2 and slopes are the backbone's; Delta holds the heads too."
+        )
+    for own in sorted({expert.own_objective for expert in experts} - {""}):
+        yield f"Experts descended another loss than the one that is measured: {own}."

@@ -1,7 +1,7 @@
 """This file measures the constants of the bound, at the base and at a merge, with intervals."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,7 +35,8 @@ class AtPoint:
         zeta2: ||grad F_Si - grad F_S||^2, by task.
         gradient2: ||grad F_S(x)||^2, F_S = sum_i p_i F_Si.
         gram: <grad^l F_Si(x), grad^l F_Sj(x)> by block l of the parameters, (T, T) each.
-        slope: <grad F_S(x), v> along the direction that was asked for.
+        own_gradient2: ||grad F_Si(x)||^2, by task.
+        slopes: <grad F_Si(x), v> along the direction that was asked for, by task.
     """
 
     losses: Mapping[str, float]
@@ -43,7 +44,8 @@ class AtPoint:
     zeta2: Mapping[str, Estimate]
     gradient2: Estimate
     gram: Mapping[str, Gram]
-    slope: Estimate | None = None
+    own_gradient2: Mapping[str, Estimate]
+    slopes: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 def measure_point(
@@ -67,7 +69,7 @@ def measure_point(
         effort: how much is looked at.
         blocks: names of the parameters of each block; None makes one of all.
         losses: F_Si(x), where they are known already.
-        direction: v, by the names of x, where the slope along one is asked for.
+        direction: v, by the names of x, where slopes along one are asked for.
 
     Raises:
         ValueError: too few images for the micro-batches, or too many numbers for the memory.
@@ -83,10 +85,22 @@ def measure_point(
             name: gradient_products(gradients, columns_of(weights, names))
             for name, names in (blocks or {ALL: list(weights)}).items()
         },
-        slope=None
+        own_gradient2={
+            task: mean_gradient_square(alone, [1.0]) for task, alone in _by_task(gradients, tasks)
+        },
+        slopes={}
         if direction is None
-        else mean_slopes(gradients, p, flat(direction)[None], [slice(None)])[0],
+        else {
+            task: mean_slopes(alone, [1.0], flat(direction)[None], [slice(None)])[0]
+            for task, alone in _by_task(gradients, tasks)
+        },
     )
+
+
+def _by_task(gradients: TaskGradients, tasks: Sequence[str]) -> Iterator[tuple[str, TaskGradients]]:
+    """Yield the gradients of each task alone."""
+    for task, rows, size in zip(tasks, gradients.rows, gradients.sizes, strict=True):
+        yield task, TaskGradients([rows], gradients.batch, [size])
 
 
 def columns_of(weights: Params, names: Sequence[str]) -> list[slice]:

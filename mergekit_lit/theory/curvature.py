@@ -27,6 +27,19 @@ class Eigenvalue:
     products: int
 
 
+@dataclass(frozen=True)
+class Secant:
+    """A quantile of the secants of a path, and the pair of points that lies nearest to it.
+
+    Attributes:
+        value: ||g(x) - g(y)|| / ||x - y||.
+        pair: places of these points.
+    """
+
+    value: float
+    pair: tuple[int, int]
+
+
 def top_eigenvalue(
     product: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 20, tolerance: float = 1e-3
 ) -> Eigenvalue:
@@ -94,7 +107,7 @@ def rayleigh(product: Callable[[Tensor], Tensor], direction: Tensor) -> float:
 
 def secant_smoothness(
     points: Sequence[Tensor], gradients: Sequence[Tensor], *, quantile: float = 0.95
-) -> float:
+) -> Secant:
     """Return a quantile of ||g(x) - g(y)|| / ||x - y|| over all pairs of points of a path.
 
     Args:
@@ -107,17 +120,18 @@ def secant_smoothness(
 
     Source: the definition of L-smoothness, Nesterov 2004, sec. 1.2.2, on the pairs at hand.
     """
-    ratios = []
+    ratios = {}
     pairs = list(zip(points, gradients, strict=True))
     for i, (x, g) in enumerate(pairs):
-        for y, h in pairs[:i]:
+        for j, (y, h) in enumerate(pairs[:i]):
             apart = float((x - y).double().norm())
             if apart > 0:
-                ratios.append(float((g - h).double().norm()) / apart)
+                ratios[i, j] = float((g - h).double().norm()) / apart
     if not ratios:
         raise ValueError("A secant needs at least two points that differ, but got none.")
-    found = torch.tensor(ratios, dtype=torch.float64)
-    return float(found.quantile(quantile))
+    found = torch.tensor(list(ratios.values()), dtype=torch.float64)
+    value = float(found.quantile(quantile))
+    return Secant(value, min(ratios, key=lambda pair: abs(ratios[pair] - value)))
 
 
 def _ritz(diagonal: Sequence[float], beside: Sequence[float]) -> tuple[float, float]:

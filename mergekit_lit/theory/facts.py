@@ -31,10 +31,17 @@ class ExpertFacts:
         eps2_head: of the head; 0 if frozen.
         chaotic: whether twins were measured, but went hardly further than one whose base is rounded
             otherwise: what they tell is not the samples' doing.
-        base_loss: F_Si(x0).
+        base_loss: F_Si(x0), under what does not move of the merge (such as BatchNorm's statistics),
+            so that it and `train_loss` are values of one function.
         train_loss: F_Si(x_avg), the merged model's on the task's training images.
+        slope: <grad F_Si(x0), x_avg - x0>.
+        merged_gradient2: ||grad F_Si(x_avg)||^2.
         lr: peak learning rate, to judge eta L by.
         adaptive: whether the optimizer's steps depend on the data.
+        clipped: whether gradients were clipped, so that step weights depend on the data.
+        trained_head: whether the head moved while the expert was trained.
+        own_objective: what its training loss had beside the cross-entropy that is measured here,
+            such as `weight decay 0.1`; empty for nothing.
     """
 
     travel: float | None = None
@@ -50,8 +57,13 @@ class ExpertFacts:
     chaotic: bool = False
     base_loss: float | None = None
     train_loss: float | None = None
+    slope: float | None = None
+    merged_gradient2: float | None = None
     lr: float | None = None
     adaptive: bool = False
+    clipped: bool = False
+    trained_head: bool = False
+    own_objective: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,7 @@ class MergeFacts:
     """What the bound takes of the merge and of the loss; None where unknown.
 
     Attributes:
-        smoothness: L, joint over backbone and head.
+        smoothness: L in the weights that merging moves, the heads held.
         gram: <grad^l F_Si(x0), grad^l F_Sj(x0)> by block l of the parameters; `ALL` is the one
             block of a merge whose coefficients do not differ.
         gradient_drift: avg over the path of ||grad F_Si(x_k) - grad F_Si(x0)||^2 by expert: the
@@ -67,8 +79,7 @@ class MergeFacts:
         merged_gradient2: ||grad F_S(x_avg)||^2.
         sample_gradient2: G^2 at x_avg.
         delta2_of_merge: Delta_M^2, from the merge of the refits themselves.
-        slope: <grad F_S(x0), x_avg - x0>.
-        step2: ||x_avg - x0||^2.
+        step2: ||x_avg^l - x0^l||^2 by block l of the parameters, as `gram`.
         linear: whether x_avg is x0 + sum_i lambda_i tau_i.
         fixed: whether these lambda_i were found without images.
     """
@@ -79,8 +90,7 @@ class MergeFacts:
     merged_gradient2: float | None = None
     sample_gradient2: float | None = None
     delta2_of_merge: float | None = None
-    slope: float | None = None
-    step2: float | None = None
+    step2: Mapping[str, float] | None = None
     linear: bool = True
     fixed: bool = True
 
@@ -91,14 +101,23 @@ def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
     Raises:
         ValueError: one is negative or not finite.
     """
-    # A U-statistic of a squared norm may come out negative, and enters as it is; a slope falls.
+    # A U-statistic of a squared norm may come out negative, and enters as it is; a slope may fall.
     signed = {"zeta2", "merged_gradient2", "noise", "slope"}
     for facts in (*experts, merge):
         for name, value in vars(facts).items():
-            if not isinstance(value, float) or name in signed:
+            if isinstance(value, bool) or not isinstance(value, float | int):
                 continue
-            if not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, but is {value!r}.")
+            least = -math.inf if name in signed else 1 if name == "batch" else 0
+            if not (least <= value < math.inf and math.isfinite(value)):
+                said = "" if name in signed else f"at least {least} and "
+                raise ValueError(f"`{name}` must be {said}finite, but is {value!r}.")
+    entries = [entry for rows in (merge.gram or {}).values() for row in rows for entry in row]
+    lengths = list((merge.step2 or {}).values())
+    if not all(map(math.isfinite, [*entries, *lengths])) or min(lengths, default=0.0) < 0:
+        raise ValueError(
+            "Products of gradients must be finite and squared lengths of steps at least 0, but one "
+            "is not. Leave out the expert that diverged."
+        )
 
 
 def effective_travel(card: Card) -> float | None:

@@ -21,7 +21,7 @@ class Estimate:
         value: the estimate; of a squared norm it may be negative.
         low: lower end of the interval; None where it cannot be told.
         high: its upper end.
-        samples: samples whose gradient it took.
+        samples: what it cost, in gradients of single samples; a product with a Hessian counts two.
     """
 
     value: float
@@ -150,7 +150,7 @@ def mean_slopes(
         each += mean @ directions[:, start : start + mean.shape[1]].double().T
         start += mean.shape[1]
     samples = gradients.batch * sum(len(rows) for rows in gradients.rows)
-    half = _normal_quantile(level) * each.std(0) / math.sqrt(count)
+    half = normal_quantile(level) * each.std(0) / math.sqrt(count)
     pairs = zip(each.mean(0).tolist(), half.tolist(), strict=True)
     if count < 3:
         return [Estimate(value, None, None, samples) for value, _ in pairs]
@@ -168,7 +168,7 @@ def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
     value = float(wide.mean())
     if len(wide) < 2:
         return Estimate(value, None, None, len(wide))
-    half = _normal_quantile(level) * float(wide.std()) / math.sqrt(len(wide))
+    half = normal_quantile(level) * float(wide.std()) / math.sqrt(len(wide))
     return Estimate(value, value - half, value + half, len(wide))
 
 
@@ -223,9 +223,10 @@ def _with_interval(gram: Tensor, statistic: Statistic, level: float, samples: in
     kept = [[k for k in range(count) if k != left] for left in range(count)]
     parts = torch.tensor([statistic(gram[k][:, k]) for k in kept], dtype=torch.float64)
     spread = (count - 1) / count * float((parts - parts.mean()).square().sum())
-    half = _normal_quantile(level) * math.sqrt(spread)
+    half = normal_quantile(level) * math.sqrt(spread)
     return Estimate(value, value - half, value + half, samples)
 
 
-def _normal_quantile(level: float) -> float:
+def normal_quantile(level: float) -> float:
+    """Return how many standard deviations to either side hold that share of a normal variable."""
     return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))

@@ -10,6 +10,7 @@ from mergekit_lit.theory.optimal import Vector
 
 # Rounds the kink of a root at 0, so that it has a slope: far below any loss.
 _ROUND = 1e-20
+_GAIN = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Steps:
             [
                 float((self.slopes * coefficients).sum()),
                 self.smoothness / 2 * step2,
-                math.sqrt(self.sample_gradient2 * delta2 + _ROUND),
+                math.sqrt(self.sample_gradient2 * delta2),
                 self.smoothness * delta2 / 2,
             ]
         )
@@ -111,5 +112,7 @@ def best_steps(steps: Steps, *, travel: float | None, most: float) -> Vector:
     far = float(weights @ rows.ravel())
     if travel is not None and far > 0:
         rows *= travel / far
-    tried = [rows, even] if travel is not None else [rows, even, np.zeros(shape)]
-    return min(tried, key=steps.value)
+    best = min([rows, even], key=steps.value)
+    # A gain within the solver's tolerance is none.
+    nothing = travel is None and steps.value(best) >= -_GAIN * scale
+    return np.zeros(shape) if nothing else best

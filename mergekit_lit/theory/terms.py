@@ -19,6 +19,10 @@ LARGEST_TRAVEL = 0.306
 """Largest eta_i K_i L for which the closed form of the drift is proved."""
 LARGEST_STEP = 0.5
 """Largest A_eff L for which progress is proved."""
+LONGEST_STEP = 1.0
+"""Largest A_eff L beyond which the length of the step itself is charged."""
+_NEGATIVE = "needs coefficients of at least 0"
+_NOTHING = 1e-12  # chi2_w of what rounding leaves of equal shares
 
 
 def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
@@ -27,6 +31,8 @@ def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     The gain is proved for A_l L <= 0.5 alone, and left out where that fails: it would go on growing
     with A_l, below a loss of 0.
     """
+    if _negative(weighing):
+        return Term("progress", None, "unknown", _NEGATIVE)
     start, slope = weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
     step = (weighing.farthest or 0.0) * (merge.smoothness or 0.0)
     if start is not None and step > LARGEST_STEP:
@@ -52,8 +58,8 @@ def mismatch(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     """
     if not weighing.blocks:
         return Term("mismatch", 0.0, "closed form", "one coefficient an expert")
-    if min(min(block.coefficients) for block in weighing.blocks.values()) < 0:
-        return Term("mismatch", None, "unknown", "needs coefficients of at least 0")
+    if _negative(weighing):
+        return Term("mismatch", None, "unknown", _NEGATIVE)
     gram, w, d2 = merge.gram or {}, weighing.w or (), [expert.d2 or 0.0 for expert in experts]
 
     def of_blocks(smooth: float, *_: float) -> float:
@@ -92,6 +98,8 @@ def _square(gram: Gram, weights: Sequence[float]) -> float:
 
 def drift(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the gradients' drift."""
+    if _negative(weighing):
+        return Term("drift", None, "unknown", _NEGATIVE)
     if merge.gradient_drift is not None and weighing.w is not None:
         moved = math.fsum(w * d for w, d in zip(weighing.w, merge.gradient_drift, strict=True))
         return term_of("drift", {"A_eff": weighing.a_eff}, lambda a: a / 2 * moved, "by gradients")
@@ -105,6 +113,42 @@ def drift(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
         lambda a, smooth, d2: a * smooth**2 / 2 * d2,
         "by displacements",
     )
+
+
+def overshoot(weighing: Weighing, merge: MergeFacts) -> Term:
+    """Return sum_l (L - 1 / A_l) ||x_avg^l - x0^l||^2 / 2 over blocks with A_l L > 1, else 0.
+
+    Up to A_l L = 1 what a step descends pays for its length; what is longer costs the rest of
+    L ||step||^2 / 2, without which progress and drift would bound nothing.
+    """
+    blocks = weighing.blocks or {ALL: weighing}
+    travels = {name: block.a_eff for name, block in blocks.items()}
+    smooth, step2 = merge.smoothness, merge.step2
+    known = [a for a in travels.values() if a is not None]
+    if smooth is not None and len(known) == len(travels) and max(known) * smooth <= LONGEST_STEP:
+        return Term("overshoot", 0.0, "closed form", "A_eff L is at most 1")
+    if _negative(weighing):
+        return Term("overshoot", None, "unknown", _NEGATIVE)
+
+    def beyond(smooth: float, *_: float) -> float:
+        return math.fsum(
+            (smooth - 1 / a) / 2 * (step2 or {})[name]
+            for name, a in travels.items()
+            if a and a * smooth > LONGEST_STEP
+        )
+
+    there = step2 is not None and set(travels) <= set(step2)
+    needs = {
+        "L": smooth,
+        "A_eff": weighing.a_eff,
+        "||x_avg - x0||^2": 0.0 if there else None,
+    }
+    return term_of("overshoot", needs, beyond, "A_eff L exceeds 1")
+
+
+def _negative(weighing: Weighing) -> bool:
+    rows = [block.coefficients for block in (weighing.blocks.values() or [weighing])]
+    return min(map(min, rows)) < 0
 
 
 def drift_in_closed_form(
@@ -175,7 +219,9 @@ def merged_gradient(merge: MergeFacts) -> Term:
 
 def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
     """Return sqrt(chi2_w Var_{i~w} F_Si(x_avg)), the losses at the best point taken as 0."""
-    if weighing.chi2_w == 0:
+    if _negative(weighing):
+        return Term("divergence", None, "unknown", _NEGATIVE)
+    if weighing.chi2_w is not None and weighing.chi2_w <= _NOTHING:
         return Term("divergence", 0.0, "closed form", "chi2_w is 0")
     losses = [expert.train_loss for expert in experts]
     mean = weighted(weighing.w, losses)
@@ -191,17 +237,18 @@ def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
 
 
 def descent(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
-    """Return sum_i p_i F_Si(x0) + <grad F_S(x0), x_avg - x0> + (L / 2) ||x_avg - x0||^2.
+    """Return sum_i p_i (F_Si(x0) + <grad F_Si(x0), x_avg - x0>) + (L / 2) ||x_avg - x0||^2.
 
     What bounds F_S(x_avg) by the step itself, however it was made: for any merge, linear or not, of
-    any travel, without a surrogate and hence without divergence.
+    any travel, without a surrogate and hence without divergence. L must be that of one function:
+    x0 and x_avg are looked at under the same BatchNorm statistics, the merge's.
 
     Source: the descent lemma, as in Nesterov 2004, Lemma 1.2.3.
     """
     needs = {
         "F_Si(x0)": weighted(weighing.p, [expert.base_loss for expert in experts]),
-        "<grad F_S(x0), x_avg - x0>": merge.slope,
-        "||x_avg - x0||^2": merge.step2,
+        "<grad F_Si(x0), x_avg - x0>": weighted(weighing.p, [expert.slope for expert in experts]),
+        "||x_avg - x0||^2": None if merge.step2 is None else math.fsum(merge.step2.values()),
         "L": merge.smoothness,
     }
     return term_of("descent", needs, lambda f, slope, step2, smooth: f + slope + smooth / 2 * step2)

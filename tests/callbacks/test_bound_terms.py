@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_lit.callbacks import BoundTerms, GradientNoise, PathLength
+from mergekit_lit.callbacks import BoundTerms, GradientNoise, GradientNorm, PathLength
 
 
 def test_terms_are_those_of_the_path(tiny, fit):
@@ -35,6 +35,17 @@ def test_an_adaptive_optimizer_has_no_travel(tiny, fit):
     module = tiny(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
     rows = fit(module, PathLength(), GradientNoise(every=1), BoundTerms(smoothness=1.0))
     assert not [name for name in rows[-1] if name.startswith("bound/")]
+
+
+def test_what_stands_in_for_an_adaptive_optimizer_s_travel_is_called_effective(tiny, fit):
+    module = tiny(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+    norm, path = GradientNorm(), PathLength()
+    last = fit(module, path, norm, BoundTerms(smoothness=2.0), max_steps=6)[-1]
+    travel = path.facts()["path_length"] / norm.card_facts()["gradient_norm"]
+    assert last["bound/effective_a_eff"] == pytest.approx(travel)
+    drift = travel * 2.0 * path.facts()["mean_squared_displacement"]
+    assert last["bound/effective_drift"] == pytest.approx(drift)
+    assert not [name for name in last if name.startswith("bound/") and "effective" not in name]
 
 
 def test_bad_input_is_one_line(tiny, fit):

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.cli import main
 from mergekit_lit.core.calibration import Batch
+from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import load_expert, load_merged, save_expert
+from mergekit_lit.core.params import flat
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.calibration import calibration_on
@@ -20,6 +22,7 @@ from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.bound import bound_files
+from mergekit_lit.stages.bound_facts import expert_facts
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import merge_files
 from mergekit_lit.stages.opening import load_base_of
@@ -28,6 +31,7 @@ from mergekit_lit.stages.train import train_expert
 from mergekit_lit.theory.bound import TOTAL
 from mergekit_lit.theory.constants import measure_point
 from mergekit_lit.theory.effort import Effort
+from mergekit_lit.theory.facts import ALL
 from mergekit_lit.theory.objective import Objective, hessian_product
 from mergekit_lit.theory.smoothness import measure_sample_gradients
 
@@ -45,7 +49,7 @@ def experts(tiny_suite, tmp_path_factory):
     for task in ("dots", "stripes"):
         result = train_expert(
             data=TaskDataModule(tiny_suite, task, batch=10, reserve=8),
-            model=ExpertModule(VIT, image_size=8, lr=0.01, warmup_steps=1, schedule="constant"),
+            model=ExpertModule(VIT, image_size=8, lr=20.0, warmup_steps=1, schedule="constant"),
             steps=[12],
             out=out,
             trainer={"accelerator": "cpu"},
@@ -171,6 +175,75 @@ def test_all_terms_of_a_merge_are_told(experts, tiny_suite, tmp_path):
     assert Record.read(tmp_path / "bound.json").metrics["bound"]["total"] == told["total"]
 
 
+def test_what_the_step_bounds_is_measured_along_it(experts, opened, tiny_suite):
+    gathered, _, _, weights = opened
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
+    effort = dataclasses.replace(WHOLE, hessian_images=4, lanczos_steps=1)
+    metrics = bound_files(experts, calibration=where, effort=effort).metrics
+    ends = [{name: params[name] for name in weights} for params in gathered.tuned]
+    step = flat({name: (ends[0][name] + ends[1][name]) / 2 - weights[name] for name in weights})
+    step2 = float(step.double().square().sum())
+    constants, terms = metrics["constants"], metrics["bound"]["terms"]
+    assert constants["step2"][ALL] == pytest.approx(step2, rel=1e-4)
+    smooth = constants["smoothness"]["secant"]["value"]
+    for row, gradient in zip(metrics["experts"], direct_gradients(opened), strict=True):
+        slope = float(gradient @ step.double())
+        measured = constants["base"]["slopes"][row["task"]]
+        assert measured["value"] == pytest.approx(slope, rel=1e-3)
+        assert measured["low"] < slope < measured["high"]
+        descent = row["base_loss"] + slope + smooth / 2 * step2
+        assert row["descent"] == pytest.approx(descent, rel=1e-5)
+        own = constants["merged"]["own_gradient2"][row["task"]]["value"]
+        assert row["merged_gradient2"] == own
+    eps2 = [load_expert(path).card.eps_path ** 2 for path in experts]
+    by_path = terms["delta2_by_path"]["value"]
+    assert by_path == pytest.approx(sum(eps2) / 2 * 0.25, rel=1e-6, abs=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", ["base", "recalibrate-per-task"])
+def test_base_and_merge_are_looked_at_under_the_same_statistics(tiny_suite, tmp_path, batch_norm):
+    result = [
+        train_expert(
+            data=TaskDataModule(tiny_suite, task, batch=10, reserve=8),
+            model=ExpertModule("resnet", lr=0.003, warmup_steps=1, schedule="constant"),
+            steps=[5],
+            out=tmp_path,
+            trainer={"accelerator": "cpu"},
+        ).experts[0]
+        for task in ("dots", "stripes")
+    ]
+    where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8), images=64)
+    effort = Effort(micro_batches=4, batch=16, hessian_images=16, lanczos_steps=1)
+    recipe = Recipe(batch_norm=batch_norm)
+    metrics = bound_files(result, recipe=recipe, calibration=where, effort=effort).metrics
+    constants, rows = metrics["constants"], metrics["experts"]
+    assert constants["base"]["losses"] != constants["base_losses"]
+    reached = sum(row["train_loss"] for row in rows) / 2
+    assert reached <= metrics["bound"]["terms"]["descent"]["value"]
+
+
+def test_a_trained_head_s_stability_counts():
+    far = {"above_rounding": True, "backbone": {"mean": 0.2}, "head": {"mean": 0.3}}
+    twins = {"replaced": {"16": far | {"head": {"mean": 0.5}}, "1": far}}
+    facts = expert_facts(Card(task="a", head="trained"), "a", None, twins)
+    assert (facts.eps2, facts.eps2_head, facts.trained_head) == (0.2, 0.3, True)
+    assert expert_facts(Card(task="a", head="trained"), "a", None, None).eps2_head is None
+    assert expert_facts(Card(task="a", head="frozen-ncm"), "a", None, None).eps2_head == 0.0
+
+
+def test_what_an_expert_descended_beside_the_cross_entropy_is_told():
+    plain = Card(
+        task="a", weight_decay=0.0, label_smoothing=0.0, finetuning="full", head="frozen-ncm"
+    )
+    facts = expert_facts(plain, "a", None, None)
+    assert (facts.own_objective, facts.clipped, facts.trained_head) == ("", False, False)
+    other = dataclasses.replace(plain, weight_decay=0.1, sam_radius=0.05, clip_norm=1.0)
+    facts = expert_facts(other, "a", None, None)
+    assert facts.own_objective == "weight decay 0.1, the sharpest point within 0.05"
+    assert facts.clipped
+
+
 def test_a_merge_that_is_not_linear_asks_for_its_own_stability(experts):
     record = bound_files(experts, recipe=Recipe(method="ties"))
     term = record.metrics["bound"]["terms"]["delta2"]
@@ -208,7 +281,7 @@ def test_refits_of_a_linear_merge_give_its_formula(experts):
         recipe = Recipe(method="task_arithmetic", config={"scale": scale})
         terms = bound_files(experts, recipe=recipe, refits=True).metrics["bound"]["terms"]
         assert terms["delta2_by_refits"]["value"] == pytest.approx(
-            terms["delta2"]["value"], rel=1e-3
+            terms["delta2"]["value"], rel=1e-3, abs=0.0
         )
 
 
@@ -271,9 +344,17 @@ def test_constants_are_told_with_their_intervals(experts, tiny_suite, capsys):
     assert "`data.suite` must name the suite" in capsys.readouterr().err
 
 
-def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite, tmp_path):
+def test_a_merge_of_nothing_is_said_to_be_the_base(experts, tmp_path, capsys):
+    words = ["merge", *map(str, experts), "--method", "task_arithmetic", "--scale"]
+    for scale, said in (("0", True), ("0.1", False)):
+        assert main([*words, scale, "--out", str(tmp_path / f"{scale}.safetensors")]) == 0
+        assert ("All coefficients are 0" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("by", ["step", "path"])
+def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite, tmp_path, by):
     where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
-    recipe = Recipe(method="bound_optimal", config={"images": 8, "batch": 4})
+    recipe = Recipe(method="bound_optimal", config={"by": by, "images": 8, "batch": 4})
     result = merge_files(experts, out=tmp_path / "m.safetensors", recipe=recipe, calibration=where)
     coefficients = result.record.metrics["merged"]["coefficients"]
     travels = [load_expert(path).card.travel for path in experts]
@@ -282,10 +363,11 @@ def test_the_bound_s_own_merge_travels_as_far_as_the_average(experts, tiny_suite
     assert min(coefficients) >= 0
 
 
-def test_the_bound_s_own_merge_by_layer_travels_as_far(experts, tiny_suite, tmp_path):
+@pytest.mark.parametrize("by", ["step", "path"])
+def test_the_bound_s_own_merge_by_layer_travels_as_far(experts, tiny_suite, tmp_path, by):
     where = Calibration(suite=tiny_suite, options=SplitOptions(reserve=8))
     recipe = Recipe(
-        method="bound_optimal", config={"granularity": "layer", "images": 4, "batch": 2}
+        method="bound_optimal", config={"by": by, "granularity": "layer", "images": 4, "batch": 2}
     )
     result = merge_files(experts, out=tmp_path / "m.safetensors", recipe=recipe, calibration=where)
     merged = load_merged(result.path)

@@ -22,6 +22,7 @@ EXPERT = ExpertFacts(
     eps2=0.01,
     eps2_head=0.002,
     base_loss=2.0,
+    slope=-0.4,
     train_loss=1.5,
     lr=0.02,
 )
@@ -30,8 +31,7 @@ MERGE = MergeFacts(
     gram={ALL: ()},
     merged_gradient2=0.3,
     sample_gradient2=4.0,
-    slope=-0.4,
-    step2=0.6,
+    step2={ALL: 0.6},
 )
 
 
@@ -54,8 +54,78 @@ def test_progress_gains_nothing_where_no_gain_is_proved():
     assert "without a gain" in progress(1e6).note
 
 
+def test_a_step_that_is_too_long_pays_for_its_length():
+    """f = x^2 / 2 from x0 = 1, one step of 3: the loss at -2 is 2, and no bound may lie below."""
+    facts = dataclasses.replace(
+        EXPERT,
+        travel=3.0,
+        travel_squared=9.0,
+        batch=1,
+        noise=0.0,
+        d2=0.0,
+        eps2=0.0,
+        eps2_head=0.0,
+        base_loss=0.5,
+        train_loss=2.0,
+        slope=-3.0,
+    )
+    merge = MergeFacts(smoothness=1.0, gram={ALL: [[1.0]]}, sample_gradient2=4.0, step2={ALL: 9.0})
+    found = module.bound([facts], merge, [1.0])
+    assert found.terms["overshoot"].value == pytest.approx((1 - 1 / 3) / 2 * 9)
+    assert found.total >= 2.0
+    assert found.total_by_step == pytest.approx(2.0)
+    short = module.bound([facts], dataclasses.replace(merge, smoothness=0.3), [1.0])
+    assert short.terms["overshoot"].value == 0.0
+    # Half of it is left if the block that goes too far is half of the step.
+    blocks = [Block("low", (1.0,), (0.5,)), Block("high", (0.1,), (0.5,))]
+    parts = {"low": 4.5, "high": 0.045}
+    grams = {name: [[0.5]] for name in parts}
+    cut = dataclasses.replace(merge, gram=grams, step2=parts)
+    by_block = module.bound([facts], cut, blocks)
+    assert by_block.terms["overshoot"].value == pytest.approx((1 - 1 / 3) / 2 * 4.5)
+    whole = dataclasses.replace(cut, step2={ALL: 9.0})
+    assert module.bound([facts], whole, blocks).terms["overshoot"].value is None
+
+
+def test_coefficients_below_0_have_no_terms_of_the_path():
+    for coefficients in ([-0.5, -0.5], [-0.5, 1.5]):
+        found = bound([EXPERT, EXPERT], MERGE, coefficients)
+        for name in ("progress", "drift", "divergence"):
+            assert found.terms[name].value is None
+        assert found.total is None
+        assert found.weighing.tv_w is not None
+
+
+def test_a_merge_that_is_no_sum_has_no_total_by_the_path():
+    merge = dataclasses.replace(MERGE, linear=False, delta2_of_merge=0.01)
+    found = bound([EXPERT, EXPERT], merge, [0.5, 0.5])
+    assert found.total is None
+    assert found.total_by_step == pytest.approx(
+        found.terms["descent"].value + found.terms["generalization"].value
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"clipped": True}, "Gradients of 1 of 2 experts were clipped"),
+        ({"trained_head": True}, "The heads of 1 of 2 experts were trained"),
+        ({"own_objective": "weight decay 0.1"}, "another loss than the one that is measured: weig"),
+    ],
+)
+def test_what_a_training_had_of_its_own_is_said(changed, sentence):
+    found = bound([EXPERT, dataclasses.replace(EXPERT, **changed)], MERGE, [0.5, 0.5])
+    assert [line for line in found.violated if sentence in line]
+    assert not [
+        line for line in bound([EXPERT] * 2, MERGE, [0.5, 0.5]).violated if sentence in line
+    ]
+    assert found.effective == ("clipped" in changed)
+
+
 def test_terms_by_hand():
-    other = dataclasses.replace(EXPERT, travel=0.1, d2=0.2, train_loss=0.5, eps2=0.03, zeta2=0.1)
+    other = dataclasses.replace(
+        EXPERT, travel=0.1, d2=0.2, train_loss=0.5, eps2=0.03, zeta2=0.1, slope=-0.1
+    )
     found = bound([EXPERT, other], MERGE, [0.25, 0.75])
     terms = {name: term.value for name, term in found.terms.items()}
     a_eff = 0.25 * 0.2 + 0.75 * 0.1
@@ -71,7 +141,12 @@ def test_terms_by_hand():
     assert found.terms["drift_closed_form"].provenance == "closed form"
     assert terms["merged_noise"] == pytest.approx(1.25 * (0.25**2 + 0.75**2) * 0.004 * 3 / 8)
     assert terms["merged_gradient"] == 0.3
-    assert terms["descent"] == pytest.approx(2.0 - 0.4 + 1.25 / 2 * 0.6)
+    assert terms["overshoot"] == 0.0
+    # By the tasks' weights p, not by the shares w.
+    assert terms["descent"] == pytest.approx(2.0 - (0.4 + 0.1) / 2 + 1.25 / 2 * 0.6)
+    for name in ("drift", "merged_noise", "delta2"):
+        assert sum(row[name] for row in found.by_task) == pytest.approx(terms[name])
+    assert sum(row["descent"] for row in found.by_task) / 2 == pytest.approx(terms["descent"])
     assert found.total_by_step == pytest.approx(terms["descent"] + terms["generalization"])
     mean = w[0] * 1.5 + w[1] * 0.5
     variance = w[0] * (1.5 - mean) ** 2 + w[1] * (0.5 - mean) ** 2
@@ -207,6 +282,11 @@ def test_broken_assumptions_are_said():
         ({"eps2": -1.0}, {}, "`eps2` must be at least 0 and finite"),
         ({"train_loss": math.nan}, {}, "`train_loss` must be at least 0 and finite"),
         ({}, {"smoothness": math.inf}, "`smoothness` must be at least 0 and finite"),
+        ({"noise": math.nan}, {}, "`noise` must be finite"),
+        ({"slope": math.inf}, {}, "`slope` must be finite"),
+        ({"batch": 0}, {}, "`batch` must be at least 1 and finite"),
+        ({}, {"gram": {ALL: [[math.nan] * 2] * 2}}, "Products of gradients must be finite"),
+        ({}, {"step2": {ALL: -1.0}}, "squared lengths of steps at least 0"),
     ],
 )
 def test_constants_out_of_range_are_refused(expert, merge, message):
@@ -224,7 +304,7 @@ def by_block(low, high, gram=GRAM):
     """The bound of two experts whose coefficients are `low` in one block and `high` in another."""
     rows = {"low": low, "high": high}
     blocks = [Block(name, row, PARTS[name]) for name, row in rows.items()]
-    facts = dataclasses.replace(MERGE, gram=gram)
+    facts = dataclasses.replace(MERGE, gram=gram, step2={"low": 0.2, "high": 0.4})
     return bound([EXPERT, OTHER], facts, blocks)
 
 

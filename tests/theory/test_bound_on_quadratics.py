@@ -99,6 +99,7 @@ def test_it_holds_on_quadratics(seed, momentum):
             eps2=float(eps2[i]),
             base_loss=float(problem.loss(at_base, z)[:, i].mean()),
             train_loss=float(train_loss[:, i].mean()),
+            slope=float((of_tasks[:, i] * merged).sum(1).mean()),
             lr=lr,
         )
         for i in range(tasks)
@@ -107,8 +108,7 @@ def test_it_holds_on_quadratics(seed, momentum):
         smoothness=problem.smooth,
         gram={ALL: torch.einsum("rid,rjd->ij", of_tasks, of_tasks).div(problem.runs).tolist()},
         sample_gradient2=float(own.mean()),
-        slope=float(torch.einsum("rtd,rd->r", of_tasks, merged).mean()) / tasks,
-        step2=float(merged.square().sum(1).mean()),
+        step2={ALL: float(merged.square().sum(1).mean())},
     )
     found = bound(experts, facts, coefficients)
     terms = {name: term.value for name, term in found.terms.items()}

@@ -76,11 +76,15 @@ def test_secants_of_a_quadratic_lie_within_its_spectrum():
     matrix = symmetric([0.5, 1.0, 4.0])
     points = [torch.randn(3, dtype=torch.float64) for _ in range(12)]
     gradients = [matrix @ point for point in points]
-    assert secant_smoothness(points, gradients, quantile=0.0) >= 0.5
-    assert secant_smoothness(points, gradients, quantile=1.0) <= 4.0
+    assert secant_smoothness(points, gradients, quantile=0.0).value >= 0.5
+    largest = secant_smoothness(points, gradients, quantile=1.0)
+    assert largest.value <= 4.0
+    i, j = largest.pair
+    apart, turned = points[i] - points[j], gradients[i] - gradients[j]
+    assert float(turned.norm() / apart.norm()) == pytest.approx(largest.value)
     axis = torch.linalg.eigh(matrix).eigenvectors[:, -1]
     along = [t * axis for t in (0.0, 1.0, 2.5)]
-    assert secant_smoothness(along, [matrix @ p for p in along]) == pytest.approx(4.0)
+    assert secant_smoothness(along, [matrix @ p for p in along]).value == pytest.approx(4.0)
 
 
 def test_bad_input_is_one_line():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mergekit_lit.theory.stability import PathNoise, eps_path, stability_estimate
+from mergekit_lit.theory.stability import PathNoise, eps_path, stability_estimate, twin_spread
 from mergekit_lit.theory.travel import effective_steps, sgd_rule
 
 
@@ -35,3 +35,12 @@ def test_the_coherent_part_dominates_after_about_n_over_b_steps(k):
 def test_sizes_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but is 0"):
         stability_estimate(1.0, 1.0, **{"n": 10, "batch": 2, name: 0})
+
+
+def test_the_interval_of_the_median_is_that_of_the_order_statistics():
+    """Of n values the median lies between the ranks (n +- z sqrt(n)) / 2 with z = 1.96, or 0.67."""
+    values = [float(rank) for rank in range(1, 202)]
+    for level, half in ((0.95, 13.9), (0.5, 4.8)):
+        found = twin_spread(values, level=level)
+        assert found.median == 101
+        assert (found.low, found.high) == pytest.approx((101 - half, 101 + half), abs=1.5)

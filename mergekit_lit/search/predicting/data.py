@@ -10,12 +10,16 @@ from mergekit_lit.search.predicting.columns import Column, Row, number, spread, 
 from mergekit_lit.search.predicting.deltas import step_of
 from mergekit_lit.search.predicting.probing import Probe
 from mergekit_lit.search.predicting.sights import Seen
-from mergekit_lit.stages.bound import coefficients_of, expert_facts
+from mergekit_lit.stages.bound import coefficients_of
+from mergekit_lit.stages.bound_facts import expert_facts
 from mergekit_lit.theory.bound import Bound, bound
 from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.facts import ALL, ExpertFacts, MergeFacts
+from mergekit_lit.theory.term import sum_of
 
 _TERMS = ("progress", "drift", "drift_closed_form", "merged_noise")
+# What the shipped table's `probe_total` sums.
+_SUMMED = ("progress", "drift", "mismatch", "merged_noise", "divergence", "generalization")
 _OTHERS, _TASKS = "the other experts", "the tasks"
 
 DATA_COLUMNS: tuple[Column, ...] = (
@@ -106,7 +110,7 @@ def of_probe(experts: Experts, seen: Seen, probe: Probe) -> list[Row]:
         **spread("probe_val_losses", [score.loss for score in val]),
         "probe_divergence": number(told.get("divergence")),
         "probe_generalization": number(told.get("generalization")),
-        "probe_total": number(found.total if found else None),
+        "probe_total": number(sum_of([told[name] for name in _SUMMED]) if told else None),
     }
     return [
         {
