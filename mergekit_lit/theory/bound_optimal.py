@@ -141,7 +141,7 @@ class _Problem:
         for block, names in enumerate(groups.values()):
             # Tensor by tensor: the doubles of all deltas would not always fit.
             for name in names:
-                deltas = self.experts.deltas(name).flatten(1).double()
+                deltas = self.experts.deltas(name).reshape(count, -1).double()
                 columns = columns_of(self.start, [name])
                 found = mean_slopes(gradients, self.p.tolist(), deltas, columns)
                 slopes[block] += [estimate.value for estimate in found]

@@ -25,10 +25,10 @@ def test_the_file_covers_below_one_epoch_and_many(script):
 
 def test_the_terms_are_measured_on_experts_that_this_makes(script):
     settings = OmegaConf.to_container(OmegaConf.load(FOLDER / "stability.yaml"))
-    wanted = OmegaConf.load(FOLDER / "terms.yaml").experts
+    terms = OmegaConf.load(FOLDER / "terms.yaml")
     kept = next(run for run in script.runs_of(settings, "vit", Path()) if run.export)
     names = [f"vit/mnist-{kept.name}/mnist-step{steps}.safetensors" for steps in kept.steps]
-    assert wanted.format(backbone="vit", task="mnist") in names
+    assert terms.experts.format(backbone="vit", task="mnist", steps=terms.steps) in names
 
 
 def expert(eps2, *, above=True, **facts):
