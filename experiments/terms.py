@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbones", nargs="+", help="in place of the file's")
     parser.add_argument("--steps", type=int, help="of the experts, in place of the file's")
+    parser.add_argument("--rows", nargs="+", help="some of the file's, the first among them")
     parser.add_argument("--experts", type=Path, default=Path("runs/stability"))
     parser.add_argument("--out", type=Path, default=Path("runs/terms"))
     parser.add_argument("--jobs", type=int, default=2)
@@ -74,7 +75,11 @@ def main() -> None:
     settings: Any = OmegaConf.to_container(OmegaConf.load(given.file))
     settings |= {k: v for k in ("suite", "backbones", "steps") if (v := getattr(given, k))}
     for backbone in settings["backbones"]:
-        jobs = jobs_of(settings, backbone, given.experts, given.out)
+        jobs = [
+            job
+            for job in jobs_of(settings, backbone, given.experts, given.out)
+            if given.rows is None or job.row.name in given.rows
+        ]
         with Crew(given.jobs) as crew:
             crew.run(make, jobs)
         print(f"\n### {backbone}, {settings['steps']} steps\n\n{told(jobs)}", flush=True)
