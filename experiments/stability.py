@@ -5,7 +5,8 @@
 Trains each configuration with twins (`StabilityTwins`), one trajectory for all step counts, scores
 the experts, their plain average and the base, and prints tables: the measured distances beside the
 floor of rounding and the path estimate, and rank correlations with the gap between test and
-training loss, of experts and of merges. What is there is not made again.
+training loss, of experts and of merges. One row an expert goes to `<out>/<file>.csv`. What is there
+is not made again.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from stability_exponents import exponents, flat
 from stability_tables import calibration, distances, ranks
-from testbed import POLICY, Place, Testbed, testbed_of, trained, write_rows
+from testbed import POLICY, Place, Testbed, csv_of, testbed_of, trained, write_rows
 
 from mergekit_lit.callbacks import StabilityTwins
 from mergekit_lit.core.expert_files import load_expert
-from mergekit_lit.core.files import read_json
+from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.core.measurements import read_measurements
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
@@ -74,13 +76,17 @@ def main() -> None:
     given = parser.parse_args()
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
     settings |= {k: v for k in ("suite", "backbones", "tasks") if (v := getattr(given, k))}
+    everyone: list[dict[str, Any]] = []
     for backbone in settings["backbones"]:
         runs = list(runs_of(settings, backbone, given.out))
         with Crew(given.jobs) as crew:
             crew.run(make, runs)
         rows = [row for run in runs for row in read_json(run.record)["metrics"]["rows"]]
-        tables = [distances(rows), calibration(rows), ranks(rows)]
+        everyone += [{**row, "backbone": backbone} for row in rows]
+        tables = [distances(rows), exponents(rows), calibration(rows), ranks(rows)]
         print("\n\n".join([f"\n### {backbone}", *tables]), flush=True)
+    first = ("backbone", "task", "lr", "batch", "train_share", "n", "seed", "steps")
+    write_text(given.out / f"{given.file.stem}.csv", csv_of(list(flat(everyone)), first))
 
 
 def runs_of(settings: Mapping[str, Any], backbone: str, out: Path) -> Iterator[Run]:
@@ -183,6 +189,7 @@ def measured_of(path: Path) -> dict[str, Any]:
         "eps_path": card.eps_path,
         "displacement": card.displacement,
         "train_accuracy": card.train_accuracy,
+        "n": card.n,
     }
 
 

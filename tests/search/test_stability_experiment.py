@@ -39,6 +39,7 @@ def expert(eps2, *, above=True, **facts):
         "eps_path": 3 * eps2**0.5,
         "displacement": 1.0,
         "train_accuracy": 0.5,
+        "n": 40,
         **facts,
     }
 
@@ -76,6 +77,28 @@ def test_the_tables_tell_what_the_rows_hold(experiment):
     assert tables.ranks(lost).startswith("4 experts and 2 merges are measured.")
 
 
+def test_exponents_are_those_that_the_rows_were_made_with(experiment):
+    """eps = lr^1.5 sqrt(K) / b: a power each, of measured experts alone, and a regime each."""
+    exponents = experiment("stability_exponents")
+    rows = []
+    for lr in (0.1, 0.2):
+        for batch in (2, 4):
+            for steps in (5, 10, 40, 80):
+                eps2 = lr**3 * steps / batch**2
+                made = row(steps, eps2, 4 * eps2)
+                rows.append({**made, "lr": lr, "batch": batch, "backbone": "vit"})
+    far = row(5, 1e6, 1e6, above=False)
+    told = exponents.exponents([*rows, {**far, "lr": 0.1, "batch": 2}]).splitlines()
+    cells = {tuple(c.strip() for c in line.strip("|").split("|")[:3]): line for line in told}
+    for regime in ("below one epoch", "beyond"):
+        assert "| 1.50 [1.50, 1.50] | 2.0 | disagree | 1.0 |" in cells["learning rate", regime, "1"]
+        assert "| -1.00 [-1.00, -1.00] | 1.0 | disagree |" in cells["batch", regime, "16"]
+        assert "| 0.50 [0.50, 0.50] | + | agree |" in cells["effective steps", regime, "1"]
+    # Every expert has the same number of images.
+    assert not [key for key in cells if key[0] == "training images"]
+    assert len(list(exponents.flat(rows))) == 2 * len(rows)
+
+
 @pytest.mark.slow
 def test_runs_become_tables(script, tiny_suite, tmp_path, monkeypatch, capsys):
     settings = {
@@ -99,6 +122,8 @@ def test_runs_become_tables(script, tiny_suite, tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert first.count("| rate 0.01, batch 8 |") == 2
     assert first.count("| rate 0.003, batch 8 |") == 1
+    table = (tmp_path / "out/tiny.csv").read_text("utf-8").splitlines()
+    assert len(table) == 1 + 3 * len(settings["tasks"])
     twins = tmp_path / "out/vit@random:0/dots-lr0.01-b8-0/dots-step6.twins"
     assert len(list(twins.glob("*.safetensors"))) == 3
     script.main()

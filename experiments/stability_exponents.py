@@ -1,0 +1,106 @@
+"""This file is how measured stability grows with each hyperparameter, beside what is predicted.
+
+It is a module of `experiments/stability.py`. An exponent is the slope of log eps over log x within
+one task (and number of steps, or configuration), of experts that count as measured alone; the mean
+over the tasks, with Student's interval over them. Tasks share the seed and the base.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from exponents import PREDICTIONS, Prediction, grouped, verdict
+
+from mergekit_lit.reports.intervals import student_half_width
+
+Row: TypeAlias = Mapping[str, Any]
+
+# What varies, its name among the predictions, and what is held beside the task.
+FACTORS = {
+    "lr": ("learning rate", ("batch", "train_share", "steps")),
+    "batch": ("batch", ("lr", "train_share", "steps")),
+    "steps": ("effective steps", ("lr", "batch", "train_share")),
+    "n": ("training images", ("lr", "batch", "steps")),
+}
+
+
+def flat(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Yield one row for each expert: what its twins, card and gaps tell."""
+    shared = ("backbone", "lr", "batch", "train_share", "seed", "steps")
+    for row in rows:
+        for task, expert in row["experts"].items():
+            yield {
+                **{name: row[name] for name in shared if name in row},
+                "task": task,
+                "n": expert["n"],
+                **{f"eps2_{m}": value for m, value in expert["eps2"].items()},
+                **{f"measured_{m}": bool(value) for m, value in expert["above"].items()},
+                "eps2_rounding": expert["rounding"],
+                **{name: expert[name] for name in ("eps_path", "displacement", "train_accuracy")},
+                **{f"gap_{name}": found[task] for name, found in row["gaps"].items()},
+            }
+
+
+def exponents(rows: Sequence[Row]) -> str:
+    """Return a table of measured exponents of eps, of one and of many replaced samples."""
+    experts = list(flat(rows))
+    numbers = sorted(next(iter(rows[0]["experts"].values()))["eps2"], key=int)
+    lines = [
+        "| factor | regime | m | eps grows as | source | | ours | | eps_path grows as |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for factor, (name, held) in FACTORS.items():
+        predicted = PREDICTIONS[name]["eps_path"]
+        for place, regime in enumerate(("below one epoch", "beyond")):
+            chosen = [e for e in experts if (_epochs(e) > 1.05) == bool(place)]
+            for m in numbers:
+                kept = [e for e in chosen if e[f"measured_{m}"] and e[f"eps2_{m}"] > 0]
+                found = exponent(kept, factor, held, lambda e, m=m: math.sqrt(e[f"eps2_{m}"]))
+                if found is None:
+                    continue
+                beside = exponent(kept, factor, held, lambda e: e["eps_path"])
+                cells = [name, regime, m, _told(found)]
+                for prediction in (predicted.source[place], predicted.ours[place]):
+                    cells += [_predicted(prediction), verdict(*found, prediction)]
+                lines.append(f"| {' | '.join([*cells, _told(beside)])} |")
+    return "\n".join(lines)
+
+
+def exponent(
+    experts: Sequence[Row], factor: str, held: Sequence[str], value: Any
+) -> tuple[float, tuple[float, float] | None] | None:
+    """Return the mean slope over tasks with its interval; None where the factor does not vary."""
+    slopes = []
+    for each in grouped(experts, "task").values():
+        across, up = [], []
+        for same in grouped(each, *held).values():
+            x, y = (np.log([of(e) for e in same]) for of in (lambda e: e[factor], value))
+            across += list(x - x.mean())
+            up += list(y - y.mean())
+        spread = float(np.dot(across, across))
+        if spread > 1e-9:
+            slopes.append(float(np.dot(across, up)) / spread)
+    if not slopes:
+        return None
+    mean = statistics.fmean(slopes)
+    if len(slopes) < 2:
+        return mean, None
+    half = student_half_width(slopes)
+    return mean, (mean - half, mean + half)
+
+
+def _epochs(expert: Row) -> float:
+    return float(expert["steps"] * expert["batch"] / expert["n"])
+
+
+def _told(found: tuple[float, tuple[float, float] | None] | None) -> str:
+    if found is None:
+        return ""
+    slope, bounds = found
+    return f"{slope:.2f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+
+
+def _predicted(prediction: Prediction) -> str:
+    return "-" if prediction is None else str(prediction)
