@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from stability_exponents import exponents, flat
+from stability_exponents import exponents, flat, plots
 from stability_tables import calibration, distances, ranks
 from testbed import POLICY, Place, Testbed, csv_of, testbed_of, trained, write_rows
 
@@ -26,6 +26,7 @@ from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.core.measurements import read_measurements
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.reports.curves import sheet
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.recipes import Recipe
 
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", help="in place of the file's")
     parser.add_argument("--tasks", nargs="+", help="in place of the file's")
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--figures", type=Path, help="folder of the figures; none without it")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
@@ -85,6 +87,9 @@ def main() -> None:
         everyone += [{**row, "backbone": backbone} for row in rows]
         tables = [distances(rows), exponents(rows), calibration(rows), ranks(rows)]
         print("\n\n".join([f"\n### {backbone}", *tables]), flush=True)
+        if given.figures:
+            place = given.figures / f"stability_{backbone.replace('/', '-')}.svg"
+            write_text(place, sheet(f"Stability of {backbone} experts, by rate", plots(rows)))
     first = ("backbone", "task", "lr", "batch", "train_share", "n", "seed", "steps")
     write_text(given.out / f"{given.file.stem}.csv", csv_of(list(flat(everyone)), first))
 

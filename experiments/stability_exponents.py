@@ -7,12 +7,13 @@ over the tasks, with Student's interval over them. Tasks share the seed and the 
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from exponents import PREDICTIONS, Prediction, grouped, verdict
 
+from mergekit_lit.reports.curves import Plot
 from mergekit_lit.reports.intervals import student_half_width
 
 Row: TypeAlias = Mapping[str, Any]
@@ -66,6 +67,44 @@ def exponents(rows: Sequence[Row]) -> str:
                     cells += [_predicted(prediction), verdict(*found, prediction)]
                 lines.append(f"| {' | '.join([*cells, _told(beside)])} |")
     return "\n".join(lines)
+
+
+def plots(rows: Sequence[Row]) -> list[Plot]:
+    """Return curves over the steps, one for each rate at the commonest batch and share of images.
+
+    Medians over the tasks of eps, of the rounding twin's distance and of the path estimate, and the
+    merge's gap beyond the base's.
+    """
+    experts = list(flat(rows))
+    least = min((name for name in experts[0] if name.startswith("measured_")), key=_number)
+    eps2 = least.replace("measured", "eps2")
+    middle = [statistics.mode(e[name] for e in experts) for name in ("batch", "train_share")]
+    kept = [e for e in experts if [e["batch"], e["train_share"]] == middle]
+    drawn: dict[str, Callable[[Row], float]] = {
+        "Distance of a twin, one sample replaced": lambda e: math.sqrt(e[eps2]),
+        "Distance of the rounding twin": lambda e: math.sqrt(e["eps2_rounding"]),
+        "Path estimate": lambda e: float(e["eps_path"]),
+        "Gap of the merge beyond the base's": lambda e: float(e["gap_merged"] - e["gap_base"]),
+    }
+    return [
+        Plot(
+            title,
+            "steps K",
+            {
+                f"{rate:g}": [
+                    (steps, statistics.median(map(value, at)))
+                    for (steps,), at in sorted(grouped(each, "steps").items())
+                ]
+                for (rate,), each in sorted(grouped(kept, "lr").items())
+            },
+            log="Gap" not in title,
+        )
+        for title, value in drawn.items()
+    ]
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2])
 
 
 def exponent(

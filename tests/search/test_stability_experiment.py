@@ -117,11 +117,13 @@ def test_runs_become_tables(script, tiny_suite, tmp_path, monkeypatch, capsys):
     file = tmp_path / "tiny.yaml"
     OmegaConf.save(settings, file)
     words = ["stability.py", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    words += ["--figures", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     first = capsys.readouterr().out
     assert first.count("| rate 0.01, batch 8 |") == 2
     assert first.count("| rate 0.003, batch 8 |") == 1
+    assert "rounding twin" in (tmp_path / "stability_vit@random:0.svg").read_text("utf-8")
     table = (tmp_path / "out/tiny.csv").read_text("utf-8").splitlines()
     assert len(table) == 1 + 3 * len(settings["tasks"])
     twins = tmp_path / "out/vit@random:0/dots-lr0.01-b8-0/dots-step6.twins"
