@@ -7,7 +7,7 @@ Merges one group of experts by each method, has every term of the bound measured
 by more than 5 %, and ↑ what lies above. What is there is not made again. A merge that is no sum of
 scaled deltas has no coefficients: terms that need some take the average's, with the merge's own L
 and losses, and stand in brackets; its Delta is known only where the twins' refits lie beside the
-experts.
+experts. `descent` holds for any merge. The numbers go to `<out>/terms_<backbone>_<steps>.csv` too.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from typing import Any
 
 from methods import Row, row_of
 from omegaconf import OmegaConf
+from testbed import csv_of
 
+from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
@@ -32,7 +34,10 @@ from mergekit_lit.theory.effort import Effort
 LEAST = 0.05
 """The least change against the average that is told, as a share."""
 
-WEIGHED = ("progress", "drift", "mismatch", "merged_noise", "divergence", "delta2_by_path")
+WEIGHED = (
+    *("progress", "drift", "overshoot", "mismatch", "merged_noise", "divergence"),
+    "delta2_by_path",
+)
 """Terms that rest on coefficients."""
 OTHERS = ("descent", "merged_gradient", "delta2", "delta2_by_refits", "generalization")
 
@@ -83,6 +88,9 @@ def main() -> None:
         with Crew(given.jobs) as crew:
             crew.run(make, jobs)
         print(f"\n### {backbone}, {settings['steps']} steps\n\n{told(jobs)}", flush=True)
+        rows = [{"method": job.row.name, **values(job)} for job in jobs]
+        name = f"terms_{backbone.replace('/', '-')}_{settings['steps']}.csv"
+        write_text(given.out / name, csv_of(rows, ("method",)))
 
 
 def jobs_of(settings: Mapping[str, Any], backbone: str, experts: Path, out: Path) -> list[Job]:

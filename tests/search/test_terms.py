@@ -78,3 +78,5 @@ def test_methods_become_a_table(script, vits, tmp_path, monkeypatch, capsys):
     assert by_name["ties"]["chi2 w"] == "(0.125)"
     script.main()
     assert capsys.readouterr().out.partition("###")[2] == table
+    rows = (tmp_path / "out/terms_vit_4.csv").read_text("utf-8").splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["method", "average", "less", "ties"]
