@@ -79,6 +79,9 @@ def main() -> None:
     given = parser.parse_args()
     settings: Any = OmegaConf.to_container(OmegaConf.load(given.file))
     settings |= {k: v for k in ("suite", "backbones", "steps") if (v := getattr(given, k))}
+    names = [row_of(entry).name for entry in settings["rows"]]
+    if wrong := set(given.rows or []) - set(names):
+        parser.error(f"--rows must name rows of {given.file}, {names}, but names {sorted(wrong)}.")
     for backbone in settings["backbones"]:
         jobs = [
             job

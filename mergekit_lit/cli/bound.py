@@ -118,7 +118,7 @@ def _print(record: Record) -> None:
         [{"name": name, "value": weighing[name]} for name in _WEIGHING],
         {"name": "weighing", "value": "value"},
     )
-    effective = " (effective: adaptive optimizer)" if found["effective"] else ""
+    effective = " (effective: the data change the steps)" if found["effective"] else ""
     for name in _TOTALS:
         value = "unknown: a term of it is" if found[name] is None else f"{found[name]:.4g}"
         print(f"{name.replace('_', ' ')}: {value}{effective}")

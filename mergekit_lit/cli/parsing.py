@@ -174,7 +174,7 @@ def read(parser: ArgumentParser, argv: Sequence[str]) -> Given:
 def values_of(argv: Sequence[str], key: str) -> list[str]:
     """Return what is given for one key, in order, without a parser: for a first pass."""
     values = []
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, text = word.removeprefix("--").partition("=")
         if name == key and (equals or word.startswith("--")):
             values.append(text if equals else after)

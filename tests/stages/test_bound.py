@@ -306,6 +306,12 @@ def test_the_command_tells_cards_alone(experts, capsys):
     assert "does not hold: Coefficients sum to 0.6" in out
 
 
+@pytest.mark.parametrize("command", ["bound", "constants"])
+def test_a_command_without_a_word_names_what_is_missing(capsys, command):
+    assert main([command]) == 2
+    assert "`experts` must be given" in capsys.readouterr().err
+
+
 def test_methods_are_compared_in_one_table_and_one_page(experts, tmp_path, capsys):
     words = ["bound", *map(str, experts), "--method", "average,ties", "--out", str(tmp_path / "b")]
     assert main([*words, "--logger", "wandb"]) == 0
