@@ -192,7 +192,7 @@ def _violated(
 def _of_merge(weighing: Weighing, merge: MergeFacts) -> Iterator[str]:
     rows = [each.coefficients for each in (weighing.blocks.values() or [weighing])]
     off = max((math.fsum(row) for row in rows), key=lambda total: abs(total - 1.0))
-    if min(map(min, rows)) < 0 or not math.isclose(off, 1.0, rel_tol=1e-6):
+    if weighing.negative or not math.isclose(off, 1.0, rel_tol=1e-6):
         yield (
             f"Coefficients sum to {off:.3g}: the source takes them >= 0 with sum 1; this is our "
             "extension."

@@ -22,7 +22,7 @@ def terms_by_task(
     fixed = merge.linear and merge.fixed
     rows: list[dict[str, float | None]] = []
     for i, expert in enumerate(experts):
-        share = None if w is None or min(weighing.coefficients) < 0 else w[i]
+        share = None if w is None or weighing.negative else w[i]
         steps = _product(expert.travel_squared, expert.noise)
         noise = None if steps is None or expert.batch is None else steps / expert.batch
         backbone = _product(weighing.squares[i], expert.eps2)

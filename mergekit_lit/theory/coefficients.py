@@ -63,6 +63,12 @@ class Weighing:
         return tuple(max(each) for each in zip(*rows, strict=True))
 
     @property
+    def negative(self) -> bool:
+        """Whether a coefficient is below 0, in any block."""
+        rows = [block.coefficients for block in (self.blocks.values() or [self])]
+        return min(map(min, rows)) < 0
+
+    @property
     def farthest(self) -> float | None:
         """A_eff of the block that travels farthest."""
         each = [block.a_eff for block in (self, *self.blocks.values())]

@@ -76,6 +76,7 @@ def measure_point(
     """
     gradients = task_gradients(objectives, weights, calibration, effort=effort)
     tasks = [objective.task for objective in objectives]
+    along = None if direction is None else flat(direction)[None]
     return AtPoint(
         losses=losses or {o.task: mean_loss(o, weights, calibration, effort) for o in objectives},
         noise={task: task_noise(gradients, i) for i, task in enumerate(tasks)},
@@ -89,9 +90,9 @@ def measure_point(
             task: mean_gradient_square(alone, [1.0]) for task, alone in _by_task(gradients, tasks)
         },
         slopes={}
-        if direction is None
+        if along is None
         else {
-            task: mean_slopes(alone, [1.0], flat(direction)[None], [slice(None)])[0]
+            task: mean_slopes(alone, [1.0], along, [slice(None)])[0]
             for task, alone in _by_task(gradients, tasks)
         },
     )

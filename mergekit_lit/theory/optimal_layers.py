@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,16 @@ from mergekit_lit.theory.optimal import Landscape, Vector
 
 # Rounds the kinks of roots, so that they have a slope: far below any loss or step.
 _ROUND = 1e-20
+
+
+class Convex(Protocol):
+    """A convex function of coefficients (B, T), with its gradient."""
+
+    def value(self, coefficients: Vector) -> float:
+        """Return the number at some coefficients."""
+
+    def slope(self, coefficients: Vector) -> Vector:
+        """Return its gradient there, (B, T)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,28 +111,60 @@ def best_rows(layers: Layers, *, travel: float | None, most: float) -> Vector:
     beside its mismatch is taken at its largest; the heads' stability, which no coefficient changes,
     is left out.
     """
-    from scipy.optimize import minimize
-
     whole, shape = layers.whole, layers.moved.shape
-    weights = (layers.moved * whole.travel).ravel()
     target = most / 2 if travel is None else travel
     # Travel-normalised in every block: none is off the target's gradient.
     start = np.tile(target * whole.p / whole.travel, (shape[0], 1))
-    limit = most if travel is None else travel
-    kind = "ineq" if travel is None else "eq"
+    weights = layers.moved * whole.travel
+    rows = solved(layers, start, weights, travel=travel, most=most, rounds=300)
+    tried = [rows, start] if travel is not None else [rows, start, np.zeros(shape)]
+    return min(tried, key=layers.value)
+
+
+def solved(
+    problem: Convex,
+    start: Vector,
+    weights: Vector,
+    *,
+    travel: float | None,
+    most: float,
+    rounds: int,
+    scale: float = 1.0,
+    unit: float = 1.0,
+) -> Vector:
+    """Return the coefficients (B, T), at least 0, of a travel that minimise a convex value.
+
+    Args:
+        problem: what is minimised.
+        start: where to begin, (B, T).
+        weights: of each coefficient in the travel, (B, T).
+        travel: that must be reached; None for any up to `most`.
+        most: largest travel.
+        rounds: largest number of iterations.
+        scale: of values, for the solver's absolute tolerance.
+        unit: of travels, for the same.
+    """
+    from scipy.optimize import minimize
+
+    shape, each = start.shape, weights.ravel()
+    limit, kind = (most, "ineq") if travel is None else (travel, "eq")
     found: Any = minimize(
-        lambda x: layers.value(x.reshape(shape)),
+        lambda x: problem.value(x.reshape(shape)) / scale,
         start.ravel(),
-        jac=lambda x: layers.slope(x.reshape(shape)).ravel(),
+        jac=lambda x: problem.slope(x.reshape(shape)).ravel() / scale,
         method="SLSQP",
         bounds=[(0.0, None)] * start.size,
         constraints=[
-            {"type": kind, "fun": lambda x: limit - weights @ x, "jac": lambda _: -weights}
+            {
+                "type": kind,
+                "fun": lambda x: limit / unit - each @ x / unit,
+                "jac": lambda _: -each / unit,
+            }
         ],
-        options={"maxiter": 300, "ftol": 1e-12},
+        options={"maxiter": rounds, "ftol": 1e-12},
     )
     rows: Vector = np.maximum(found.x, 0.0).reshape(shape)
-    if travel is not None:
-        rows *= travel / float(weights @ rows.ravel())
-    tried = [rows, start] if travel is not None else [rows, start, np.zeros(shape)]
-    return min(tried, key=layers.value)
+    far = float(each @ rows.ravel())
+    if travel is not None and far > 0:
+        rows *= travel / far
+    return rows

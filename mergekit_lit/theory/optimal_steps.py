@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mergekit_lit.theory.optimal import Vector
+from mergekit_lit.theory.optimal_layers import solved
 
 # Rounds the kink of a root at 0, so that it has a slope: far below any loss.
 _ROUND = 1e-20
@@ -84,35 +84,16 @@ def best_steps(steps: Steps, *, travel: float | None, most: float) -> Vector:
     Differs: needs neither surrogate nor drift, noise and divergence, which tell of a step what the
     trainings would make one expect.
     """
-    from scipy.optimize import minimize
-
-    shape = steps.slopes.shape
-    weights = (steps.moved * steps.travel).ravel()
+    weights = steps.moved * steps.travel
     target = most / 2 if travel is None else travel
-    even = np.full(shape, target / float(weights.sum()))
-    limit, kind = (most, "ineq") if travel is None else (travel, "eq")
-    # Coefficients and values of the order of 1: the solver's tolerances are absolute.
+    even = np.full(weights.shape, target / float(weights.sum()))
+    # Travels and values of the order of 1: the solver's tolerances are absolute.
     scale = max(abs(steps.value(even) - steps.value(0 * even)), 1e-12)
-    found: Any = minimize(
-        lambda x: steps.value(x.reshape(shape)) / scale,
-        even.ravel(),
-        jac=lambda x: steps.slope(x.reshape(shape)).ravel() / scale,
-        method="SLSQP",
-        bounds=[(0.0, None)] * even.size,
-        constraints=[
-            {
-                "type": kind,
-                "fun": lambda x: 1.0 - weights @ x / limit,
-                "jac": lambda _: -weights / limit,
-            }
-        ],
-        options={"maxiter": 500, "ftol": 1e-12},
+    unit = most if travel is None else travel
+    rows = solved(
+        steps, even, weights, travel=travel, most=most, rounds=500, scale=scale, unit=unit
     )
-    rows: Vector = np.maximum(found.x, 0.0).reshape(shape)
-    far = float(weights @ rows.ravel())
-    if travel is not None and far > 0:
-        rows *= travel / far
     best = min([rows, even], key=steps.value)
     # A gain within the solver's tolerance is none.
     nothing = travel is None and steps.value(best) >= -_GAIN * scale
-    return np.zeros(shape) if nothing else best
+    return np.zeros_like(best) if nothing else best

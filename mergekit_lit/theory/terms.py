@@ -31,7 +31,7 @@ def progress(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     The gain is proved for A_l L <= 0.5 alone, and left out where that fails: it would go on growing
     with A_l, below a loss of 0.
     """
-    if _negative(weighing):
+    if weighing.negative:
         return Term("progress", None, "unknown", _NEGATIVE)
     start, slope = weighted(weighing.w, [e.base_loss for e in experts]), _slope(weighing, merge)
     step = (weighing.farthest or 0.0) * (merge.smoothness or 0.0)
@@ -58,7 +58,7 @@ def mismatch(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFac
     """
     if not weighing.blocks:
         return Term("mismatch", 0.0, "closed form", "one coefficient an expert")
-    if _negative(weighing):
+    if weighing.negative:
         return Term("mismatch", None, "unknown", _NEGATIVE)
     gram, w, d2 = merge.gram or {}, weighing.w or (), [expert.d2 or 0.0 for expert in experts]
 
@@ -98,7 +98,7 @@ def _square(gram: Gram, weights: Sequence[float]) -> float:
 
 def drift(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return (A_eff L^2 / 2) sum_i w_i d_i^2, or (A_eff / 2) sum_i w_i of the gradients' drift."""
-    if _negative(weighing):
+    if weighing.negative:
         return Term("drift", None, "unknown", _NEGATIVE)
     if merge.gradient_drift is not None and weighing.w is not None:
         moved = math.fsum(w * d for w, d in zip(weighing.w, merge.gradient_drift, strict=True))
@@ -127,7 +127,7 @@ def overshoot(weighing: Weighing, merge: MergeFacts) -> Term:
     known = [a for a in travels.values() if a is not None]
     if smooth is not None and len(known) == len(travels) and max(known) * smooth <= LONGEST_STEP:
         return Term("overshoot", 0.0, "closed form", "A_eff L is at most 1")
-    if _negative(weighing):
+    if weighing.negative:
         return Term("overshoot", None, "unknown", _NEGATIVE)
 
     def beyond(smooth: float, *_: float) -> float:
@@ -144,11 +144,6 @@ def overshoot(weighing: Weighing, merge: MergeFacts) -> Term:
         "||x_avg - x0||^2": 0.0 if there else None,
     }
     return term_of("overshoot", needs, beyond, "A_eff L exceeds 1")
-
-
-def _negative(weighing: Weighing) -> bool:
-    rows = [block.coefficients for block in (weighing.blocks.values() or [weighing])]
-    return min(map(min, rows)) < 0
 
 
 def drift_in_closed_form(
@@ -219,7 +214,7 @@ def merged_gradient(merge: MergeFacts) -> Term:
 
 def divergence(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:
     """Return sqrt(chi2_w Var_{i~w} F_Si(x_avg)), the losses at the best point taken as 0."""
-    if _negative(weighing):
+    if weighing.negative:
         return Term("divergence", None, "unknown", _NEGATIVE)
     if weighing.chi2_w is not None and weighing.chi2_w <= _NOTHING:
         return Term("divergence", 0.0, "closed form", "chi2_w is 0")

@@ -33,22 +33,12 @@ def a_eff(layers, rows):
     return float((layers.moved * rows * layers.whole.travel).sum())
 
 
-def test_it_is_jointly_convex():
-    draw = np.random.default_rng(1)
-    for _ in range(300):
-        one, two = draw.exponential(0.5, (2, 2, 3))
-        middle = LAYERS.value((one + two) / 2)
-        assert middle <= (LAYERS.value(one) + LAYERS.value(two)) / 2 + 1e-9
+def test_it_is_jointly_convex(check_convex):
+    check_convex(LAYERS)
 
 
-def test_its_slope_is_that_of_differences():
-    at, step = np.array([[0.3, 0.1, 0.9], [0.2, 0.4, 0.5]]), 1e-6
-    for place in np.ndindex(2, 3):
-        more, less = at.copy(), at.copy()
-        more[place] += step
-        less[place] -= step
-        expected = (LAYERS.value(more) - LAYERS.value(less)) / (2 * step)
-        assert LAYERS.slope(at)[place] == pytest.approx(expected, rel=1e-4)
+def test_its_slope_is_that_of_differences(check_slope):
+    check_slope(LAYERS)
 
 
 @pytest.mark.parametrize("travel", [0.1, 0.5, 2.0])

@@ -48,22 +48,12 @@ def test_the_value_is_the_descent_lemma_s_by_hand():
     assert of.value(np.array([[0.5, 0.25]])) == pytest.approx(by_hand)
 
 
-def test_it_is_jointly_convex():
-    draw = np.random.default_rng(1)
-    for _ in range(300):
-        one, two = draw.exponential(0.5, (2, 2, 3))
-        middle = STEPS.value((one + two) / 2)
-        assert middle <= (STEPS.value(one) + STEPS.value(two)) / 2 + 1e-9
+def test_it_is_jointly_convex(check_convex):
+    check_convex(STEPS)
 
 
-def test_its_slope_is_that_of_differences():
-    at, step = np.array([[0.3, 0.1, 0.9], [0.2, 0.4, 0.5]]), 1e-6
-    for place in np.ndindex(2, 3):
-        more, less = at.copy(), at.copy()
-        more[place] += step
-        less[place] -= step
-        expected = (STEPS.value(more) - STEPS.value(less)) / (2 * step)
-        assert STEPS.slope(at)[place] == pytest.approx(expected, rel=1e-4)
+def test_its_slope_is_that_of_differences(check_slope):
+    check_slope(STEPS)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
