@@ -2,7 +2,8 @@
 
     python experiments/hyperparameters_report.py runs/hyperparameters/*.csv --figures FOLDER
 
-Prints three tables for each schedule and backbone, and draws a sheet of curves. An exponent is the
+Prints for each schedule a table of exponents beside both predictions, where the merged loss is
+least, and rank correlations; and draws a sheet of curves for each backbone. An exponent is the
 slope of log y over log x with the other factors at the centre, within each number of steps; of the
 number of steps itself, over the effective steps ||a||_1 = travel / rate, which make up for momentum
 and warm-up but for the first of them. What may be negative (`gap`, the merge's over the base's; the
@@ -17,7 +18,6 @@ stability.
 import argparse
 import csv
 import gzip
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,15 +26,16 @@ from typing import Any
 from exponents import (
     PREDICTIONS,
     QUANTITIES,
+    Predicted,
     Prediction,
     Row,
     epochs,
     grouped,
     measured,
-    usual_size,
     varying,
     verdict,
 )
+from hyperparameters_ranks import ranks
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.reports.curves import Plot, sheet
@@ -49,9 +50,10 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder of the figures; none without it")
     given = parser.parse_args()
     rows = [row for path in given.tables for row in read(path)]
-    for (schedule, backbone), found in grouped(rows, "schedule", "backbone").items():
-        print(f"\n### {backbone}, {schedule} rate\n\n{told(found)}", flush=True)
-        if given.figures:
+    for (schedule,), found in grouped(rows, "schedule").items():
+        print(f"\n### {schedule} rate\n\n{told(found)}", flush=True)
+    if given.figures:
+        for (schedule, backbone), found in grouped(rows, "schedule", "backbone").items():
             place = given.figures / f"hyperparameters_{backbone.replace('/', '-')}_{schedule}.svg"
             title = f"What hyperparameters do to the average of {backbone} experts"
             write_text(place, sheet(title, plots(found)))
@@ -69,34 +71,59 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def told(rows: Sequence[Row]) -> str:
-    """Return the tables of one schedule and backbone."""
-    parts = [exponents(rows), shapes(rows), ranks(rows)]
+    """Return the tables of one schedule."""
+    by_backbone = {name: found for (name,), found in grouped(rows, "backbone").items()}
+    parts = [exponents(by_backbone)]
+    parts += [shapes(name, found) for name, found in by_backbone.items()]
+    parts += [ranks(by_backbone)]
     return "\n\n".join(part for part in parts if part)
 
 
-def exponents(rows: Sequence[Row]) -> str:
+def exponents(by_backbone: Mapping[str, Sequence[Row]]) -> str:
     """Return a table of measured exponents beside both predictions."""
+    regimes = [f"{name}, {where}" for name in by_backbone for where in ("below an epoch", "beyond")]
     lines = [
-        "| factor | regime | quantity | measured | source | | ours | |",
-        "|---|---|---|---|---|---|---|---|",
+        _line(["factor", "quantity", "source", "ours", *regimes]),
+        "|---" * 4 + "|---" * len(regimes) + "|",
     ]
     for factor, quantities in PREDICTIONS.items():
-        varied = varying(rows, factor)
-        for place, regime in enumerate(("below one epoch", "beyond")):
-            chosen = [row for row in varied if (epochs(row) > 1.05) == bool(place)]
-            for quantity, predicted in quantities.items():
-                found = measured(chosen, factor, quantity)
-                if found is None:
-                    continue
-                slope, bounds = found
-                cells = [factor, regime, quantity, _number(slope, bounds)]
-                for prediction in (predicted.source[place], predicted.ours[place]):
-                    cells += [_predicted(prediction), verdict(slope, bounds, prediction)]
-                lines.append(f"| {' | '.join(cells)} |")
+        varied = {name: varying(rows, factor) for name, rows in by_backbone.items()}
+        for quantity, predicted in quantities.items():
+            cells = [
+                _exponent(
+                    [row for row in rows if (epochs(row) > 1.05) == bool(place)],
+                    factor,
+                    quantity,
+                    predicted,
+                    place,
+                )
+                for rows in varied.values()
+                for place in range(2)
+            ]
+            if any(cells):
+                both = [_predicted(predicted.source), _predicted(predicted.ours)]
+                lines.append(_line([factor, quantity, *both, *cells]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def shapes(rows: Sequence[Row]) -> str:
+def _exponent(
+    rows: Sequence[Row], factor: str, quantity: str, predicted: Predicted, place: int
+) -> str:
+    """Return a slope with its interval and both verdicts; nothing where no factor varies."""
+    found = measured(rows, factor, quantity)
+    if found is None:
+        return ""
+    slope, bounds = found
+    number = f"{slope:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
+    said = [verdict(slope, bounds, each[place]) for each in (predicted.source, predicted.ours)]
+    return f"{number} ({'/'.join(word[:1] or '-' for word in said)})" if any(said) else number
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def shapes(backbone: str, rows: Sequence[Row]) -> str:
     """Return where merged test loss is least, by learning rate and by number of steps.
 
     Both predict a U over the number of steps, and we over the learning rate. Step 0 and rate 0 are
@@ -104,7 +131,7 @@ def shapes(rows: Sequence[Row]) -> str:
     """
     varied = varying(rows, "learning rate")
     lines = [
-        "| merged test loss | over | least at | shape | a U is predicted by | |",
+        f"| merged test loss, {backbone} | over | least at | shape | a U is predicted by | |",
         "|---|---|---|---|---|---|",
     ]
     for held, over, by in (("lr", "steps", "both"), ("steps", "lr", "ours")):
@@ -127,81 +154,6 @@ def shape(curve: Mapping[float, float]) -> str:
     levels = sorted(curve)
     least = min(levels, key=lambda level: curve[level])
     return {levels[0]: "rises", levels[-1]: "falls"}.get(least, "U")
-
-
-def ranks(rows: Sequence[Row]) -> str:
-    """Return rank correlations of terms, and of what needs no theory, with loss and gap.
-
-    Over configurations and step counts, each a mean over seeds and groups of the usual size; pooled
-    and as the mean within one number of steps.
-    """
-    size = usual_size(rows)
-    cells = grouped(
-        [row for row in rows if row["size"] == size], "lr", "batch", "train_share", "steps"
-    )
-    means = [
-        {name: _mean(each, name) for name in _RANKED}
-        | {"added": statistics.fmean(row["gap"] - row["base_gap"] for row in each)}
-        for each in cells.values()
-    ]
-    for mean in means:
-        mean["K eta"] = mean["steps"] * mean["lr"]
-    if len(means) < 3:
-        return ""
-    lines = [
-        "| Spearman with | test loss, pooled | within steps | gap, pooled | within steps |",
-        "|---|---|---|---|---|",
-    ]
-    for name, about in _PREDICTORS.items():
-        found = [_spearman(means, name, of) for of in ("test_loss", "added")]
-        told = [cell for pair in found for cell in pair]
-        lines.append(f"| {about} | {' | '.join(told)} |")
-    return "\n".join(lines)
-
-
-def _mean(rows: Sequence[Row], name: str) -> float:
-    """Return the mean over the rows that know a number; NaN where none does."""
-    # Tables of other versions may lack a column.
-    known = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
-    return statistics.fmean(known) if known else math.nan
-
-
-_RANKED = (
-    *("lr", "steps", "test_loss", "total_path", "drift", "generalization_path", "eps_path"),
-    *("merged_gradient", "displacement", "experts_train_loss", "experts_accuracy", "train_loss"),
-    *("descent", "total_by_step_path"),
-)
-_PREDICTORS = {
-    "total_path": "total, with Delta by the path estimate",
-    "total_by_step_path": "total by the step, with the same Delta",
-    "descent": "descent",
-    "drift": "drift",
-    "generalization_path": "generalization, by the path estimate",
-    "eps_path": "eps_path",
-    "merged_gradient": "merged gradient (of the first group)",
-    "K eta": "K eta (null)",
-    "displacement": "displacement (null)",
-    "experts_train_loss": "experts' train loss (null)",
-    "experts_accuracy": "experts' test accuracy (null)",
-}
-
-
-def _spearman(means: Sequence[Mapping[str, float]], name: str, of: str) -> tuple[str, str]:
-    """Return the correlation pooled, and its mean over the step counts that have three or more."""
-    from scipy.stats import spearmanr
-
-    def rank(each: Sequence[Mapping[str, float]]) -> float | None:
-        known = [mean for mean in each if not math.isnan(mean[name])]
-        x, y = [mean[name] for mean in known], [mean[of] for mean in known]
-        if len(known) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-            return None
-        return float(spearmanr(x, y).statistic)
-
-    pooled = rank(means)
-    by_steps = [rank(each) for each in grouped(means, "steps").values()]
-    known = [value for value in by_steps if value is not None]
-    within = f"{statistics.fmean(known):.2f}" if known else "-"
-    return ("-" if pooled is None else f"{pooled:.2f}"), within
 
 
 def plots(rows: Sequence[Row]) -> list[Plot]:
@@ -248,11 +200,13 @@ def _plot(
     return Plot(title, "steps K", curves, log=log)
 
 
-def _number(slope: float, bounds: tuple[float, float] | None) -> str:
-    return f"{slope:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
+def _predicted(of: tuple[Prediction, Prediction]) -> str:
+    """Return what is predicted, below an epoch and beyond it where the two differ."""
+    told = [_one(prediction) for prediction in of]
+    return told[0] if told[0] == told[1] else ", ".join(each or "none" for each in told)
 
 
-def _predicted(prediction: Prediction) -> str:
+def _one(prediction: Prediction) -> str:
     if prediction is None:
         return ""
     if isinstance(prediction, tuple):

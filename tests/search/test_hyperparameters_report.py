@@ -142,9 +142,13 @@ def test_tables_and_figures(script, exponents, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     told = capsys.readouterr().out
-    assert "### net, constant rate" in told
-    cells = ["learning rate", "below one epoch", "eps_path", "2.000 [2.000, 2.000]", "2", "agree"]
-    assert f"| {' | '.join([*cells, '1', 'disagree'])} |" in told
+    assert "### constant rate" in told
+    assert "| factor | quantity | source | ours | net, below an epoch | net, beyond |" in told
+    found = "2.000 [2.000, 2.000] (a/d)"
+    assert f"| learning rate | eps_path | 2 | 1 | {found} | {found} |" in told
+    # Ours says nothing of batches beyond an epoch, the source nothing of noise.
+    assert "| batch | gap | + | -, none |" in told
+    assert "-1.000 [-1.000, -1.000] (-/a)" in told
     # log(0.003 / 0.01)^2 > 0 at both ends, and the base lies in between.
     assert told.count("| 0.01 | U | ours | agree |") == 3
     # Over the steps nothing changes, but that the base is worse, or better.
