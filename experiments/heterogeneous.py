@@ -3,15 +3,12 @@
     python experiments/heterogeneous.py experiments/heterogeneous.yaml --backbones resnet --seeds 0
 
 Takes the experts of `experiments/hyperparameters.py`, trains those that are missing, and merges
-random groups of which one half comes from one configuration, the other from another. Prints how far
-each method falls below the average of groups of a single configuration, and how well the
-divergences chi2_lambda and chi2_w, and two numbers that need no theory, rank that fall. Each mix
+random groups of which one half comes from one configuration, the other from another. Each mix
 ends in one record; what is there is not made again. The rows of all are written to
-`<out>/<file>.csv`.
+`<out>/<file>.csv`, and what they say is printed as by `experiments/heterogeneous_report.py`.
 
-The fall of a merge is the mean accuracy of the two averages of the same tasks, each of one
-configuration, minus its own. Accuracies are on a few test images of each task and BatchNorm
-statistics as in the sweep; a scale is chosen on validation images.
+Accuracies are on a few test images of each task and BatchNorm statistics as in the sweep; a scale
+is chosen on validation images.
 """
 
 import argparse
@@ -21,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from heterogeneous_report import UNIFORM, told
 from hyperparameters import Run, experts_of, runs_of
+from hyperparameters_report import read
 from methods import Row, row_of
 from omegaconf import OmegaConf
 from testbed import POLICY, Testbed, csv_of, groups_of, write_rows
@@ -31,14 +30,10 @@ from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.files import read_json, write_text
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import SCALE
-from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.search.coefficients import choose, scale_grid
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.coefficients import weigh
-
-UNIFORM = "uniform"
-"""The row of the averages of one configuration."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +76,9 @@ def main() -> None:
         crew.run(make, [mix for mix in mixes if mix.runs[0].backbone in backbones])
     made = [mix.record for mix in mixes if mix.record.is_file()]
     rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
-    write_text(given.out / f"{given.file.stem}.csv", csv_of(rows, ("backbone", "seed", "mix")))
-    for backbone in backbones:
-        found = [row for row in rows if row["backbone"] == backbone]
-        print(f"\n### {backbone}\n\n{falls(found)}\n\n{ranks(found)}", flush=True)
+    table = given.out / f"{given.file.stem}.csv"
+    write_text(table, csv_of(rows, ("backbone", "seed", "mix")))
+    print(told([row for row in read(table) if row["backbone"] in backbones]), flush=True)
 
 
 def mixes_of(settings: Mapping[str, Any], runs: Sequence[Run], out: Path) -> list[Mix]:
@@ -223,78 +217,6 @@ def _scores(
 
 def _mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-
-
-def falls(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of accuracies, and of how far they fall below groups of one configuration."""
-    lines = [
-        "| mix | row | accuracy | normalised accuracy | loss | fall | sum of λ | χ²_λ | χ²_w |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    found = with_falls(rows)
-    for mix in dict.fromkeys(row["mix"] for row in rows):
-        for name in dict.fromkeys(row["row"] for row in rows):
-            own = [row for row in found if (row["mix"], row["row"]) == (mix, name)]
-            cells = [mix, name, *(_told(own, what) for what in ("accuracy", "normalised_accuracy"))]
-            cells += [_told(own, what) for what in ("test_loss", "fall", "sum")]
-            cells += [_told(own, what) for what in ("chi2_lambda", "chi2_w")]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def with_falls(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with how far each falls below the uniform groups of the same tasks."""
-
-    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("backbone", "seed", "mix", "group", "swapped"))
-
-    uniform_of = {key(row): row["accuracy"] for row in rows if row["row"] == UNIFORM}
-    return [{**row, "fall": uniform_of[key(row)] - row["accuracy"]} for row in rows]
-
-
-def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rank correlations of divergences and nulls with the fall of merges.
-
-    Of the plain average alone, over mixed groups; and of all rows.
-    """
-    found = [row for row in with_falls(rows) if row["row"] != UNIFORM]
-    average = [row for row in found if row["row"] == "average"]
-    lines = [
-        "| Spearman with the fall | average | all rows |",
-        "|---|---|---|",
-    ]
-    for name, about in (
-        ("chi2_lambda", "χ²_λ"),
-        ("chi2_w", "χ²_w"),
-        ("travel", "mean travel (null)"),
-        ("ratio", "longest over shortest τ (null)"),
-    ):
-        lines.append(f"| {about} | {_rank(average, name)} | {_rank(found, name)} |")
-    return "\n".join(lines)
-
-
-def _rank(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    from scipy.stats import spearmanr
-
-    pairs = [(row[name], row["fall"]) for row in rows if row[name] is not None]
-    if len(pairs) < 3:
-        return "-"
-    # Coefficients that are equal but for rounding are no order.
-    x = [float(f"{value:.9g}") if abs(value) > 1e-9 else 0.0 for value, _ in pairs]
-    y = [fall for _, fall in pairs]
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return "constant"
-    return f"{float(spearmanr(x, y).statistic):.2f} ({len(pairs)})"
-
-
-def _told(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return a mean over groups; with several seeds, with Student's interval over these."""
-    known = [row for row in rows if row.get(name) is not None]
-    if not known:
-        return ""
-    seeds = dict.fromkeys(row["seed"] for row in known)
-    means = [statistics.fmean(r[name] for r in known if r["seed"] == seed) for seed in seeds]
-    return mean_told(means)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a table, which gzip may have packed; numbers as numbers."""
-    words = ("backbone", "schedule", "group")
+    words = ("backbone", "schedule", "group", "mix", "row", "swapped")
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", newline="", encoding="utf-8") as file:
         return [

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,16 +105,16 @@ def adamerging(  # noqa: PLR0913
     learned, course = descend(combination, begin, entropy, steps=steps, lr=lr)
     by_tensor = dict(zip(deltas, learned.expand(len(deltas), -1), strict=True))
     changes = ((name, weighted_sum(by_tensor[name], of_each)) for name, of_each in deltas.items())
-    # Coefficients of trimmed deltas are not those of the experts' own.
-    told = "learned" if plus_plus else "coefficients_by_tensor"
-    return Merged(
-        shared=moved(experts.base, changes),
-        structure=experts.structure,
-        facts={
-            told: {name: row.tolist() for name, row in by_tensor.items()},
-            "entropy": [course[0], course[-1]] if course else None,
-        },
-    )
+    rows_told = {name: row.tolist() for name, row in by_tensor.items()}
+    facts: dict[str, Any] = {"entropy": [course[0], course[-1]] if course else None}
+    if plus_plus:
+        # Coefficients of trimmed deltas are not those of the experts' own.
+        facts["learned"] = rows_told
+    elif granularity == "task":
+        facts["coefficients"] = learned[0].tolist()
+    else:
+        facts["coefficients_by_tensor"] = rows_told
+    return Merged(shared=moved(experts.base, changes), structure=experts.structure, facts=facts)
 
 
 @dataclass(frozen=True)

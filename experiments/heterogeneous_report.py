@@ -1,0 +1,114 @@
+"""This file tells what becomes of merges whose experts were trained differently.
+
+    python experiments/heterogeneous_report.py runs/heterogeneous/*.csv
+
+Of each backbone: how many points of test accuracy each method's merge of mixed experts lies above
+the mean of the two averages of the same tasks whose experts are of one kind, with Student's 95 %
+over the seeds and the sum of its coefficients; and how well the divergences chi2_lambda and chi2_w,
+and two numbers that need no theory, rank how far it falls below.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperparameters_report import read
+
+from mergekit_lit.reports.intervals import mean_told
+
+UNIFORM = "uniform"
+"""The row of the averages of one kind."""
+
+
+def main() -> None:
+    """Print the tables of every backbone."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tables", nargs="+", type=Path, help="CSV of experiments/heterogeneous.py")
+    given = parser.parse_args()
+    print(told([row for path in given.tables for row in read(path)]), flush=True)
+
+
+def told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the tables of all backbones."""
+    parts = []
+    for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        found = with_falls([row for row in rows if row["backbone"] == backbone])
+        parts.append(f"\n### {backbone}\n\n{points(found)}\n\n{ranks(found)}")
+    return "\n".join(parts)
+
+
+def with_falls(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with how far each falls below the averages of one kind of the same tasks."""
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("backbone", "seed", "mix", "group", "swapped"))
+
+    uniform_of = {key(row): row["accuracy"] for row in rows if row["row"] == UNIFORM}
+    return [{**row, "fall": uniform_of[key(row)] - row["accuracy"]} for row in rows]
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of points above the averages of one kind, by mix and row."""
+    names = [name for name in dict.fromkeys(row["row"] for row in rows) if name != UNIFORM]
+    lines = [
+        f"| {' | '.join(['mix', 'averages of one kind', 'χ²_w of the average', *names])} |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for mix in dict.fromkeys(row["mix"] for row in rows):
+        own = {n: [r for r in rows if (r["mix"], r["row"]) == (mix, n)] for n in (UNIFORM, *names)}
+        cells = [mix, mean_told(by_seed(own[UNIFORM], "accuracy"))]
+        cells += [f"{statistics.fmean(row['chi2_w'] for row in own['average']):.3f}"]
+        for name in names:
+            above = [-100 * fall for fall in by_seed(own[name], "fall")]
+            sums = by_seed(own[name], "sum")
+            cells.append(
+                f"{mean_told(above, '+.1f')} ({statistics.fmean(sums):.1f})" if sums else ""
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_seed(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Return the mean over groups of each seed."""
+    return [
+        statistics.fmean(row[name] for row in rows if row["seed"] == seed)
+        for seed in dict.fromkeys(row["seed"] for row in rows)
+    ]
+
+
+def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rank correlations of divergences and nulls with the fall of merges.
+
+    Of the plain average alone, over mixed groups; and of all rows.
+    """
+    merges = [row for row in rows if row["row"] != UNIFORM]
+    average = [row for row in merges if row["row"] == "average"]
+    lines = ["| Spearman with the fall | average | all rows |", "|---|---|---|"]
+    for name, about in (
+        ("chi2_lambda", "χ²_λ"),
+        ("chi2_w", "χ²_w"),
+        ("travel", "mean travel (null)"),
+        ("ratio", "longest over shortest τ (null)"),
+    ):
+        lines.append(f"| {about} | {_rank(average, name)} | {_rank(merges, name)} |")
+    return "\n".join(lines)
+
+
+def _rank(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    from scipy.stats import spearmanr
+
+    # A coefficient of 0 or below has no divergence.
+    pairs = [(row[name], row["fall"]) for row in rows if not math.isnan(row[name])]
+    # Coefficients that are equal but for rounding are no order.
+    x = [float(f"{value:.9g}") if abs(value) > 1e-9 else 0.0 for value, _ in pairs]
+    y = [fall for _, fall in pairs]
+    if len(pairs) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return "constant"
+    return f"{float(spearmanr(x, y).statistic):.2f} ({len(pairs)})"
+
+
+if __name__ == "__main__":
+    main()
