@@ -12,6 +12,10 @@ Vector: TypeAlias = NDArray[np.float64]
 # Below this share an expert's chi-square term would leave the range of numbers.
 _LEAST_SHARE = 1e-9
 _TRAVELS = 33
+# What the likeliest corner of the simplex has beside the even shares where a search begins.
+_CORNER = 0.9
+# Rounds the kinks of roots, so that they have a slope: far below any loss.
+_ROUND = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,6 @@ class Landscape:
             travel: A_eff, at least 0.
         """
         steps = travel * shares / self.travel
-        chi2 = float((self.p**2 / shares).sum()) - 1.0
-        spread = float(self.p @ (self.start - self.p @ self.start) ** 2)
         delta2 = float(self.p @ (steps**2 * self.eps2))
         smooth = self.smoothness
         return math.fsum(
@@ -62,11 +64,36 @@ class Landscape:
                 -travel / 4 * self.gradient2,
                 travel * smooth**2 / 2 * float(shares @ self.d2),
                 smooth * float(steps**2 @ self.noise),
-                math.sqrt(max(0.0, chi2) * spread),
+                math.sqrt(self._chi2(shares) * self._spread),
                 math.sqrt(self.sample_gradient2 * delta2),
                 smooth * delta2 / 2,
             ]
         )
+
+    def slope(self, shares: Vector, travel: float) -> Vector:
+        """Return the gradient of `value` in w, (T,)."""
+        reach = travel / self.travel
+        steps = reach * shares
+        delta2 = float(self.p @ (steps**2 * self.eps2))
+        root = math.sqrt(self.sample_gradient2 * delta2 + _ROUND)
+        of_delta2 = self.sample_gradient2 / (2 * root) + self.smoothness / 2
+        found: Vector = (
+            self.start
+            + travel * self.smoothness**2 / 2 * self.d2
+            + 2 * self.smoothness * steps * reach * self.noise
+            - math.sqrt(self._spread)
+            / (2 * math.sqrt(self._chi2(shares) + _ROUND))
+            * (self.p / shares) ** 2
+            + of_delta2 * 2 * self.p * steps * reach * self.eps2
+        )
+        return found
+
+    def _chi2(self, shares: Vector) -> float:
+        return max(0.0, float((self.p**2 / shares).sum()) - 1.0)
+
+    @property
+    def _spread(self) -> float:
+        return float(self.p @ (self.start - self.p @ self.start) ** 2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ class Optimum:
 def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optimum:
     """Return the coefficients lambda >= 0 that minimise the computable part of the bound.
 
-    At fixed A_eff it is convex in lambda; an outer search goes over A_eff.
+    A search over the shares w at fixed A_eff, within one over A_eff.
 
     Args:
         landscape: what it is made of.
@@ -99,9 +126,9 @@ def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optim
         most: largest A_eff that is tried, positive.
 
     Source: our reconstruction of the bound of arXiv 2601.21690.
-    Differs: progress takes the gradient of the target instead of the surrogate's, which is what
-    makes it convex; the spread of the losses is taken at the base; the heads' stability, which no
-    coefficient changes, is left out.
+    Differs: progress takes the gradient of the target instead of the surrogate's, which leaves the
+    divergence alone not convex in w; the spread of the losses is taken at the base; the heads'
+    stability, which no coefficient changes, is left out.
     """
     at_base = float(landscape.p @ landscape.start)
     if travel is not None:
@@ -122,26 +149,54 @@ def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optim
 
 
 def best_shares(landscape: Landscape, travel: float) -> Vector:
-    """Return the shares w (T,) that minimise the computable part at a fixed A_eff."""
-    from scipy.optimize import minimize
+    """Return the shares w (T,) that minimise the computable part at a fixed A_eff.
 
+    All but the divergence is convex in w; its root is not, so that the search begins at several
+    places. It goes over log w, where no border is met and experts that drifted a thousand times as
+    far as others do no harm.
+    """
     count = len(landscape.p)
     if count == 1:
         return np.ones(1)
     # The root of chi2 has a kink at w = p: begin beside it, and compare with it.
     tilted = landscape.p * (1.0 + 0.01 * np.linspace(-1.0, 1.0, count))
+    corners = _CORNER * np.eye(count) + (1.0 - _CORNER) * landscape.p
+    begins = [tilted / tilted.sum(), min(corners, key=lambda w: landscape.value(w, travel))]
+    found = [_descended(landscape, travel, begin) for begin in begins]
+    best: Vector = min([landscape.p, *found], key=lambda w: landscape.value(w, travel))
+    return best.copy()
+
+
+def _descended(landscape: Landscape, travel: float, begin: Vector) -> Vector:
+    """Return the shares of a minimum that is reached from some others."""
+    from scipy.optimize import minimize
+
+    at_begin = landscape.value(begin, travel)
+    slope = landscape.slope(begin, travel)
+    # Slopes of the order of 1, whatever the landscape's: the solver's tolerances are absolute.
+    scale = max(float(np.abs(slope - slope.mean()).max()), _ROUND)
+
+    def told(z: Vector) -> tuple[float, Vector]:
+        shares = _shares(z)
+        slope = landscape.slope(shares, travel) / scale
+        value = (landscape.value(shares, travel) - at_begin) / scale
+        return value, shares * (slope - shares @ slope)
+
     found: Any = minimize(
-        lambda w: landscape.value(np.maximum(w, _LEAST_SHARE), travel),
-        tilted / tilted.sum(),
-        method="SLSQP",
-        bounds=[(_LEAST_SHARE, 1.0)] * count,
-        constraints=[{"type": "eq", "fun": lambda w: w.sum() - 1.0}],
-        options={"maxiter": 500, "ftol": 1e-12},
+        told,
+        np.log(begin),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10},
     )
-    shares: Vector = np.maximum(found.x, _LEAST_SHARE)
-    shares = shares / shares.sum()
-    better = landscape.value(shares, travel) < landscape.value(landscape.p, travel)
-    return shares if better else landscape.p.copy()
+    return _shares(found.x)
+
+
+def _shares(z: Vector) -> Vector:
+    raised = np.exp(z - z.max())
+    shares: Vector = np.maximum(raised / raised.sum(), _LEAST_SHARE)
+    shares /= shares.sum()
+    return shares
 
 
 def _refined(landscape: Landscape, low: float, high: float, at_base: float) -> Optimum:

@@ -59,13 +59,58 @@ def test_where_only_divergence_counts_travel_normalised_coefficients_are_best():
     assert found.coefficients == pytest.approx(0.7 / 3 / only.travel, rel=1e-3)
 
 
-def test_the_value_is_convex_in_the_shares():
-    draw = np.random.default_rng(0)
-    for _ in range(200):
-        one, two = draw.dirichlet(np.ones(3)) + 1e-3, draw.dirichlet(np.ones(3)) + 1e-3
-        one, two = one / one.sum(), two / two.sum()
-        middle = ROUGH.value((one + two) / 2, 0.8)
-        assert middle <= (ROUGH.value(one, 0.8) + ROUGH.value(two, 0.8)) / 2 + 1e-9
+@pytest.mark.parametrize("smoothness", [1.0, 30.0, 300.0, 3000.0])
+def test_shares_are_the_best_of_many_descents_whatever_the_scale(smoothness):
+    draw = np.random.default_rng(1)
+    for _ in range(6):
+        rough = Landscape(
+            p=np.full(4, 0.25),
+            travel=draw.uniform(0.5, 3, 4),
+            start=draw.uniform(1, 2, 4),
+            d2=draw.uniform(0.05, 2, 4),
+            noise=draw.uniform(1e-4, 1e-2, 4),
+            eps2=draw.uniform(1e-6, 1e-3, 4),
+            smoothness=smoothness,
+            gradient2=1.0,
+            sample_gradient2=10.0,
+        )
+        travel = float(rough.travel.mean())
+        found = rough.value(best_shares(rough, travel), travel)
+        tried = [rough.value(w, travel) for w in draw.dirichlet(np.full(4, 0.5), 4000) if w.min()]
+        even = rough.value(rough.p, travel)
+        assert found <= min(tried)
+        # Far from flat: the shares matter.
+        assert found < even - 0.05 * abs(even) or smoothness == 1.0
+
+
+def test_the_slope_is_that_of_the_value():
+    shares, small = np.array([0.5, 0.3, 0.2]), 1e-6
+    for i, slope in enumerate(ROUGH.slope(shares, 0.8)):
+        step = small * np.eye(3)[i]
+        change = ROUGH.value(shares + step, 0.8) - ROUGH.value(shares - step, 0.8)
+        assert slope == pytest.approx(change / (2 * small), rel=1e-6)
+
+
+def test_the_divergence_alone_is_not_convex():
+    # Why the search begins at several places.
+    even = np.full(4, 0.25)
+    only = replace(
+        LEVEL,
+        p=even,
+        travel=np.ones(4),
+        start=np.array([1.0, 2.0, 1.5, 1.2]),
+        d2=np.zeros(4),
+        noise=np.zeros(4),
+        eps2=np.zeros(4),
+    )
+    level = replace(only, start=np.ones(4))
+
+    def divergence(shares):
+        return only.value(shares, 1.0) - level.value(shares, 1.0) - shares @ (only.start - 1)
+
+    far = np.array([0.2024, 0.1946, 0.1959, 0.4071])
+    middle = divergence((even + far) / 2)
+    assert middle > 1.02 * (divergence(even) + divergence(far)) / 2
 
 
 def test_the_search_over_the_travel_finds_its_minimum():
