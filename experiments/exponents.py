@@ -10,12 +10,16 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
+from closed_form import eps_at_constant_noise, merged_noise_at_constant_noise
 
 from mergekit_lit.reports.intervals import student_half_width
 
 Row: TypeAlias = Mapping[str, Any]
 Prediction: TypeAlias = float | tuple[float, float] | str | None
-"""An exponent, a range of exponents, a sign (`+`, `-`), or nothing."""
+"""An exponent, a range of exponents, a sign (`+`, `-`), `CLOSED`, or nothing."""
+
+CLOSED = "closed form"
+"""The exponent that the formula has over the same grid if the gradient noise stays as it is."""
 
 TOLERANCE = 0.25
 """How far an exponent may lie from a predicted one beside its interval, to agree with it."""
@@ -35,12 +39,14 @@ def both(value: Prediction) -> tuple[Prediction, Prediction]:
     return value, value
 
 
+# The source's summary has stability grow quadratically with the rate and linearly with the batch,
+# and does not say whether of eps or of eps^2, as on-average stability often is: hence the ranges.
 PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
     "learning rate": {
         "test loss": Predicted(both("+"), (None, "+")),
         "train loss": Predicted(ours=(None, "+")),
         "gap": Predicted(both("+"), both("+")),
-        "eps_path": Predicted(both(2.0), both(1.0)),
+        "eps_path": Predicted(both((1.0, 2.0)), both(1.0)),
         "displacement": Predicted(ours=both(1.0)),
         "drift": Predicted(ours=both(3.0)),
         "merged noise": Predicted(ours=both(2.0)),
@@ -50,7 +56,7 @@ PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
     "batch": {
         "test loss": Predicted(both("-"), both("-")),
         "gap": Predicted(both("+"), ("-", None)),
-        "eps_path": Predicted(both(1.0), (-0.5, 0.0)),
+        "eps_path": Predicted(both((0.5, 1.0)), both(CLOSED)),
         "displacement": Predicted(),
         "drift": Predicted(ours=both("-")),
         "merged noise": Predicted(ours=both(-1.0)),
@@ -60,18 +66,20 @@ PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
         "train loss": Predicted(),
         "test loss": Predicted(),
         "gap": Predicted(both("+"), both("+")),
-        "eps_path": Predicted(both("+"), (0.5, 1.0)),
+        "eps_path": Predicted(both("+"), both(CLOSED)),
         "displacement": Predicted(ours=both((0.5, 1.0))),
         "drift": Predicted(ours=both((2.0, 3.0))),
-        "merged noise": Predicted(ours=both(1.0)),
-        "generalization_path": Predicted(both("+"), (0.5, 1.0)),
+        "merged noise": Predicted(ours=both(CLOSED)),
+        "generalization_path": Predicted(both("+"), both(CLOSED)),
         "merged gradient": Predicted(both("-")),
     },
     "training images": {
         "test loss": Predicted(both("-"), both("-")),
+        # The heads are fitted on these images too: the base's own loss falls with their number.
+        "test loss beyond the base's": Predicted(both("-"), both("-")),
         "gap": Predicted(both("-"), both("-")),
-        "eps_path": Predicted(both("-"), (-0.5, -1.0)),
-        "generalization_path": Predicted(both("-"), (-0.5, -1.0)),
+        "eps_path": Predicted(both("-"), both(CLOSED)),
+        "generalization_path": Predicted(both("-"), both(CLOSED)),
     },
     # Groups of other sizes hold other tasks: only differences to their own experts compare.
     "tasks": {
@@ -81,7 +89,10 @@ PREDICTIONS: Mapping[str, Mapping[str, Predicted]] = {
     },
 }
 
-SIGNED = {"gap", "merged gradient", "train loss over experts", "test loss over experts"}
+SIGNED = {
+    *("gap", "merged gradient", "test loss beyond the base's"),
+    *("train loss over experts", "test loss over experts"),
+}
 """Quantities that may be negative."""
 
 ACROSS: Mapping[str, Callable[[Row], float]] = {
@@ -94,6 +105,7 @@ ACROSS: Mapping[str, Callable[[Row], float]] = {
 QUANTITIES: Mapping[str, Callable[[Row], float]] = {
     "train loss": lambda row: row["train_loss"],
     "test loss": lambda row: row["test_loss"],
+    "test loss beyond the base's": lambda row: row["test_loss"] - row["base_test_loss"],
     "gap": lambda row: row["gap"] - row["base_gap"],
     "eps_path": lambda row: row["eps_path"],
     "displacement": lambda row: row["displacement"],
@@ -103,6 +115,12 @@ QUANTITIES: Mapping[str, Callable[[Row], float]] = {
     "train loss over experts": lambda row: row["train_loss"] - row["experts_train_loss"],
     "test loss over experts": lambda row: row["test_loss"] - row["experts_test_loss"],
     "merged gradient": lambda row: row["merged_gradient"],
+}
+# At a constant G the generalization term is as eps.
+CLOSED_FORMS: Mapping[str, Callable[[Row], float]] = {
+    "eps_path": eps_at_constant_noise,
+    "generalization_path": eps_at_constant_noise,
+    "merged noise": merged_noise_at_constant_noise,
 }
 # What stays at the centre while a factor varies.
 HELD = {
@@ -155,10 +173,10 @@ def measured(
     rows: Sequence[Row], factor: str, quantity: str
 ) -> tuple[float, tuple[float, float] | None] | None:
     """Return the slope with its interval; None where the factor does not vary."""
-    kept = [row for row in rows if quantity in SIGNED or QUANTITIES[quantity](row) > 0]
+    kept = _kept(rows, quantity)
     seeds = grouped(kept, "seed").values()
     draws = DRAWS if len(seeds) == 1 else 0
-    by_seed = [_slopes(each, factor, quantity, draws=draws) for each in seeds]
+    by_seed = [_slopes(each, factor, _values(each, quantity), draws=draws) for each in seeds]
     by_seed = [slopes for slopes in by_seed if np.isfinite(slopes[0])]
     if not by_seed:
         return None
@@ -174,16 +192,37 @@ def measured(
     return mean, (float(low), float(high))
 
 
-def _slopes(rows: Sequence[Row], factor: str, quantity: str, *, draws: int) -> list[float]:
-    """Return the slope of all groups, and of `draws` resamples of them.
+def predicted_of(
+    prediction: Prediction, rows: Sequence[Row], factor: str, quantity: str
+) -> Prediction:
+    """Return a prediction, the closed form as the exponent that it has over the rows."""
+    if prediction != CLOSED:
+        return prediction
+    of = CLOSED_FORMS[quantity]
+    slopes = [
+        _slopes(each, factor, np.log([of(row) for row in each]), draws=0)[0]
+        for each in grouped(_kept(rows, quantity), "seed").values()
+    ]
+    return statistics.fmean(slope for slope in slopes if np.isfinite(slope))
+
+
+def _kept(rows: Sequence[Row], quantity: str) -> list[Row]:
+    return [row for row in rows if quantity in SIGNED or QUANTITIES[quantity](row) > 0]
+
+
+def _values(rows: Sequence[Row], quantity: str) -> Any:
+    found = np.array([QUANTITIES[quantity](row) for row in rows])
+    return found if quantity in SIGNED else np.log(found)
+
+
+def _slopes(rows: Sequence[Row], factor: str, y: Any, *, draws: int) -> list[float]:
+    """Return the slope of y over the log of a factor, of all groups and of `draws` resamples.
 
     Least squares with a level of its own for each group and number of steps; groups of one size are
     resampled together. Of the number of steps itself, a level for each group; of the number of
     tasks, one for each number of steps.
     """
     x = np.log([ACROSS[factor](row) for row in rows])
-    y = np.array([QUANTITIES[quantity](row) for row in rows])
-    y = y if quantity in SIGNED else np.log(y)
     groups = sorted({(row["size"], row["group"]) for row in rows})
     of_row = np.array([groups.index((row["size"], row["group"])) for row in rows])
     levels = {"effective steps": ("group",), "tasks": ("steps",)}.get(factor, ("steps", "group"))

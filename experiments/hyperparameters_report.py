@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from exponents import (
+    CLOSED,
     PREDICTIONS,
     QUANTITIES,
     Predicted,
@@ -32,6 +33,7 @@ from exponents import (
     epochs,
     grouped,
     measured,
+    predicted_of,
     varying,
     verdict,
 )
@@ -39,6 +41,7 @@ from hyperparameters_ranks import ranks
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.reports.curves import Plot, sheet
+from mergekit_lit.reports.intervals import student_half_width
 
 
 def main() -> None:
@@ -115,8 +118,10 @@ def _exponent(
         return ""
     slope, bounds = found
     number = f"{slope:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
-    said = [verdict(slope, bounds, each[place]) for each in (predicted.source, predicted.ours)]
-    return f"{number} ({'/'.join(word[:1] or '-' for word in said)})" if any(said) else number
+    ours = predicted_of(predicted.ours[place], rows, factor, quantity)
+    said = [verdict(slope, bounds, each) for each in (predicted.source[place], ours)]
+    form = f": {ours:.2f}" if predicted.ours[place] == CLOSED else ""
+    return f"{number} ({'/'.join(word[:1] or '-' for word in said)}{form})" if any(said) else number
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -130,30 +135,47 @@ def shapes(backbone: str, rows: Sequence[Row]) -> str:
     the base: a curve that is least there says that merging does not help.
     """
     varied = varying(rows, "learning rate")
-    lines = [
-        f"| merged test loss, {backbone} | over | least at | shape | a U is predicted by | |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = [f"merged test loss, {backbone}", "over", "least at", "shape", "a U is predicted by", ""]
+    lines = [_line(head), "|---" * len(head) + "|"]
     for held, over, by in (("lr", "steps", "both"), ("steps", "lr", "ours")):
         for (value,), each in sorted(grouped(varied, held).items()):
-            curve = {0.0: statistics.fmean(row["base_test_loss"] for row in each)}
-            for (level,), found in sorted(grouped(each, over).items()):
-                curve[level] = statistics.fmean(row["test_loss"] for row in found)
-            if len(curve) > 3:
-                seen = ", ".join(f"{level:g}: {loss:.3f}" for level, loss in curve.items())
-                least = min(curve, key=lambda level: curve[level])
-                form = shape(curve)
-                found_u = {"U": "agree", "rises": "disagree", "falls": "undecided"}[form]
-                cells = [f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", form, by, found_u]
-                lines.append(f"| {' | '.join(cells)} |")
+            curves = [_curve(found, over) for found in grouped(each, "seed").values()]
+            if len(curves[0]) < 4:
+                continue
+            levels = [level for level in sorted(curves[0]) if all(level in c for c in curves)]
+            mean = {level: statistics.fmean(curve[level] for curve in curves) for level in levels}
+            seen = ", ".join(f"{level:g}: {loss:.3f}" for level, loss in mean.items())
+            least, form = shape(curves, levels)
+            found_u = {"U": "agree", "rises": "disagree"}.get(form, "undecided")
+            lines.append(
+                _line([f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", form, by, found_u])
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def shape(curve: Mapping[float, float]) -> str:
-    """Return `falls`, `rises` or `U` by where a curve is least: at its end, its start, between."""
-    levels = sorted(curve)
-    least = min(levels, key=lambda level: curve[level])
-    return {levels[0]: "rises", levels[-1]: "falls"}.get(least, "U")
+def _curve(rows: Sequence[Row], over: str) -> dict[float, float]:
+    """Return the merged test loss of one seed, the base's at 0."""
+    curve = {0.0: statistics.fmean(row["base_test_loss"] for row in rows)}
+    for (level,), found in sorted(grouped(rows, over).items()):
+        curve[level] = statistics.fmean(row["test_loss"] for row in found)
+    return curve
+
+
+def shape(curves: Sequence[Mapping[float, float]], levels: Sequence[float]) -> tuple[float, str]:
+    """Return where curves are least on average, and `falls`, `rises`, `U` or `undecided`.
+
+    What rises or falls to the ends of the grid must do so with Student's 95 % over the curves, one
+    of each seed; one curve decides nothing.
+    """
+    least = min(levels, key=lambda level: statistics.fmean(curve[level] for curve in curves))
+    ends = [end for end in (levels[0], levels[-1]) if end != least]
+    for end in ends:
+        rise = [curve[end] - curve[least] for curve in curves]
+        if len(rise) < 2 or statistics.fmean(rise) <= student_half_width(rise):
+            return least, "undecided"
+    if len(ends) == 2:
+        return least, "U"
+    return least, "falls" if least == levels[-1] else "rises"
 
 
 def plots(rows: Sequence[Row]) -> list[Plot]:
