@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import SGD
 
+from mergekit_lit.callbacks.gradient_noise import GradientNoise
 from mergekit_lit.callbacks.gradient_norm import GradientNorm
 from mergekit_lit.callbacks.path_length import PathLength
 from mergekit_lit.callbacks.view import is_logging_step, log_metrics, step_ended, training_samples
@@ -16,16 +17,17 @@ from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
 class BoundTerms(Callback):
     """Logs what an expert would add to the bound of a merge if it stopped now.
 
-    `bound/a_eff` is lambda s, the travel that it brings in; `bound/drift`, `bound/merged_noise` and
-    `bound/drift_closed_form` are those terms for it alone, and `bound/delta2_by_path` is
-    lambda^2 eps_path^2 (`theory.terms`). Terms that need the smoothness L are left out where none
-    is given, and so is a closed form where it is not proved: a vacuous value is no number. What
-    needs the other experts, or the merged model, only `mergekit-lit bound` can tell.
+    `bound/a_eff` is lambda s, the travel that it brings in; `bound/drift` and `bound/merged_noise`
+    are those terms for it alone, and `bound/delta2_by_path` is lambda^2 eps_path^2
+    (`theory.terms`). Terms that need the smoothness L are left out where none is given. What needs
+    the other experts (the closed form of the drift, by their heterogeneity) or the merged model,
+    only `mergekit-lit bound` can tell. The noise is the mean over the steps so far, as a card has.
 
     It reads the path from the `PathLength` of the same Trainer, which every training has, and
     measures nothing itself. An adaptive optimizer has no travel: there the length of the path over
     the mean norm of the gradients stands in for it (`theory.facts.effective_travel`), if a
-    `GradientNorm` is there, and names begin with `bound/effective_`.
+    `GradientNorm` is there, and names begin with `bound/effective_`. So they do where gradients are
+    clipped.
     """
 
     def __init__(self, *, coefficient: float = 1.0, smoothness: float | None = None) -> None:
@@ -46,6 +48,7 @@ class BoundTerms(Callback):
         self.coefficient, self.smoothness = coefficient, smoothness
         self._path: PathLength | None = None
         self._norm: GradientNorm | None = None
+        self._noise: GradientNoise | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the follower of the path.
@@ -56,6 +59,7 @@ class BoundTerms(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it untyped
         self._path = next((c for c in callbacks if isinstance(c, PathLength)), None)
         self._norm = next((c for c in callbacks if isinstance(c, GradientNorm)), None)
+        self._noise = next((c for c in callbacks if isinstance(c, GradientNoise)), None)
         if self._path is None:
             raise ValueError(
                 "BoundTerms needs a PathLength among the Trainer's callbacks, but there is none. "
@@ -80,7 +84,7 @@ class BoundTerms(Callback):
             return {}
         path = self._path.facts()
         samples = training_samples(trainer)
-        noise = self._path.noise
+        noise = self._noise.card_facts()["gradient_noise"] if self._noise else None
         eps = path.get("eps_path")
         adaptive = not isinstance(trainer.optimizers[0], SGD)
         expert = ExpertFacts(
@@ -91,6 +95,7 @@ class BoundTerms(Callback):
             noise=noise,
             eps2_path=None if eps is None else eps**2,
             adaptive=adaptive,
+            clipped=trainer.gradient_clip_val is not None,
         )
         found = bound([expert], MergeFacts(smoothness=self.smoothness), [self.coefficient])
         known = {
@@ -100,7 +105,7 @@ class BoundTerms(Callback):
         }
         a_eff = found.weighing.a_eff
         known |= {} if a_eff is None else {"a_eff": a_eff}
-        prefix = "bound/effective_" if adaptive else "bound/"
+        prefix = "bound/effective_" if found.effective else "bound/"
         return {f"{prefix}{name}": value for name, value in known.items()}
 
     def _effective_travel(self, path: Mapping[str, float]) -> float | None:

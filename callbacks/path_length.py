@@ -211,12 +211,6 @@ class PathLength(Callback):
         """Return the facts by the names of metrics."""
         return {_METRICS.get(name, f"path/{name}"): value for name, value in self.facts().items()}
 
-    @property
-    def noise(self) -> float | None:
-        """The latest estimate of tr Sigma of one sample; None where nobody measures it."""
-        moments = self._meter.latest if self._meter else None
-        return None if moments is None else moments.trace
-
     def facts(self) -> dict[str, float]:
         """Return what is known of the path, read back from the device at once."""
         travel = self._travel

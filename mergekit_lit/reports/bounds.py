@@ -182,10 +182,13 @@ def _values(record: Record) -> dict[str, float | None]:
 
 
 def _told(record: Record, row: Mapping[str, float | None]) -> str:
-    total = record.metrics["bound"]["total"]
-    if total is not None:
-        return f"{total:.3g}"
-    return "no total: " + ", ".join(name for name, value in row.items() if value is None)
+    told = record.metrics["bound"]
+    if told["total"] is not None:
+        return f"{told['total']:.3g}"
+    missing = {name: told["terms"][name]["note"] for name, value in row.items() if value is None}
+    why = set(missing.values())
+    one = len(missing) > 1 and len(why) == 1
+    return "no total: " + (why.pop() if one else ", ".join(missing))
 
 
 def _bar(values: Sequence[float | None], x: Scale, middle: float) -> list[str]:

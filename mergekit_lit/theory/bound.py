@@ -35,6 +35,8 @@ TOTAL = (
 """The terms that add up to the total."""
 BY_STEP = ("descent", "generalization")
 """The terms of the total by the step itself."""
+_NO_SUM = "the merge is no sum of scaled deltas"
+_BY_PATH = (*(name for name in TOTAL if name != "generalization"), "drift_closed_form")
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,13 @@ def bound(
     ]
     named = {term.name: term for term in terms} | _limited(terms, weighing, experts, merge)
     named |= generalization(weighing, experts, merge, named["delta2"])
+    if not merge.linear:
+        # What the formulas give is the plain average's.
+        named |= {name: Term(name, None, "unknown", _NO_SUM) for name in _BY_PATH}
     return Bound(
         terms=named,
         weighing=weighing,
-        # Of another merge progress, drift and noise are the plain average's.
-        total=sum_of([named[name].value for name in TOTAL]) if merge.linear else None,
+        total=sum_of([named[name].value for name in TOTAL]),
         total_by_step=sum_of([named[name].value for name in BY_STEP]),
         by_task=terms_by_task(weighing, experts, merge),
         violated=_violated(weighing, experts, merge),
@@ -192,7 +196,9 @@ def _violated(
 def _of_merge(weighing: Weighing, merge: MergeFacts) -> Iterator[str]:
     rows = [each.coefficients for each in (weighing.blocks.values() or [weighing])]
     off = max((math.fsum(row) for row in rows), key=lambda total: abs(total - 1.0))
-    if weighing.negative or not math.isclose(off, 1.0, rel_tol=1e-6):
+    if not any(map(any, rows)):
+        yield "All coefficients are 0: the merge is the base, and only its own loss is bounded."
+    elif weighing.negative or not math.isclose(off, 1.0, rel_tol=1e-6):
         yield (
             f"Coefficients sum to {off:.3g}: the source takes them >= 0 with sum 1; this is our "
             "extension."
@@ -200,7 +206,7 @@ def _of_merge(weighing: Weighing, merge: MergeFacts) -> Iterator[str]:
     if not merge.linear:
         yield (
             "The merge is no sum of scaled deltas: progress, drift, noise and divergence are those "
-            "of the plain average, and nothing is proved of them here."
+            "of a path, and it has none; the total by the step stands."
         )
     elif not merge.fixed:
         yield (

@@ -15,7 +15,8 @@ def terms_by_task(
 
     `drift`, `merged_noise` and `delta2` sum to the terms of those names; `descent` has the term as
     its mean with the weights p; `merged_gradient2` is ||grad F_Si(x_avg)||^2. None where unknown,
-    or where the term is not that sum: of a gradient drift, and of Delta^2 by refits.
+    or where the term is not that sum: of a gradient drift, of Delta^2 by refits, and of a merge
+    that is no sum of scaled deltas.
     """
     w, a_eff, smooth = weighing.w, weighing.a_eff, merge.smoothness
     length = None if merge.step2 is None else math.fsum(merge.step2.values())
@@ -25,14 +26,15 @@ def terms_by_task(
         share = None if w is None or weighing.negative else w[i]
         steps = _product(expert.travel_squared, expert.noise)
         noise = None if steps is None or expert.batch is None else steps / expert.batch
-        backbone = _product(weighing.squares[i], expert.eps2)
+        square = weighing.squares[i]
+        backbone = _product(square, expert.eps2)
         head = expert.eps2_head
         known = backbone is not None and head is not None and fixed
-        drift = _product(a_eff, smooth, smooth, share, expert.d2, 0.5)
+        drift = _product(a_eff, smooth, smooth, share, expert.d2, 0.5) if merge.linear else None
         rows.append(
             {
                 "drift": drift if merge.gradient_drift is None else None,
-                "merged_noise": _product(smooth, weighing.squares[i], noise),
+                "merged_noise": _product(smooth, square, noise) if merge.linear else None,
                 "delta2": weighing.p[i] * ((backbone or 0.0) + (head or 0.0)) if known else None,
                 "descent": sum_of([expert.base_loss, expert.slope, _product(smooth, length, 0.5)]),
                 "merged_gradient2": expert.merged_gradient2,

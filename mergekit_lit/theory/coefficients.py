@@ -33,7 +33,7 @@ class Weighing:
         squares: lambda_i^2, or sum_l m_i^l (lambda_i^l)^2.
         a_eff: sum_i lambda_i eta_i ||a_i||_1, the merge's own travel; None if a travel is unknown.
         w: lambda_i eta_i ||a_i||_1 / a_eff, the objective that the merge descends; None if unknown
-            or if the travels cancel.
+            or if the travels cancel. Where all coefficients are 0 nothing is descended: then p.
         chi2_lambda: sum_i (p_i - q_i)^2 / q_i with q = lambda / sum lambda; 0 for equal
             coefficients and tasks. None where a coefficient is not positive.
         chi2_w: the same with q = w. None where it is unknown or a coefficient is not positive.
@@ -106,6 +106,8 @@ def weigh(
         moved = [lam * travel for lam, travel in zip(coefficients, known, strict=True)]
     a_eff = None if moved is None else math.fsum(moved)
     w = None if moved is None else _normalised(moved)
+    if not any(coefficients):
+        a_eff, w = 0.0, target
     return Weighing(
         p=target,
         coefficients=tuple(coefficients),

@@ -111,6 +111,11 @@ def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:
             if not (least <= value < math.inf and math.isfinite(value)):
                 said = "" if name in signed else f"at least {least} and "
                 raise ValueError(f"`{name}` must be {said}finite, but is {value!r}.")
+    drifts = merge.gradient_drift or ()
+    if not all(0 <= drift < math.inf for drift in drifts):
+        raise ValueError(
+            f"`gradient_drift` must be at least 0 and finite, but is {list(drifts)!r}."
+        )
     entries = [entry for rows in (merge.gram or {}).values() for row in rows for entry in row]
     lengths = list((merge.step2 or {}).values())
     if not all(map(math.isfinite, [*entries, *lengths])) or min(lengths, default=0.0) < 0:

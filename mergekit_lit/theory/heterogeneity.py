@@ -140,7 +140,7 @@ def mean_slopes(
         weights: w_i of each task.
         directions: v, over these parameters one part after the other, (V, Q).
         columns: which of the P parameters, Q in all.
-        level: of the normal interval over micro-batches.
+        level: of Student's interval over micro-batches.
     """
     count = len(gradients.rows[0])
     each = torch.zeros(count, len(directions), dtype=torch.float64)
@@ -150,7 +150,7 @@ def mean_slopes(
         each += mean @ directions[:, start : start + mean.shape[1]].double().T
         start += mean.shape[1]
     samples = gradients.batch * sum(len(rows) for rows in gradients.rows)
-    half = normal_quantile(level) * each.std(0) / math.sqrt(count)
+    half = student_quantile(level, count - 1) * each.std(0) / math.sqrt(count)
     pairs = zip(each.mean(0).tolist(), half.tolist(), strict=True)
     if count < 3:
         return [Estimate(value, None, None, samples) for value, _ in pairs]
@@ -158,7 +158,7 @@ def mean_slopes(
 
 
 def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
-    """Return G^2 = (1/n) sum_j ||grad f(x; z_j)||^2 with its normal interval.
+    """Return G^2 = (1/n) sum_j ||grad f(x; z_j)||^2 with Student's interval.
 
     Args:
         squares: squared gradient norm of each sample, (n,), n >= 1.
@@ -168,7 +168,7 @@ def per_sample_square(squares: Tensor, *, level: float = 0.95) -> Estimate:
     value = float(wide.mean())
     if len(wide) < 2:
         return Estimate(value, None, None, len(wide))
-    half = normal_quantile(level) * float(wide.std()) / math.sqrt(len(wide))
+    half = student_quantile(level, len(wide) - 1) * float(wide.std()) / math.sqrt(len(wide))
     return Estimate(value, value - half, value + half, len(wide))
 
 
@@ -215,7 +215,8 @@ def _off_diagonal(gram: Tensor) -> float:
 def _with_interval(gram: Tensor, statistic: Statistic, level: float, samples: int) -> Estimate:
     """Return a statistic with its jackknife interval over micro-batches.
 
-    Source: Tukey 1958; Efron & Stein 1981, doi:10.1214/aos/1176345462: on average not too narrow.
+    Source: Tukey 1958, with Student's quantile as he has it; Efron & Stein 1981,
+    doi:10.1214/aos/1176345462: its spread is on average not too small.
     """
     value, count = statistic(gram), len(gram)
     if count < 3:
@@ -223,10 +224,20 @@ def _with_interval(gram: Tensor, statistic: Statistic, level: float, samples: in
     kept = [[k for k in range(count) if k != left] for left in range(count)]
     parts = torch.tensor([statistic(gram[k][:, k]) for k in kept], dtype=torch.float64)
     spread = (count - 1) / count * float((parts - parts.mean()).square().sum())
-    half = normal_quantile(level) * math.sqrt(spread)
+    half = student_quantile(level, count - 1) * math.sqrt(spread)
     return Estimate(value, value - half, value + half, samples)
 
 
-def normal_quantile(level: float) -> float:
-    """Return how many standard deviations to either side hold that share of a normal variable."""
-    return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+def student_quantile(level: float, freedom: int) -> float:
+    """Return how many estimated standard deviations to either side hold that share of a mean.
+
+    Args:
+        level: the share, in (0, 1).
+        freedom: degrees of freedom of the estimated deviation, at least 1.
+
+    Source: Student 1908, doi:10.1093/biomet/6.1.1.
+    """
+    # Here, because importing it takes longer than most that needs no interval.
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1.0 + level) / 2.0))

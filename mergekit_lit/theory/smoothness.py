@@ -19,7 +19,7 @@ from mergekit_lit.theory.curvature import (
     top_eigenvalue,
 )
 from mergekit_lit.theory.effort import Effort
-from mergekit_lit.theory.heterogeneity import Estimate, normal_quantile, per_sample_square
+from mergekit_lit.theory.heterogeneity import Estimate, per_sample_square, student_quantile
 from mergekit_lit.theory.objective import Objective, hessian_product, labels_of
 
 # Parts of each task's images whose spread tells the intervals.
@@ -167,7 +167,9 @@ def _of_parts(
     mean = sum(v * size / total for v, size in zip(values, sizes, strict=True)) if total else 0.0
     if len(values) < 3:
         return Estimate(mean, None, None, samples)
-    half = normal_quantile(0.95) * statistics.stdev(values) / math.sqrt(len(values))
+    half = (
+        student_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    )
     return Estimate(mean, mean - half, mean + half, samples)
 
 

@@ -155,7 +155,7 @@ def drift_in_closed_form(
     zeta~_i^2 <= 2 zeta_i^2 + 2 sum_j w_j zeta_j^2; for plain SGD the first sum is eta^2 (K - 1).
     """
     name, smooth = "drift_closed_form", merge.smoothness
-    if weighing.blocks:
+    if len({block.coefficients for block in weighing.blocks.values()}) > 1:
         return Term(name, None, "vacuous", "proved for one coefficient an expert")
     zeta = weighted(weighing.w, [expert.zeta2 for expert in experts])
     parts = [_noise_on_the_way(expert) for expert in experts]
@@ -175,6 +175,9 @@ def drift_in_closed_form(
         ],
     )
     value = weighing.a_eff * smooth**2 / 2 * (noise + (apart or 0.0))
+    if value < 0:
+        # U-statistics of sigma^2 and zeta^2 may come out negative, a drift may not.
+        return Term(name, 0.0, "closed form", "estimates of sigma^2 and zeta^2 are below 0")
     return Term(name, value, "closed form")
 
 

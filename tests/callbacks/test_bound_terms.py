@@ -7,11 +7,11 @@ from mergekit_lit.callbacks import BoundTerms, GradientNoise, GradientNorm, Path
 
 
 def test_terms_are_those_of_the_path(tiny, fit):
-    path = PathLength()
+    path, meter = PathLength(), GradientNoise(every=1)
     rows = fit(
         tiny(),
         path,
-        GradientNoise(every=1),
+        meter,
         BoundTerms(coefficient=0.25, smoothness=0.01),
         max_steps=6,
     )
@@ -20,7 +20,10 @@ def test_terms_are_those_of_the_path(tiny, fit):
     drift = last["bound/a_eff"] * 0.01**2 / 2 * last["path/mean_squared_displacement"]
     assert last["bound/drift"] == pytest.approx(drift)
     facts = path.facts()
-    noise = 0.01 * 0.25**2 * facts["travel_squared"] * last["noise/trace"] / 8
+    # The mean over the steps, as the card has it, not the last estimate.
+    trace = meter.card_facts()["gradient_noise"]
+    assert abs(trace - last["noise/trace"]) > 1e-3 * trace
+    noise = 0.01 * 0.25**2 * facts["travel_squared"] * trace / 8
     assert last["bound/merged_noise"] == pytest.approx(noise)
     assert last["bound/delta2_by_path"] == pytest.approx(0.25**2 * last["path/eps"] ** 2)
     assert rows[0]["bound/a_eff"] < last["bound/a_eff"]
@@ -46,6 +49,11 @@ def test_what_stands_in_for_an_adaptive_optimizer_s_travel_is_called_effective(t
     drift = travel * 2.0 * path.facts()["mean_squared_displacement"]
     assert last["bound/effective_drift"] == pytest.approx(drift)
     assert not [name for name in last if name.startswith("bound/") and "effective" not in name]
+
+
+def test_clipped_gradients_make_terms_effective(tiny, fit):
+    rows = fit(tiny(), PathLength(), BoundTerms(), max_steps=2, gradient_clip_val=0.5)
+    assert {name for name in rows[-1] if name.startswith("bound/")} == {"bound/effective_a_eff"}
 
 
 def test_bad_input_is_one_line(tiny, fit):

@@ -63,6 +63,10 @@ def test_what_is_unknown_has_no_bar_and_is_named():
     svg = stacked_panel([make_bound("one", (1.0, 3.0, None)), make_bound("two", (1.0, 1.0, 1.0))])
     assert len(bars(svg)) == 5
     assert "no total: generalization" in svg
+    other = make_bound("ties", (None, None, 0.5))
+    for part in PARTS[:2]:
+        other.metrics["bound"]["terms"][part]["note"] = "no sum of scaled deltas"
+    assert "no total: no sum of scaled deltas" in stacked_panel([other])
 
 
 def test_losses_are_drawn_where_they_were_measured():

@@ -100,9 +100,52 @@ def test_a_merge_that_is_no_sum_has_no_total_by_the_path():
     merge = dataclasses.replace(MERGE, linear=False, delta2_of_merge=0.01)
     found = bound([EXPERT, EXPERT], merge, [0.5, 0.5])
     assert found.total is None
+    # The formulas would give the plain average's.
+    for name in ("progress", "drift", "merged_noise", "divergence", "drift_closed_form"):
+        assert found.terms[name].value is None
+        assert found.terms[name].note == "the merge is no sum of scaled deltas"
+    assert {row["drift"] for row in found.by_task} == {None}
+    assert {row["merged_noise"] for row in found.by_task} == {None}
     assert found.total_by_step == pytest.approx(
         found.terms["descent"].value + found.terms["generalization"].value
     )
+
+
+@pytest.mark.parametrize("travel", [EXPERT.travel, None])
+def test_a_merge_that_is_the_base_costs_its_loss_alone(travel):
+    still = dataclasses.replace(EXPERT, travel=travel, slope=0.0, eps2_head=0.0)
+    merge = dataclasses.replace(MERGE, step2={ALL: 0.0})
+    found = bound([still, still], merge, [0.0, 0.0])
+    for name in (*(n for n in TOTAL if n != "progress"), "delta2"):
+        assert found.terms[name].value == 0.0, name
+    assert found.total == found.total_by_step == pytest.approx(EXPERT.base_loss)
+    assert found.weighing.chi2_w == 0.0
+    assert "All coefficients are 0" in " ".join(found.violated)
+    assert "All coefficients" not in " ".join(bound([EXPERT] * 2, MERGE, [0.5, 0.5]).violated)
+
+
+def test_a_closed_form_is_not_below_0():
+    odd = dataclasses.replace(EXPERT, zeta2=-30.0, noise=-1.0)
+    term = bound([odd, odd], MERGE, [0.5, 0.5]).terms["drift_closed_form"]
+    assert (term.value, term.provenance) == (0.0, "closed form")
+    assert "below 0" in term.note
+
+
+def test_equal_blocks_keep_the_closed_form():
+    parts = [Block("low", (0.5, 0.5), (0.25, 0.5)), Block("high", (0.5, 0.5), (0.75, 0.5))]
+    grams = {name: [[0.45, 0.45]] * 2 for name in ("low", "high")}
+    cut = dataclasses.replace(MERGE, gram=grams, step2={"low": 0.2, "high": 0.4})
+    one = bound([EXPERT] * 2, MERGE, [0.5, 0.5]).terms["drift_closed_form"].value
+    assert module.bound([EXPERT] * 2, cut, parts).terms["drift_closed_form"].value == one
+    other = [parts[0], dataclasses.replace(parts[1], coefficients=(0.4, 0.5))]
+    assert module.bound([EXPERT] * 2, cut, other).terms["drift_closed_form"].value is None
+
+
+@pytest.mark.parametrize("drift", [[math.nan, 1.0], [-1.0, 1.0], [math.inf, 1.0]])
+def test_a_drift_of_gradients_is_a_mean_square(drift):
+    merge = dataclasses.replace(MERGE, gradient_drift=drift)
+    with pytest.raises(ValueError, match="`gradient_drift` must be at least 0 and finite"):
+        bound([EXPERT] * 2, merge, [0.5, 0.5])
 
 
 @pytest.mark.parametrize(
