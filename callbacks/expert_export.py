@@ -1,7 +1,8 @@
 """This file writes experts while they are trained: one file with structure and card each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from mergekit_lit.callbacks.view import step_ended
 from mergekit_lit.core.expert_files import save_expert
 from mergekit_lit.core.experts import Expert
+from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.params import check_finite, with_prefix
 from mergekit_lit.core.tensorfiles import floats
+from mergekit_lit.core.twin_files import remove_twins, twin_path
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.card import expert_card
 from mergekit_lit.lit.data import TaskDataModule
@@ -28,8 +31,10 @@ class ExpertExport(Callback):
     file holds those of the final weights instead, estimated as for the head fit
     (`lit.recalibration.task_statistics`). The card's losses and accuracies are measured in eval
     mode with exactly what the file holds, its path constants come from every callback of the
-    Trainer that has a method `card_facts()`. List this callback after those. The training is not
-    disturbed: the same run gives the same bytes.
+    Trainer that has a method `card_facts()`. Twins to keep beside the expert, in `<name>.twins`,
+    come from every one that has a method `neighbours()`; those of an older expert are removed in
+    any case. List this callback after all these. The training is not disturbed: the same run gives
+    the same bytes.
     """
 
     def __init__(self, out: Path, *, steps: Sequence[int] = (), name: str | None = None) -> None:
@@ -78,7 +83,10 @@ class ExpertExport(Callback):
             expert = expert_of(
                 pl_module, trainer, pl_module.data.task_data, measured=_measured(trainer)
             )
+            # One that diverged is found before anything is written.
+            twins = list(_twins(trainer))
             save_expert(path, expert)
+            _save_twins(path, twins)
         trainer.strategy.barrier("ExpertExport")
 
 
@@ -130,3 +138,22 @@ def _measured(trainer: Trainer) -> dict[str, float | None]:
         if hasattr(callback, "card_facts"):
             facts.update(callback.card_facts())
     return facts
+
+
+def _twins(trainer: Trainer) -> Iterator[Expert]:
+    """Yield the twins that the other callbacks carry, as experts."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it untyped
+        if hasattr(callback, "neighbours"):
+            for module, data in callback.neighbours():
+                yield expert_of(module, trainer, data)
+
+
+def _save_twins(path: Path, twins: Sequence[Expert]) -> None:
+    """Write the twins of an expert that was just written, in the place of older ones."""
+    remove_twins(path)
+    parent = file_hash(path) if twins else None
+    for twin in twins:
+        card = replace(twin.card, twin_of=parent)
+        save_expert(
+            twin_path(path, card.replaced or 0, card.neighbour_seed or 0), replace(twin, card=card)
+        )

@@ -1,6 +1,6 @@
 """This file measures stability: twins of a training that differ from it in a few samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mergekit_lit.callbacks.expert_export import ExpertExport, expert_of
+from mergekit_lit.callbacks.expert_export import ExpertExport
 from mergekit_lit.callbacks.twin_distances import Place, squared_distances
 from mergekit_lit.callbacks.view import log_metrics, step_ended
-from mergekit_lit.core.expert_files import save_expert
 from mergekit_lit.core.measurements import add_measurements
-from mergekit_lit.data.splits import neighbour, replacement
+from mergekit_lit.data.splits import TaskData, neighbour, replacement
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.lit.twins import Twin, settings_of
@@ -102,6 +101,13 @@ class StabilityTwins(Callback):
             )
         for place in self.places:
             replacement(data.task_data, place.m, place.seed)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # untyped
+        export = _export_of(trainer)
+        if self.export and export and callbacks.index(export) < callbacks.index(self):
+            raise ValueError(
+                "StabilityTwins must stand before ExpertExport among the callbacks, to step before "
+                "it is written, but stands after it. Change their order."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch which steps the optimizer takes."""
@@ -151,10 +157,6 @@ class StabilityTwins(Callback):
             log_metrics(trainer, self._metrics(columns, table))
         if path is not None:
             self._measured[str(path)] = self._summary(columns, table, step)
-            if self.export:
-                if trainer.is_global_zero:
-                    self._write_twins(trainer, path)
-                trainer.strategy.barrier("StabilityTwins")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was measured beside the experts, and leave the optimizer as it was."""
@@ -170,6 +172,14 @@ class StabilityTwins(Callback):
     ) -> None:
         """Leave the optimizer as it was."""
         self._release()
+
+    def neighbours(self) -> Iterator[tuple[ExpertModule, TaskData]]:
+        """Yield the module and the data of each neighbour that is to be kept as an expert."""
+        if self.export:
+            for place, twin in zip(self.places, self._twins, strict=True):
+                if place.m:
+                    data = neighbour(twin.module.data.task_data, place.m, place.seed)
+                    yield twin.module, data
 
     def state_dict(self) -> dict[str, Any]:
         """Return every twin's weights and optimizer, and what was measured so far."""
@@ -265,14 +275,6 @@ class StabilityTwins(Callback):
             for place, row in zip(self.places, table, strict=True)
             if place.m == 0
         }
-
-    def _write_twins(self, trainer: Trainer, path: Path) -> None:
-        """Write each neighbour's expert."""
-        for place, twin in zip(self.places, self._twins, strict=True):
-            if place.m:
-                data = neighbour(twin.module.data.task_data, place.m, place.seed)
-                place_of = path.with_suffix(".twins") / f"m{place.m}-{place.seed}.safetensors"
-                save_expert(place_of, expert_of(twin.module, trainer, data))
 
 
 def _expert(module: LightningModule) -> ExpertModule:

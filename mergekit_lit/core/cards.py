@@ -49,6 +49,8 @@ class Card:
         seed: seed of the data order, the augmentation and the head's initialisation.
         replaced: m, samples replaced in a neighbouring data set; 0 for the plain run.
         neighbour_seed: which neighbour; None for the plain run.
+        twin_of: content hash of the file of the expert beside which `StabilityTwins` carried this
+            one; None for a run of its own.
         travel: eta ||a||_1 as travelled; None for adaptive optimizers.
         travel_squared: sum_k (eta_k a_k)^2; None for adaptive optimizers.
         path_length: sum_k ||x_{k+1} - x_k||.
@@ -101,6 +103,7 @@ class Card:
     seed: int | None = None
     replaced: int | None = None
     neighbour_seed: int | None = None
+    twin_of: str | None = None
     travel: float | None = None
     travel_squared: float | None = None
     path_length: float | None = None

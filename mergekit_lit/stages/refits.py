@@ -1,20 +1,18 @@
 """This file is the stability of any merge: what merging refits in place of experts changes."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.params import Params
+from mergekit_lit.core.twin_files import twin_files, twins_folder
 from mergekit_lit.lit.recalibration import ImagesBySplit
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
 from mergekit_lit.theory.norms import squared_norm
-
-_NAME = re.compile(r"m(?P<m>\d+)-(?P<seed>\d+)")
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,13 @@ def refits_of(expert: Path) -> list[Refit]:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: one is damaged, or of another base than the expert.
+        ValueError: one is damaged, or a twin of another training.
     """
-    folder = Path(expert).with_suffix(".twins")
-    files = {path: _NAME.fullmatch(path.stem) for path in sorted(folder.glob("*.safetensors"))}
-    card = load_expert(expert).card
-    found = [
-        _checked(path, int(name["m"]), expert, card)
-        for path, name in files.items()
-        if name is not None
-    ]
+    content = file_hash(expert)
+    found = [_checked(path, m, expert, content) for path, m in twin_files(expert).items()]
     if not found:
         raise FileNotFoundError(
-            f"No refits of {str(expert)!r} in {str(folder)!r}. Train it with "
+            f"No refits of {str(expert)!r} in {str(twins_folder(expert))!r}. Train it with "
             "mergekit_lit.callbacks.StabilityTwins and `export` true."
         )
     return found
@@ -87,11 +79,11 @@ def delta2_by_refits(
     return total / len(experts)
 
 
-def _checked(path: Path, m: int, expert: Path, card: Card) -> Refit:
+def _checked(path: Path, m: int, expert: Path, content: str) -> Refit:
     refit = load_expert(path)
-    if (refit.card.base_hash, refit.card.steps) != (card.base_hash, card.steps):
+    if refit.card.twin_of != content:
         raise ValueError(
-            f"{str(path)!r} must be a refit of {str(expert)!r}, but has another base or number of "
-            "steps. Remove its folder, and train again with `export`."
+            f"{str(path)!r} must be a twin of {str(expert)!r} as it is now, but is of another "
+            "training. Train it again with mergekit_lit.callbacks.StabilityTwins and `export` true."
         )
     return Refit(m, refit.backbone)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from mergekit_lit.callbacks import StabilityTwins
+from mergekit_lit.callbacks import ExpertExport, StabilityTwins
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import file_hash
 from mergekit_lit.core.measurements import add_measurements, read_measurements
@@ -124,7 +124,34 @@ def test_distances_are_those_of_ordinary_runs(tiny_suite, tmp_path, settings):
                 "base_val_accuracy",
             ]
         ),
+        twin_of=file_hash(result.experts[0]),
     )
+
+
+def test_an_expert_that_is_written_anew_keeps_no_twins_of_the_one_before(tiny_suite, tmp_path):
+    kept = tmp_path / "dots.twins"
+    train(tiny_suite, tmp_path, StabilityTwins(twins=2, null=False, export=True))
+    (kept / "notes.txt").write_text("mine")
+    assert len(list(kept.glob("*.safetensors"))) == 2
+    settings = {"model": {"lr": 0.02}}
+    fewer = StabilityTwins(twins=1, null=False, export=True)
+    result = train(tiny_suite, tmp_path, fewer, **settings)
+    (twin,) = kept.glob("*.safetensors")
+    assert load_expert(twin).card.twin_of == file_hash(result.experts[0])
+    train(tiny_suite, tmp_path, **settings)
+    assert [path.name for path in kept.iterdir()] == ["notes.txt"]
+    # Of several step counts each expert has its own.
+    several = {"steps": (2, 3), "model": {"schedule": "constant"}}
+    result = train(tiny_suite, tmp_path / "k", StabilityTwins(twins=1, export=True), **several)
+    for path in result.experts:
+        twin = load_expert(path.with_suffix(".twins") / "m1-0.safetensors")
+        assert twin.card.twin_of == file_hash(path)
+        assert twin.card.steps == load_expert(path).card.steps
+
+
+def test_twins_that_would_step_after_the_export_are_refused(tiny_suite, tmp_path):
+    with pytest.raises(ValueError, match="must stand before ExpertExport"):
+        train(tiny_suite, tmp_path, ExpertExport(tmp_path / "own"), StabilityTwins(export=True))
 
 
 def test_every_step_is_logged_and_zero_until_a_replaced_sample_is_met(tiny_suite, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -292,6 +293,19 @@ def test_refits_of_any_merge_give_its_stability(experts, tmp_path):
     alone.write_bytes(experts[0].read_bytes())
     with pytest.raises(FileNotFoundError, match="No refits of"):
         bound_files([alone, experts[1]], refits=True)
+
+
+def test_refits_of_another_training_are_refused(experts, tmp_path, capsys):
+    """An expert that was written anew by other means, beside the twins of the one before."""
+    again = tmp_path / experts[0].name
+    one = load_expert(experts[0])
+    save_expert(again, dataclasses.replace(one, card=dataclasses.replace(one.card, lr=0.1)))
+    twins = experts[0].with_suffix(".twins")
+    shutil.copytree(twins, again.with_suffix(".twins"))
+    assert main(["bound", str(again), str(experts[1]), "--refits", "true"]) == 2
+    error = capsys.readouterr().err
+    assert "must be a twin of" in error
+    assert error.count("\n") == 1
 
 
 def test_the_command_tells_cards_alone(experts, capsys):
