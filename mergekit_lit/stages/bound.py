@@ -86,8 +86,11 @@ def bound_files(
     stability = [read_measurements(path).get("stability") for path in paths]
     delta2 = None
     if refits:
-        found_refits = [refits_of(path) for path in paths]
-        delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
+        found_refits = [
+            refits_of(path, twins) for path, twins in zip(paths, stability, strict=True)
+        ]
+        if all(found_refits):
+            delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
     fixed = merged.facts["data"] in ("none", "cards")
     result = bound_of(gathered, coefficients, measured, stability, fixed=fixed, delta2=delta2)
     record = Record(

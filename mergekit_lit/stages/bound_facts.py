@@ -58,15 +58,24 @@ def _own_objective(card: Card) -> str:
     return ", ".join(name for there, name in parts if there)
 
 
+def counted(twins: Mapping[str, Any] | None) -> int | None:
+    """Return the smallest m whose twins are not known to be within the rounding, if there is one.
+
+    Args:
+        twins: what `StabilityTwins` left for an expert, or None.
+    """
+    replaced = (twins or {}).get("replaced", {})
+    far = [int(m) for m, found in replaced.items() if found["above_rounding"] is not False]
+    return min(far, default=None)
+
+
 def _stability(card: Card, twins: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
     """Return eps^2 of backbone and head where twins measured them above the rounding."""
-    head = None if card.head in (None, "trained") else 0.0
-    for _, found in sorted(
-        (twins or {}).get("replaced", {}).items(), key=lambda pair: int(pair[0])
-    ):
-        if found["above_rounding"] is not False:
-            return found["backbone"]["mean"], found["head"]["mean"]
-    return None, head
+    m = counted(twins)
+    if twins is None or m is None:
+        return None, None if card.head in (None, "trained") else 0.0
+    found = twins["replaced"][str(m)]
+    return found["backbone"]["mean"], found["head"]["mean"]
 
 
 def merge_facts(measured: Measured | None) -> MergeFacts:

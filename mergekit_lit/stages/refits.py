@@ -1,8 +1,9 @@
 """This file is the stability of any merge: what merging refits in place of experts changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts, Merged
@@ -11,6 +12,7 @@ from mergekit_lit.core.params import Params
 from mergekit_lit.core.twin_files import twin_files, twins_folder
 from mergekit_lit.lit.recalibration import ImagesBySplit
 from mergekit_lit.models.backbones import Backbone
+from mergekit_lit.stages.bound_facts import counted
 from mergekit_lit.stages.recipes import Recipe, merge_recipe
 from mergekit_lit.theory.norms import squared_norm
 
@@ -28,8 +30,12 @@ class Refit:
     backbone: Params
 
 
-def refits_of(expert: Path) -> list[Refit]:
-    """Return the refits that `StabilityTwins(export=True)` left beside an expert, in order.
+def refits_of(expert: Path, stability: Mapping[str, Any] | None) -> list[Refit]:
+    """Return the refits of an expert that its eps^2 is of; none if all are within the rounding.
+
+    Args:
+        expert: its file, beside which `StabilityTwins(export=True)` left them.
+        stability: what it measured of them, or None.
 
     Raises:
         FileNotFoundError: there are none.
@@ -37,12 +43,17 @@ def refits_of(expert: Path) -> list[Refit]:
     """
     content = file_hash(expert)
     found = [_checked(path, m, expert, content) for path, m in twin_files(expert).items()]
-    if not found:
+    m = counted(stability)
+    if stability is not None and m is None:
+        return []
+    chosen = [refit for refit in found if refit.replaced == m]
+    if not chosen:
         raise FileNotFoundError(
-            f"No refits of {str(expert)!r} in {str(twins_folder(expert))!r}. Train it with "
-            "mergekit_lit.callbacks.StabilityTwins and `export` true."
+            f"No refits of {str(expert)!r}, with their distances measured, in "
+            f"{str(twins_folder(expert))!r}. Train it with mergekit_lit.callbacks.StabilityTwins "
+            "and `export` true."
         )
-    return found
+    return chosen
 
 
 def delta2_by_refits(

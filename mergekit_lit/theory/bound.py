@@ -134,7 +134,7 @@ def bound(
         descent(weighing, experts, merge),
         divergence(weighing, experts),
         delta(weighing, experts, merge),
-        delta_by_refits(merge),
+        delta_by_refits(experts, merge),
         delta_by_path(weighing, experts),
     ]
     named = {term.name: term for term in terms} | _limited(terms, weighing, experts, merge)

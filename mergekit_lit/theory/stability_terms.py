@@ -10,6 +10,8 @@ from mergekit_lit.theory.coefficients import Weighing
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
 from mergekit_lit.theory.term import Term, sum_of, term_of, weighted
 
+_CHAOTIC = "needs twins further off than the rounding twin"
+
 
 def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return Delta^2 = sum_i p_i (lambda_i^2 eps_i^2 + eps_h^2), or that of the merged refits.
@@ -17,7 +19,7 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     The formula takes lambda_i to stay when a sample is replaced.
     """
     if any(expert.chaotic for expert in experts):
-        return Term("delta2", None, "unknown", "needs twins further off than the rounding twin")
+        return Term("delta2", None, "unknown", _CHAOTIC)
     if not (merge.linear and merge.fixed):
         heads = sum_of([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
         needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
@@ -35,8 +37,10 @@ def _head(p: float, expert: ExpertFacts) -> float | None:
     return None if expert.eps2_head is None else p * expert.eps2_head
 
 
-def delta_by_refits(merge: MergeFacts) -> Term:
+def delta_by_refits(experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return Delta_M^2 of the backbone, from the merge of the refits, linear or not."""
+    if any(expert.chaotic for expert in experts):
+        return Term("delta2_by_refits", None, "unknown", _CHAOTIC)
     return term_of("delta2_by_refits", {"refits": merge.delta2_of_merge}, lambda d: d)
 
 

@@ -14,6 +14,7 @@ from mergekit_lit.cli import main
 from mergekit_lit.core.calibration import Batch
 from mergekit_lit.core.cards import Card
 from mergekit_lit.core.expert_files import load_expert, load_merged, save_expert
+from mergekit_lit.core.measurements import add_measurements, read_measurements
 from mergekit_lit.core.params import flat
 from mergekit_lit.core.records import Record
 from mergekit_lit.data.splits import SplitOptions
@@ -55,7 +56,7 @@ def experts(tiny_suite, tmp_path_factory):
             out=out,
             trainer={"accelerator": "cpu"},
             callbacks=[
-                StabilityTwins(twins=1, replaced=[4], null=False, rounding=False, export=True)
+                StabilityTwins(twins=1, replaced=[1, 4], null=False, rounding=False, export=True)
             ],
         )
         files.extend(result.experts)
@@ -277,13 +278,32 @@ def test_equal_coefficients_by_layer_are_bounded_as_the_average(experts, tiny_su
 
 
 def test_refits_of_a_linear_merge_give_its_formula(experts):
-    """Delta_M^2 = sum_i p_i lambda_i^2 eps_i^2, with eps from the twins as they were trained."""
-    for scale in (1.0, 0.3):
-        recipe = Recipe(method="task_arithmetic", config={"scale": scale})
+    """Delta_M^2 = sum_i p_i lambda_i^2 eps_i^2, of the same twins: those of the smallest m."""
+    scaled = [Recipe(method="task_arithmetic", config={"scale": scale}) for scale in (1.0, 0.3)]
+    for recipe in (Recipe(method="average"), *scaled):
         terms = bound_files(experts, recipe=recipe, refits=True).metrics["bound"]["terms"]
         assert terms["delta2_by_refits"]["value"] == pytest.approx(
             terms["delta2"]["value"], rel=1e-3, abs=0.0
         )
+
+
+@pytest.mark.parametrize(("below", "m"), [({"1"}, "4"), ({"1", "4"}, None)])
+def test_refits_are_those_beyond_the_rounding(experts, tmp_path, below, m):
+    folder = shutil.copytree(experts[0].parent, tmp_path / "copy")
+    copied = [folder / path.name for path in experts]
+    found = read_measurements(copied[0])["stability"]
+    for name, told in found["replaced"].items():
+        told["above_rounding"] = name not in below
+    add_measurements(copied[0], {"stability": found})
+    terms = bound_files(copied, refits=True).metrics["bound"]["terms"]
+    if m is None:
+        for name in ("delta2", "delta2_by_refits"):
+            assert terms[name]["value"] is None
+            assert terms[name]["note"] == "needs twins further off than the rounding twin"
+    else:
+        other = read_measurements(copied[1])["stability"]["replaced"]["1"]
+        eps2 = found["replaced"][m]["backbone"]["mean"] + other["backbone"]["mean"]
+        assert terms["delta2_by_refits"]["value"] == pytest.approx(eps2 / 8, rel=1e-3, abs=0.0)
 
 
 def test_refits_of_any_merge_give_its_stability(experts, tmp_path):

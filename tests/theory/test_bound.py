@@ -298,7 +298,9 @@ def test_twins_within_reach_of_the_rounding_tell_nothing():
     lost = dataclasses.replace(EXPERT, eps2=None, chaotic=True)
     for merge in (MERGE, dataclasses.replace(MERGE, linear=False, delta2_of_merge=0.04)):
         told = bound([EXPERT, lost], merge, [0.5, 0.5])
-        assert told.terms["delta2"].value is None
+        for name in ("delta2", "delta2_by_refits"):
+            assert told.terms[name].value is None
+            assert "further off than the rounding twin" in told.terms[name].note
         assert "1 of 2 experts" in " ".join(told.violated)
 
 
