@@ -64,8 +64,12 @@ def delta2_by_refits(
     backbone: Backbone,
     images: ImagesBySplit,
 ) -> float:
-    """Return Delta_M^2 = sum_i p_i E_j ||M(.., x_i^(j), ..) - M(.., x_i, ..)||^2 / m, p_i = 1/T.
+    """Return Delta_M^2 of the merge itself, linear or not, from the refits.
 
+    sum_i p_i E_j ||M_i(.., x_i^(j), ..) - M_i(.., x_i, ..)||^2 / m,  p_i = 1 / T
+
+    M_i is the model of task i, the same for all unless the method makes each task its own: only
+    that one is ever asked for an answer to a sample of task i.
     Masks, thresholds and whatever else the method takes from the experts are found anew for each
     refit. For a linear merge with fixed coefficients it is sum_i p_i lambda_i^2 eps_i^2.
 
@@ -79,12 +83,13 @@ def delta2_by_refits(
     """
     names = experts.merged_names()
     total = 0.0
-    for i, own in enumerate(refits):
-        apart = 0.0
+    for i, (task, own) in enumerate(zip(experts.names, refits, strict=True)):
+        here, apart = merged.for_task(task), 0.0
         for refit in own:
             tuned = [*experts.tuned[:i], refit.backbone, *experts.tuned[i + 1 :]]
             other = merge_recipe(replace(experts, tuned=tuned), recipe, backbone, images)
-            steps = [other.shared[name] - merged.shared[name] for name in names]
+            there = other.for_task(task)
+            steps = [there[name] - here[name] for name in names]
             apart += float(squared_norm(steps)) / refit.replaced
         total += apart / len(own)
     return total / len(experts)

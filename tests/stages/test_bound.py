@@ -21,6 +21,7 @@ from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
+from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.bound import bound_files
@@ -313,6 +314,24 @@ def test_refits_of_any_merge_give_its_stability(experts, tmp_path):
     alone.write_bytes(experts[0].read_bytes())
     with pytest.raises(FileNotFoundError, match="No refits of"):
         bound_files([alone, experts[1]], refits=True)
+
+
+@pytest.mark.parametrize("method", ["emr", "tall_masks"])
+def test_refits_of_a_model_for_each_task_are_looked_at_by_task(experts, opened, method):
+    gathered, *_ = opened
+    plain = merge(gathered, method)
+    squares = []
+    for i, task in enumerate(gathered.names):
+        twin = load_expert(experts[i].with_suffix(".twins") / "m1-0.safetensors")
+        tuned = [*gathered.tuned]
+        tuned[i] = twin.backbone
+        other = merge(dataclasses.replace(gathered, tuned=tuned), method)
+        here, there = plain.for_task(task), other.for_task(task)
+        squares += [float((there[n] - here[n]).double().square().sum()) for n in here]
+    record = bound_files(experts, recipe=Recipe(method=method), refits=True)
+    found = record.metrics["bound"]["terms"]["delta2_by_refits"]["value"]
+    assert found == pytest.approx(sum(squares) / 2, rel=1e-5, abs=0.0)
+    assert found > 0
 
 
 def test_refits_of_another_training_are_refused(experts, tmp_path, capsys):
