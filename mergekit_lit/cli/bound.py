@@ -57,7 +57,8 @@ def options(  # noqa: PLR0913
         include: patterns of the tensors to merge; all by default.
         exclude: patterns of the tensors that stay the base's.
         refits: whether to merge the refits that `StabilityTwins` exported beside the experts: the
-            stability of any merge, linear or not.
+            stability of any merge, linear or not. A method that looks at images or cards sees the
+            same ones again: of its stability that is the part through the experts alone.
         out: folder of the records and of `report.html`, which compares them; or the record's file,
             ending in .json, for one method. Nothing is written without one.
         logger: `csv` (the files alone), `tensorboard`, `wandb` (offline) or `wandb-online`: one run

@@ -13,7 +13,7 @@ from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.recalibration import images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
-from mergekit_lit.stages.bound_facts import expert_facts, merge_facts
+from mergekit_lit.stages.bound_facts import expert_facts, is_recalibrated, looks_at, merge_facts
 from mergekit_lit.stages.constants import Measured, measure_merge, symptoms_of
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
@@ -51,7 +51,7 @@ def bound_files(
         calibration: where the training and test images come from; None for cards alone.
         effort: how much is looked at.
         refits: whether to merge the refits that twins left beside the experts, for the stability of
-            any merge, linear or not.
+            any merge, linear or not; of one that looks at images, through the experts alone.
         out: the record's file, ending in `.json`; None writes nothing.
 
     Raises:
@@ -91,8 +91,15 @@ def bound_files(
         ]
         if all(found_refits):
             delta2 = delta2_by_refits(gathered, merged, found_refits, recipe, backbone, images)
-    fixed = merged.facts["data"] in ("none", "cards")
-    result = bound_of(gathered, coefficients, measured, stability, fixed=fixed, delta2=delta2)
+    result = bound_of(
+        gathered,
+        coefficients,
+        measured,
+        stability,
+        beside=looks_at(recipe, merged),
+        recalibrated=is_recalibrated(recipe, gathered),
+        delta2=delta2,
+    )
     record = Record(
         stage="bound",
         name=recipe.method,
@@ -135,7 +142,8 @@ def bound_of(
     measured: Measured | None,
     stability: Sequence[Mapping[str, Any] | None],
     *,
-    fixed: bool = True,
+    beside: str = "",
+    recalibrated: bool = False,
     delta2: float | None = None,
 ) -> Bound:
     """Return the bound of a merge from cards and measurements.
@@ -148,7 +156,8 @@ def bound_of(
         coefficients: of their merge, as `coefficients_of` tells them.
         measured: what images tell; None for cards alone.
         stability: what `StabilityTwins` left for each expert, or None.
-        fixed: whether the coefficients were found without images.
+        beside: what the method takes beside the experts' tensors: `images`, `cards` or nothing.
+        recalibrated: whether BatchNorm statistics were estimated on images.
         delta2: Delta_M^2 of the merge, from its refits; None where nobody merged them.
     """
     linear = coefficients is not None
@@ -157,7 +166,13 @@ def bound_of(
         for card, name, twins in zip(experts.cards, experts.names, stability, strict=True)
     ]
     chosen = coefficients or [1 / len(experts)] * len(experts)
-    merge = replace(merge_facts(measured), linear=linear, fixed=fixed, delta2_of_merge=delta2)
+    merge = replace(
+        merge_facts(measured),
+        linear=linear,
+        looks_at=beside,
+        recalibrated=recalibrated,
+        delta2_of_merge=delta2,
+    )
     return bound(facts, merge, chosen)
 
 

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lit.core.cards import Card
+from mergekit_lit.core.experts import Experts, Merged
+from mergekit_lit.lit.recalibration import declared_splits
+from mergekit_lit.models.statistics import has_statistics
 from mergekit_lit.stages.constants import Measured
+from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts, effective_travel
 
 
@@ -89,3 +93,15 @@ def merge_facts(measured: Measured | None) -> MergeFacts:
         sample_gradient2=measured.sample_gradient2.value,
         step2=measured.step2,
     )
+
+
+def looks_at(recipe: Recipe, merged: Merged) -> str:
+    """Return what method and veneers take beside the experts' tensors, as `MergeFacts` has it."""
+    if declared_splits(recipe.method, recipe.veneers):
+        return "images"
+    return "cards" if merged.facts["data"] == "cards" else ""
+
+
+def is_recalibrated(recipe: Recipe, experts: Experts) -> bool:
+    """Return whether BatchNorm statistics of the merge are estimated on training images."""
+    return recipe.batch_norm.startswith("recalibrate") and has_statistics(experts.structure)

@@ -69,9 +69,13 @@ def delta2_by_refits(
     sum_i p_i E_j ||M_i(.., x_i^(j), ..) - M_i(.., x_i, ..)||^2 / m,  p_i = 1 / T
 
     M_i is the model of task i, the same for all unless the method makes each task its own: only
-    that one is ever asked for an answer to a sample of task i.
-    Masks, thresholds and whatever else the method takes from the experts are found anew for each
-    refit. For a linear merge with fixed coefficients it is sum_i p_i lambda_i^2 eps_i^2.
+    that one is ever asked for an answer to a sample of task i. Masks, thresholds and whatever else
+    the method takes from the experts' tensors are found anew for each refit. For a linear merge
+    with fixed coefficients it is sum_i p_i lambda_i^2 eps_i^2.
+
+    A method that looks at images, or at cards, sees the same ones for each refit, not those that
+    the replaced samples would have given: this is the part of the stability that goes through the
+    experts alone. BatchNorm statistics have no part in the distance.
 
     Args:
         experts: T experts, in memory.

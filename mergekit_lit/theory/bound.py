@@ -208,10 +208,15 @@ def _of_merge(weighing: Weighing, merge: MergeFacts) -> Iterator[str]:
             "The merge is no sum of scaled deltas: progress, drift, noise and divergence are those "
             "of a path, and it has none; the total by the step stands."
         )
-    elif not merge.fixed:
+    if not merge.fixed:
         yield (
-            "The coefficients were found on images: the theory takes them as fixed, so that only "
-            "the refits of the experts tell the stability."
+            "What the method does was found on images: the theory takes that as fixed, and refits, "
+            "which see the same images, tell the stability through the experts alone."
+        )
+    if merge.recalibrated:
+        yield (
+            "BatchNorm statistics were estimated on training images: the theory takes all but the "
+            "experts as fixed, and Delta, refits included, tells the stability without them."
         )
 
 

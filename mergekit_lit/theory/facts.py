@@ -81,7 +81,9 @@ class MergeFacts:
         delta2_of_merge: Delta_M^2, from the merge of the refits themselves.
         step2: ||x_avg^l - x0^l||^2 by block l of the parameters, as `gram`.
         linear: whether x_avg is x0 + sum_i lambda_i tau_i.
-        fixed: whether these lambda_i were found without images.
+        looks_at: what the method takes beside the experts' tensors, `images` or `cards`, and the
+            merges of refits take unchanged; empty for nothing.
+        recalibrated: whether BatchNorm statistics were estimated on training images.
     """
 
     smoothness: float | None = None
@@ -92,7 +94,13 @@ class MergeFacts:
     delta2_of_merge: float | None = None
     step2: Mapping[str, float] | None = None
     linear: bool = True
-    fixed: bool = True
+    looks_at: str = ""
+    recalibrated: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether lambda_i was found without images."""
+        return self.looks_at != "images"
 
 
 def check_facts(experts: Sequence[ExpertFacts], merge: MergeFacts) -> None:

@@ -23,7 +23,8 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     if not (merge.linear and merge.fixed):
         heads = sum_of([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
         needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
-        return term_of("delta2", needs, lambda d, h: d + h, "by the merge of the refits")
+        note = _joined("by the merge of the refits", _same(merge))
+        return term_of("delta2", needs, lambda d, h: d + h, note)
     parts = [
         None
         if expert.eps2 is None or expert.eps2_head is None
@@ -41,7 +42,19 @@ def delta_by_refits(experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     """Return Delta_M^2 of the backbone, from the merge of the refits, linear or not."""
     if any(expert.chaotic for expert in experts):
         return Term("delta2_by_refits", None, "unknown", _CHAOTIC)
-    return term_of("delta2_by_refits", {"refits": merge.delta2_of_merge}, lambda d: d)
+    needs = {"refits": merge.delta2_of_merge}
+    return term_of("delta2_by_refits", needs, lambda d: d, _same(merge))
+
+
+def _same(merge: MergeFacts) -> str:
+    """Return what the merges of the refits leave out."""
+    if not merge.looks_at:
+        return ""
+    return f"through the experts alone: refits see the same {merge.looks_at}"
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
 
 
 def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:

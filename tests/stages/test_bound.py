@@ -23,9 +23,10 @@ from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.merging.engine import merge
 from mergekit_lit.merging.gather import in_memory, load_experts
+from mergekit_lit.models.backbones import load_base
 from mergekit_lit.models.heads import apply_head
 from mergekit_lit.stages.bound import bound_files
-from mergekit_lit.stages.bound_facts import expert_facts
+from mergekit_lit.stages.bound_facts import expert_facts, is_recalibrated
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.merge import merge_files
 from mergekit_lit.stages.opening import load_base_of
@@ -220,6 +221,8 @@ def test_base_and_merge_are_looked_at_under_the_same_statistics(tiny_suite, tmp_
     effort = Effort(micro_batches=4, batch=16, hessian_images=16, lanczos_steps=1)
     recipe = Recipe(batch_norm=batch_norm)
     metrics = bound_files(result, recipe=recipe, calibration=where, effort=effort).metrics
+    told = " ".join(metrics["bound"]["violated"])
+    assert ("BatchNorm statistics" in told) == (batch_norm != "base")
     constants, rows = metrics["constants"], metrics["experts"]
     assert constants["base"]["losses"] != constants["base_losses"]
     reached = sum(row["train_loss"] for row in rows) / 2
@@ -332,6 +335,20 @@ def test_refits_of_a_model_for_each_task_are_looked_at_by_task(experts, opened, 
     found = record.metrics["bound"]["terms"]["delta2_by_refits"]["value"]
     assert found == pytest.approx(sum(squares) / 2, rel=1e-5, abs=0.0)
     assert found > 0
+
+
+def test_refits_of_a_merge_that_looks_at_more_are_told_to_see_the_same(experts, capsys):
+    words = ["bound", *map(str, experts), "--refits", "true"]
+    assert main([*words, "--method", "travel_normalised"]) == 0
+    assert "through the experts alone: refits see the same cards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("base", "there"), [(VIT, False), ("timm/test_resnet@random:0", True)])
+def test_only_statistics_that_are_there_are_recalibrated(opened, base, there):
+    gathered, *_ = opened
+    changed = dataclasses.replace(gathered, structure=load_base(base, image_size=8)[1].structure)
+    assert is_recalibrated(Recipe(batch_norm="recalibrate"), changed) == there
+    assert not is_recalibrated(Recipe(batch_norm="average"), changed)
 
 
 def test_refits_of_another_training_are_refused(experts, tmp_path, capsys):

@@ -286,12 +286,30 @@ def test_a_merge_that_is_not_linear_takes_its_own_stability():
 
 
 def test_coefficients_that_images_gave_need_the_refits():
-    found = dataclasses.replace(MERGE, fixed=False)
+    found = dataclasses.replace(MERGE, looks_at="images")
     told = bound([EXPERT] * 2, found, [0.5, 0.5])
     assert told.terms["delta2"].note == "needs Delta_M^2 of refits"
-    assert "found on images" in " ".join(told.violated)
-    measured = dataclasses.replace(found, delta2_of_merge=0.04)
-    assert bound([EXPERT] * 2, measured, [0.5, 0.5]).terms["delta2"].value == pytest.approx(0.042)
+    for linear in (True, False):
+        measured = dataclasses.replace(found, delta2_of_merge=0.04, linear=linear)
+        told = bound([EXPERT] * 2, measured, [0.5, 0.5])
+        assert told.terms["delta2"].value == pytest.approx(0.042)
+        assert "found on images" in " ".join(told.violated)
+        for name in ("delta2", "delta2_by_refits"):
+            assert "through the experts alone" in told.terms[name].note
+
+
+def test_refits_of_coefficients_from_cards_keep_the_cards():
+    found = dataclasses.replace(MERGE, looks_at="cards", delta2_of_merge=0.04)
+    told = bound([EXPERT] * 2, found, [0.5, 0.5])
+    assert told.terms["delta2_by_refits"].note.endswith("refits see the same cards")
+    assert "images" not in " ".join(told.violated)
+    assert told.terms["delta2"].note == ""
+
+
+def test_statistics_from_training_images_are_outside_the_theory():
+    for again in (False, True):
+        told = bound([EXPERT] * 2, dataclasses.replace(MERGE, recalibrated=again), [0.5, 0.5])
+        assert ("BatchNorm statistics" in " ".join(told.violated)) == again
 
 
 def test_twins_within_reach_of_the_rounding_tell_nothing():
