@@ -24,6 +24,7 @@ def expert_facts(
     )
     known = plain and card.lr is not None and card.steps is not None
     eps2, eps2_head = _stability(card, twins)
+    m = counted(twins)
     replaced = (twins or {}).get("replaced", {})
     return ExpertFacts(
         travel=effective_travel(card),
@@ -36,7 +37,8 @@ def expert_facts(
         eps2=eps2,
         eps2_path=None if card.eps_path is None else card.eps_path**2,
         eps2_head=eps2_head,
-        chaotic=bool(replaced) and eps2 is None,
+        chaotic=bool(replaced) and m is None,
+        unchecked=m is not None and replaced[str(m)]["above_rounding"] is None,
         base_loss=measured.base.losses[name] if measured else None,
         train_loss=measured.train[name]["loss"] if measured else None,
         slope=measured.base.slopes[name].value if measured else None,

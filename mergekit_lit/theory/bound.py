@@ -172,11 +172,13 @@ def _limited(
         return {}
     most = weigh(weighing.largest, [expert.travel for expert in experts], p=weighing.p)
     largest = [of(most, experts, merge) for of in (drift, merged_noise, delta)]
-    limits = {term.name: term.value for term in largest if term.value is not None}
+    limits = {
+        term.name: f"by parts of the displacement; at most {term.value:.3g}"
+        for term in largest
+        if term.value is not None
+    }
     return {
-        term.name: replace(
-            term, note=f"by parts of the displacement; at most {limits[term.name]:.3g}"
-        )
+        term.name: replace(term, note="; ".join(filter(None, (limits[term.name], term.note))))
         for term in terms
         if term.name in limits and term.value is not None
     }

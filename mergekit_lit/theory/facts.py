@@ -31,6 +31,7 @@ class ExpertFacts:
         eps2_head: of the head; 0 if frozen.
         chaotic: whether twins were measured, but went hardly further than one whose base is rounded
             otherwise: what they tell is not the samples' doing.
+        unchecked: whether no such twin was carried beside those that `eps2` is of.
         base_loss: F_Si(x0), under what does not move of the merge (such as BatchNorm's statistics),
             so that it and `train_loss` are values of one function.
         train_loss: F_Si(x_avg), the merged model's on the task's training images.
@@ -55,6 +56,7 @@ class ExpertFacts:
     eps2_path: float | None = None
     eps2_head: float | None = 0.0
     chaotic: bool = False
+    unchecked: bool = False
     base_loss: float | None = None
     train_loss: float | None = None
     slope: float | None = None

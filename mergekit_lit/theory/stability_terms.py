@@ -23,7 +23,7 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     if not (merge.linear and merge.fixed):
         heads = sum_of([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
         needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
-        note = _joined("by the merge of the refits", _same(merge))
+        note = _joined("by the merge of the refits", _same(merge), _unchecked(experts))
         return term_of("delta2", needs, lambda d, h: d + h, note)
     parts = [
         None
@@ -31,7 +31,7 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
         else p * (square * expert.eps2 + expert.eps2_head)
         for p, square, expert in zip(weighing.p, weighing.squares, experts, strict=True)
     ]
-    return term_of("delta2", {"eps^2": sum_of(parts)}, lambda d: d)
+    return term_of("delta2", {"eps^2": sum_of(parts)}, lambda d: d, _unchecked(experts))
 
 
 def _head(p: float, expert: ExpertFacts) -> float | None:
@@ -43,7 +43,8 @@ def delta_by_refits(experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     if any(expert.chaotic for expert in experts):
         return Term("delta2_by_refits", None, "unknown", _CHAOTIC)
     needs = {"refits": merge.delta2_of_merge}
-    return term_of("delta2_by_refits", needs, lambda d: d, _same(merge))
+    note = _joined(_same(merge), _unchecked(experts))
+    return term_of("delta2_by_refits", needs, lambda d: d, note)
 
 
 def _same(merge: MergeFacts) -> str:
@@ -51,6 +52,14 @@ def _same(merge: MergeFacts) -> str:
     if not merge.looks_at:
         return ""
     return f"through the experts alone: refits see the same {merge.looks_at}"
+
+
+def _unchecked(experts: Sequence[ExpertFacts]) -> str:
+    """Return that what was measured may be the rounding's doing, where nobody looked."""
+    count = sum(expert.unchecked for expert in experts)
+    if not count:
+        return ""
+    return f"no rounding twin: of {count} of {len(experts)} experts it may be rounding alone"
 
 
 def _joined(*notes: str) -> str:

@@ -234,6 +234,9 @@ def test_a_trained_head_s_stability_counts():
     twins = {"replaced": {"16": far | {"head": {"mean": 0.5}}, "1": far}}
     facts = expert_facts(Card(task="a", head="trained"), "a", None, twins)
     assert (facts.eps2, facts.eps2_head, facts.trained_head) == (0.2, 0.3, True)
+    assert not facts.unchecked
+    alone = expert_facts(Card(), "a", None, {"replaced": {"1": far | {"above_rounding": None}}})
+    assert (alone.eps2, alone.unchecked) == (0.2, True)
     assert expert_facts(Card(task="a", head="trained"), "a", None, None).eps2_head is None
     assert expert_facts(Card(task="a", head="frozen-ncm"), "a", None, None).eps2_head == 0.0
 
@@ -263,7 +266,9 @@ def test_coefficients_that_differ_by_layer_are_told_by_block(experts):
     blocks = told["weighing"]["blocks"]
     assert blocks["blocks.1"]["a_eff"] > blocks["blocks.0"]["a_eff"]
     assert blocks["blocks.0"]["coefficients"] == (0.5, 0.5)
-    assert told["terms"]["delta2"]["note"].startswith("by parts of the displacement; at most")
+    note = told["terms"]["delta2"]["note"]
+    assert note.startswith("by parts of the displacement; at most")
+    assert "no rounding twin: of 2 of 2 experts" in note
     assert told["terms"]["mismatch"]["note"] == "needs L, gradients by block"
 
 

@@ -322,6 +322,17 @@ def test_twins_within_reach_of_the_rounding_tell_nothing():
         assert "1 of 2 experts" in " ".join(told.violated)
 
 
+def test_twins_without_a_rounding_twin_are_said_to_be_unchecked():
+    alone = dataclasses.replace(EXPERT, unchecked=True)
+    for linear in (True, False):
+        merge = dataclasses.replace(MERGE, linear=linear, delta2_of_merge=0.04)
+        for experts, said in (([EXPERT, alone], True), ([EXPERT, EXPERT], False)):
+            told = bound(experts, merge, [0.5, 0.5])
+            for name in ("delta2", "delta2_by_refits"):
+                note = told.terms[name].note
+                assert ("no rounding twin: of 1 of 2 experts" in note) == said
+
+
 def test_gradients_along_the_path_replace_the_smoothness():
     facts = dataclasses.replace(MERGE, smoothness=None, gradient_drift=[0.2, 0.4])
     found = bound([EXPERT] * 2, facts, [0.5, 0.5])
