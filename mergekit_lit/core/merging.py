@@ -32,7 +32,8 @@ times something else declares `homogeneous`: it is then run at a scale of 1 alon
 
 A method of the form `whole` or `experts`, or a veneer, may declare `check`, a function
 g(experts, *, some of the config) that refuses by their headers alone what it cannot merge. One
-whose result is a model for each task declares `per_task` (True, or a function of its config).
+whose result is a model for each task declares `per_task` (True, or a function of its config), and
+one whose result holds adapters declares `adapters`.
 
 A method of any form but `kernel` that declares a split of images as its data takes a
 `core.calibration.Calibration` as its second argument, and runs on one thread.

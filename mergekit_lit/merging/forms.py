@@ -91,6 +91,11 @@ def is_per_task(entry: Registered[Any], config: Config) -> bool:
     return _declared(entry.facts.get("per_task", False), config)
 
 
+def has_adapters(entry: Registered[Any]) -> bool:
+    """Return whether a method gives each task an adapter between backbone and head."""
+    return bool(entry.facts.get("adapters", False))
+
+
 def is_elementwise(entry: Registered[Any], config: Config) -> bool:
     """Return whether a method under a configuration takes entries one by one, in blocks."""
     declared = entry.facts["form"] == "linear" or entry.facts.get("elementwise", False)

@@ -14,7 +14,7 @@ from mergekit_lit.lit.recalibration import images_by_split, splits_needed
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.stages.bound_facts import expert_facts, is_recalibrated, looks_at, merge_facts
-from mergekit_lit.stages.constants import Measured, measure_merge, symptoms_of
+from mergekit_lit.stages.constants import Measured, check_measurable, measure_merge, symptoms_of
 from mergekit_lit.stages.folders import check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
@@ -65,7 +65,7 @@ def bound_files(
     paths = [Path(path) for path in experts]
     if out is not None:
         check_record(Path(out), "bound")
-    check_recipe(recipe, calibration)
+    check_bound(recipe, calibration)
     backbone, found = load_base_of(paths, base)
     _check_one_base(paths, found)
     gathered = in_memory(
@@ -125,6 +125,13 @@ def bound_files(
     if out is not None:
         record.write(Path(out))
     return record
+
+
+def check_bound(recipe: Recipe, calibration: Calibration | None) -> None:
+    """Refuse, before anything is read, a recipe that `bound_files` would."""
+    check_recipe(recipe, calibration)
+    if calibration is not None:
+        check_measurable(recipe)
 
 
 def coefficients_of(experts: Experts, merged: Merged) -> Sequence[float] | Sequence[Block] | None:

@@ -7,10 +7,10 @@ from typing import Any
 from mergekit_lit.core.records import Record
 from mergekit_lit.lit.run_facts import LoggerKind, Outcome
 from mergekit_lit.lit.tracking import check_logger, log_run
-from mergekit_lit.stages.bound import bound_files
+from mergekit_lit.stages.bound import bound_files, check_bound
 from mergekit_lit.stages.folders import check_folder, check_record
 from mergekit_lit.stages.images import Calibration
-from mergekit_lit.stages.recipes import Recipe, check_methods, check_recipe
+from mergekit_lit.stages.recipes import Recipe, check_methods
 from mergekit_lit.stages.report import build_report
 from mergekit_lit.stages.run_groups import facts_of_run, used_files
 from mergekit_lit.theory.effort import Effort
@@ -50,7 +50,7 @@ def compare_bounds(
     out = None if out is None else Path(out)
     paths = _paths(recipes, out)
     for recipe, path in zip(recipes, paths, strict=True):
-        check_recipe(recipe, calibration)
+        check_bound(recipe, calibration)
         if path is not None:
             check_record(path, "bound")
     # A file alone is one merge's: W&B's files go beside it.

@@ -9,11 +9,15 @@ from typing import Any
 from mergekit_lit.core.calibration import Calibration
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.params import Params
+from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import TaskData
 from mergekit_lit.lit.calibration import calibration_on
 from mergekit_lit.lit.recalibration import task_statistics
+from mergekit_lit.merging.configuration import resolve
+from mergekit_lit.merging.forms import has_adapters, is_per_task
 from mergekit_lit.models.backbones import Backbone
 from mergekit_lit.stages.evaluate import evaluate_models
+from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.coefficients import Block
 from mergekit_lit.theory.constants import AtPoint, mean_loss, measure_point
 from mergekit_lit.theory.effort import Effort
@@ -50,6 +54,23 @@ class Measured:
     train: Mapping[str, Mapping[str, float]]
 
 
+def check_measurable(recipe: Recipe) -> None:
+    """Refuse, before anything is read, a merge that `measure_merge` cannot look at.
+
+    Args:
+        recipe: what is merged how, after `check_recipe`.
+
+    Raises:
+        ValueError: the method makes each task a model of its own.
+    """
+    method = MERGE_METHODS.get(recipe.method)
+    if is_per_task(method, resolve(method, recipe.config)) or has_adapters(method):
+        raise ValueError(
+            f"The bound is of one merged model, but {method.name!r} makes each task a model of its "
+            "own by masks, layers or adapters. Choose another method, or leave `data.suite` out."
+        )
+
+
 def measure_merge(
     experts: Experts,
     merged: Merged,
@@ -68,16 +89,7 @@ def measure_merge(
         tasks: the images of each, as the experts saw them.
         effort: how much is looked at.
         blocks: of the parameters, where the merge's coefficients differ.
-
-    Raises:
-        ValueError: the merge makes each task a model of its own.
     """
-    if merged.masks or merged.own or merged.adapters:
-        raise ValueError(
-            f"The bound is of one merged model, but {merged.facts['method']!r} makes each task a "
-            "model of its own by masks, layers or adapters. Choose another method, or leave "
-            "`data.suite` out."
-        )
     images = {task.name: task.train for task in tasks}
     calibration = calibration_on(images, experts, backbone=backbone, split="train")
     moving = experts.merged_names()

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.registry import MERGE_METHODS
-from mergekit_lit.merging.forms import is_per_task
+from mergekit_lit.merging.forms import has_adapters, is_per_task
 
 
 def same(left: Merged, right: Merged) -> bool:
@@ -217,6 +217,7 @@ def check_a_model_for_each_task_is_declared(of):
     merged = of.merge(of())
     own = bool(merged.masks or merged.own)
     assert is_per_task(of.entry, merged.facts["config"]) == own
+    assert has_adapters(of.entry) == bool(merged.adapters)
 
 
 class Watch:

@@ -414,6 +414,19 @@ def test_comparisons_that_cannot_be_are_refused(experts, capsys, flags, message)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["tall_masks", "surgery"])
+def test_nothing_is_written_where_one_method_has_a_model_for_each_task(
+    experts, tiny_suite, tmp_path, capsys, method
+):
+    out = tmp_path / "compared"
+    words = ["bound", *map(str, experts), "--data.suite", tiny_suite, "--data.reserve", "8"]
+    assert main([*words, "--method", f"average,{method}", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"{method!r} makes each task a model of its own" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
 def test_constants_are_told_with_their_intervals(experts, tiny_suite, capsys):
     words = ["constants", *map(str, experts), "--data.suite", tiny_suite, "--data.reserve", "8"]
     little = [f"--effort.{name}={value}" for name, value in vars(LITTLE).items()]

@@ -30,6 +30,7 @@ def _check(_: Experts, *, rank: int, steps: int, lr: float, batch: int) -> None:
     data="test-unlabelled",
     source="Yang et al. 2024, arXiv:2402.02705, eq. 4 (representation surgery)",
     order="the adapter of the t-th task is drawn from the t-th stream",
+    adapters=True,
     check=_check,
 )
 # Each argument is one parameter of the method, hence so many.
