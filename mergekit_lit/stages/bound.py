@@ -15,7 +15,7 @@ from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.merging.patterns import select
 from mergekit_lit.stages.bound_facts import expert_facts, is_recalibrated, looks_at, merge_facts
 from mergekit_lit.stages.constants import Measured, check_measurable, measure_merge, symptoms_of
-from mergekit_lit.stages.folders import check_record
+from mergekit_lit.stages.folders import check_record, check_record_name
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.opening import fingerprint, load_base_of
 from mergekit_lit.stages.recipes import Recipe, check_recipe, merge_recipe
@@ -64,6 +64,7 @@ def bound_files(
     recipe, effort = recipe or Recipe(), effort or Effort()
     paths = [Path(path) for path in experts]
     if out is not None:
+        check_record_name(Path(out))
         check_record(Path(out), "bound")
     check_bound(recipe, calibration)
     backbone, found = load_base_of(paths, base)

@@ -8,7 +8,7 @@ from mergekit_lit.core.records import Record
 from mergekit_lit.lit.run_facts import LoggerKind, Outcome
 from mergekit_lit.lit.tracking import check_logger, log_run
 from mergekit_lit.stages.bound import bound_files, check_bound
-from mergekit_lit.stages.folders import check_folder, check_record
+from mergekit_lit.stages.folders import check_folder, check_no_file_name, check_record
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe, check_methods
 from mergekit_lit.stages.report import build_report
@@ -88,6 +88,7 @@ def _paths(recipes: Sequence[Recipe], out: Path | None) -> list[Path | None]:
                 f"{str(out)!r}."
             )
         return [out]
+    check_no_file_name(out)
     check_folder(out)
     return [out / f"{name}.record.json" for name in names]
 

@@ -30,6 +30,34 @@ def check_folder(out: Path) -> None:
         )
 
 
+def check_record_name(out: Path) -> None:
+    """Refuse the name of a record that is not a JSON file's.
+
+    Raises:
+        ValueError: `out` has another ending, or none.
+    """
+    if out.suffix != ".json":
+        raise ValueError(
+            f"`out` must be a record's file, ending in .json, but is {str(out)!r}. Name it "
+            f"{f'{out}.json'!r}."
+        )
+
+
+def check_no_file_name(out: Path) -> None:
+    """Refuse a name for a folder, or for a record, that ends like another kind of file.
+
+    A folder that is there may have any name, and one such as `lr0.01` has no ending.
+
+    Raises:
+        ValueError: `out` ends in a dot and a word, other than `.json`.
+    """
+    if out.suffix[1:2].isalpha() and out.suffix != ".json" and not out.is_dir():
+        raise ValueError(
+            f"`out` must be a folder, or a file ending in .json, but is {str(out)!r}. Leave out "
+            f"{out.suffix!r}, or make that folder first."
+        )
+
+
 def check_record(path: Path, stage: str) -> None:
     """Refuse to overwrite the record of another stage, such as that of an expert's training.
 

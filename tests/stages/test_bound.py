@@ -407,11 +407,27 @@ def test_methods_are_compared_in_one_table_and_one_page(experts, tmp_path, capsy
         (["--method", "average,ties", "--out", "b.json"], "must be a folder for the records of 2"),
         (["--method", "average,tis"], "Did you mean 'ties'"),
         (["--logger", "wandb"], "must be told a folder"),
+        (["--out", "x.txt"], "must be a folder, or a file ending in .json, but is 'x.txt'"),
     ],
 )
-def test_comparisons_that_cannot_be_are_refused(experts, capsys, flags, message):
+def test_comparisons_that_cannot_be_are_refused(
+    experts, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
     assert main(["bound", *map(str, experts), *flags]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_bounds_may_be_named_by_a_number(experts, tmp_path):
+    for name in ("lr0.01", "there.v2"):
+        folder = tmp_path / name
+        if name == "there.v2":
+            folder.mkdir()
+        assert main(["bound", *map(str, experts), "--out", str(folder)]) == 0
+        assert (folder / "average.record.json").is_file()
 
 
 @pytest.mark.parametrize("method", ["tall_masks", "surgery"])
@@ -436,6 +452,15 @@ def test_constants_are_told_with_their_intervals(experts, tiny_suite, capsys):
         assert name in out
     assert main(["constants", *map(str, experts)]) == 2
     assert "`data.suite` must name the suite" in capsys.readouterr().err
+
+
+def test_a_record_of_constants_ends_in_json(experts, tiny_suite, tmp_path, capsys):
+    words = ["constants", *map(str, experts), "--data.suite", tiny_suite, "--data.reserve", "8"]
+    assert main([*words, "--out", str(tmp_path / "o9")]) == 2
+    error = capsys.readouterr().err
+    assert "`out` must be a record's file, ending in .json" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merge_of_nothing_is_said_to_be_the_base(experts, tmp_path, capsys):
