@@ -41,7 +41,13 @@ class StabilityTwins(Callback):
 
     At the end the distances at each step count that `ExpertExport` writes go to
     `<expert>.measured.json`. M twins cost M trainings in time, and weights, gradients and the
-    optimizer's state in memory.
+    optimizer's state in memory; M counts every twin carried, `twins` for each m and the controls:
+    by default 5 + 2. They step one after the other: stacked into one pass they would lose time with
+    the shipped backbones (measured in experiments/benchmarks/README.md), so that is not offered.
+
+    Several processes carry the twins that one does, but for rounding, where their plain run is that
+    of one too: not under augmentation or dropout, of which each process draws its own, nor under
+    BatchNorm without `sync_batchnorm`.
 
     Source: Lei & Ying 2020, arXiv:2006.08157, definition 4 (l2 on-average model stability).
     Differs: m samples at once, divided by m, which is the same where the change is small.
@@ -62,7 +68,7 @@ class StabilityTwins(Callback):
 
         Args:
             twins: neighbours for each m, at least 1, one number for all or one for each m; their
-                seeds are 0, 1, ...
+                seeds are 0, 1, ... The two controls are carried beside them.
             replaced: the numbers m of samples that are replaced, each at least 1.
             null: whether to carry a twin with nothing replaced.
             rounding: whether to carry a twin whose x0 is rounded otherwise.
@@ -72,9 +78,14 @@ class StabilityTwins(Callback):
             seed: of the rounding.
 
         Raises:
-            ValueError: a number out of range, or not one number of twins for each m.
+            ValueError: no m, a number out of range, or not one number of twins for each m.
         """
         _check(every=every)
+        if not replaced:
+            raise ValueError(
+                "`replaced` must hold at least one number of samples, but is empty. Leave "
+                "StabilityTwins out, or give one, such as [1]."
+            )
         for m in replaced:
             _check(replaced=m)
         counts = _counts(twins, replaced)
@@ -100,7 +111,7 @@ class StabilityTwins(Callback):
                 f"{type(data).__name__}. Train by `train_expert`, or leave it out."
             )
         for place in self.places:
-            replacement(data.task_data, place.m, place.seed)
+            replacement(data.task_data, place.m, place.seed, name="replaced")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # untyped
         export = _export_of(trainer)
         if self.export and export and callbacks.index(export) < callbacks.index(self):

@@ -226,7 +226,9 @@ def neighbour(data: TaskData, m: int, seed: int) -> TaskData:
     )
 
 
-def replacement(data: TaskData, m: int, seed: int) -> tuple[Array, Images]:
+def replacement(
+    data: TaskData, m: int, seed: int, *, name: str = "neighbour"
+) -> tuple[Array, Images]:
     """Return which training images a neighbouring data set replaces, and by what.
 
     Both are drawn by `seed`; those of a smaller m are the first of a larger m's.
@@ -235,6 +237,7 @@ def replacement(data: TaskData, m: int, seed: int) -> tuple[Array, Images]:
         data: the task, carved with a reserve of at least m.
         m: images replaced, at least 0.
         seed: which neighbour.
+        name: the argument that says m, for messages.
 
     Returns:
         Positions (m,) in the training set, and m images of the reserve.
@@ -249,8 +252,7 @@ def replacement(data: TaskData, m: int, seed: int) -> tuple[Array, Images]:
     what, (largest, remedy) = min(limits.items(), key=lambda item: item[1][0])
     if not 0 <= m <= largest:
         raise ValueError(
-            f"`neighbour` must lie in 0..{largest}, {what} of task {data.name!r}, but is {m}. "
-            f"{remedy}"
+            f"`{name}` must lie in 0..{largest}, {what} of task {data.name!r}, but is {m}. {remedy}"
         )
     if data.original:
         raise ValueError("`data` must be an original data set, but is a neighbour of one already.")

@@ -223,7 +223,8 @@ def test_a_resumed_run_has_the_same_twins(tiny_suite, tmp_path):
         ({"twins": [2], "replaced": [1, 4]}, r"one for each of `replaced`, \[1, 4\], but is \[2\]"),
         ({"replaced": [0]}, "`replaced` must be at least 1, but is 0"),
         ({"every": 0}, "`every` must be at least 1, but is 0"),
-        ({"replaced": [9]}, r"`neighbour` must lie in 0\.\.8"),
+        ({"replaced": []}, "`replaced` must hold at least one number of samples, but is empty"),
+        ({"replaced": [9]}, r"`replaced` must lie in 0\.\.8, the reserve of task 'dots', but is 9"),
     ],
 )
 def test_bad_input_is_one_line(tiny_suite, tmp_path, options, message):
