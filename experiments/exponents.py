@@ -254,6 +254,15 @@ def _slope(x: Any, y: Any, level: Any, weights: Any) -> float:
     return float((weights * across * up).sum()) / spread if spread > 1e-9 else float("nan")
 
 
+def predicted(prediction: Prediction) -> str:
+    """Return a prediction as tables tell it; nothing where there is none."""
+    if prediction is None:
+        return ""
+    if isinstance(prediction, tuple):
+        return f"{prediction[0]:g} to {prediction[1]:g}"
+    return prediction if isinstance(prediction, str) else f"{prediction:g}"
+
+
 def verdict(slope: float, bounds: tuple[float, float] | None, prediction: Prediction) -> str:
     """Return whether a measured slope agrees with a prediction: `agree`, `disagree`, `undecided`.
 

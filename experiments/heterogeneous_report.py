@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from correlations import spearman
 from hyperparameters_report import read
 
 from mergekit_lit.reports.intervals import mean_told
@@ -98,16 +99,10 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rank(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    from scipy.stats import spearmanr
-
     # A coefficient of 0 or below has no divergence.
     pairs = [(row[name], row["fall"]) for row in rows if not math.isnan(row[name])]
-    # Coefficients that are equal but for rounding are no order.
-    x = [float(f"{value:.9g}") if abs(value) > 1e-9 else 0.0 for value, _ in pairs]
-    y = [fall for _, fall in pairs]
-    if len(pairs) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return "constant"
-    return f"{float(spearmanr(x, y).statistic):.2f} ({len(pairs)})"
+    found = spearman([value for value, _ in pairs], [fall for _, fall in pairs])
+    return "constant" if found is None else f"{found:.2f} ({len(pairs)})"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from exponents import (
     epochs,
     grouped,
     measured,
+    predicted,
     predicted_of,
     varying,
     verdict,
@@ -91,26 +92,26 @@ def exponents(by_backbone: Mapping[str, Sequence[Row]]) -> str:
     ]
     for factor, quantities in PREDICTIONS.items():
         varied = {name: varying(rows, factor) for name, rows in by_backbone.items()}
-        for quantity, predicted in quantities.items():
+        for quantity, expected in quantities.items():
             cells = [
                 _exponent(
                     [row for row in rows if (epochs(row) > 1.05) == bool(place)],
                     factor,
                     quantity,
-                    predicted,
+                    expected,
                     place,
                 )
                 for rows in varied.values()
                 for place in range(2)
             ]
             if any(cells):
-                both = [_predicted(predicted.source), _predicted(predicted.ours)]
+                both = [_predicted(expected.source), _predicted(expected.ours)]
                 lines.append(_line([factor, quantity, *both, *cells]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _exponent(
-    rows: Sequence[Row], factor: str, quantity: str, predicted: Predicted, place: int
+    rows: Sequence[Row], factor: str, quantity: str, expected: Predicted, place: int
 ) -> str:
     """Return a slope with its interval and both verdicts; nothing where no factor varies."""
     found = measured(rows, factor, quantity)
@@ -118,9 +119,9 @@ def _exponent(
         return ""
     slope, bounds = found
     number = f"{slope:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
-    ours = predicted_of(predicted.ours[place], rows, factor, quantity)
-    said = [verdict(slope, bounds, each) for each in (predicted.source[place], ours)]
-    form = f": {ours:.2f}" if predicted.ours[place] == CLOSED else ""
+    ours = predicted_of(expected.ours[place], rows, factor, quantity)
+    said = [verdict(slope, bounds, each) for each in (expected.source[place], ours)]
+    form = f": {ours:.2f}" if expected.ours[place] == CLOSED else ""
     return f"{number} ({'/'.join(word[:1] or '-' for word in said)}{form})" if any(said) else number
 
 
@@ -224,16 +225,8 @@ def _plot(
 
 def _predicted(of: tuple[Prediction, Prediction]) -> str:
     """Return what is predicted, below an epoch and beyond it where the two differ."""
-    told = [_one(prediction) for prediction in of]
+    told = [predicted(prediction) for prediction in of]
     return told[0] if told[0] == told[1] else ", ".join(each or "none" for each in told)
-
-
-def _one(prediction: Prediction) -> str:
-    if prediction is None:
-        return ""
-    if isinstance(prediction, tuple):
-        return f"{prediction[0]:g} to {prediction[1]:g}"
-    return prediction if isinstance(prediction, str) else f"{prediction:g}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from exponents import PREDICTIONS, Prediction, grouped, verdict
+from exponents import PREDICTIONS, epochs, grouped, predicted, verdict
 
 from mergekit_lit.reports.curves import Plot
 from mergekit_lit.reports.intervals import student_half_width
@@ -53,9 +53,9 @@ def exponents(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for factor, (name, held) in FACTORS.items():
-        predicted = PREDICTIONS[name]["eps_path"]
+        expected = PREDICTIONS[name]["eps_path"]
         for place, regime in enumerate(("below one epoch", "beyond")):
-            chosen = [e for e in experts if (_epochs(e) > 1.05) == bool(place)]
+            chosen = [e for e in experts if (epochs(e) > 1.05) == bool(place)]
             for m in numbers:
                 kept = [e for e in chosen if e[f"measured_{m}"] and e[f"eps2_{m}"] > 0]
                 found = exponent(kept, factor, held, lambda e, m=m: math.sqrt(e[f"eps2_{m}"]))
@@ -63,8 +63,8 @@ def exponents(rows: Sequence[Row]) -> str:
                     continue
                 beside = exponent(kept, factor, held, lambda e: e["eps_path"])
                 cells = [name, regime, m, _told(found)]
-                for prediction in (predicted.source[place], predicted.ours[place]):
-                    cells += [_predicted(prediction), verdict(*found, prediction)]
+                for prediction in (expected.source[place], expected.ours[place]):
+                    cells += [predicted(prediction), verdict(*found, prediction)]
                 lines.append(f"| {' | '.join([*cells, _told(beside)])} |")
     return "\n".join(lines)
 
@@ -110,7 +110,11 @@ def _number(name: str) -> int:
 def exponent(
     experts: Sequence[Row], factor: str, held: Sequence[str], value: Any
 ) -> tuple[float, tuple[float, float] | None] | None:
-    """Return the mean slope over tasks with its interval; None where the factor does not vary."""
+    """Return the mean slope over tasks with its interval; None where the factor does not vary.
+
+    Every task counts alike, one with a single pair of experts as much as one with twelve: the
+    interval over tasks, not the mean's weights, says how sure the slope is.
+    """
     slopes = []
     for each in grouped(experts, "task").values():
         across, up = [], []
@@ -130,16 +134,8 @@ def exponent(
     return mean, (mean - half, mean + half)
 
 
-def _epochs(expert: Row) -> float:
-    return float(expert["steps"] * expert["batch"] / expert["n"])
-
-
 def _told(found: tuple[float, tuple[float, float] | None] | None) -> str:
     if found is None:
         return ""
     slope, bounds = found
     return f"{slope:.2f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
-
-
-def _predicted(prediction: Prediction) -> str:
-    return "-" if prediction is None else str(prediction)

@@ -9,8 +9,9 @@ rounding does.
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any, TypeAlias
+
+from correlations import pooled_and_within, spearman
 
 Row: TypeAlias = Mapping[str, Any]
 Point: TypeAlias = Mapping[str, float]
@@ -70,7 +71,7 @@ def calibration(rows: Sequence[Row]) -> str:
             f"{lr:g}",
             f"{len(known)} of {len(everyone)}",
             _spread([e["eps_path"] / _eps(e) for e in known if e["eps_path"]]),
-            _rank([e["eps_path"] or 0.0 for e in known], [_eps(e) for e in known]),
+            _told(spearman([e["eps_path"] or 0.0 for e in known], [_eps(e) for e in known])),
             _spread([e["eps2"][most] / e["eps2"][_least(e)] for e in known]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -92,7 +93,8 @@ def ranks(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, about in PREDICTORS.items():
-        cells = [cell for points in (alone, merges) for cell in _ranks(points, name)]
+        found = [of for points in (alone, merges) for of in pooled_and_within(points, name, "gap")]
+        cells = [_told(value) for value in found]
         lines.append(f"| {about} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -136,30 +138,11 @@ def _added(row: Row, what: str, tasks: Any) -> float:
     return statistics.fmean(gaps[what][task] - gaps["base"][task] for task in tasks)
 
 
-def _ranks(points: Sequence[Point], name: str) -> tuple[str, str]:
-    """Return the correlation with the gap, pooled and within steps."""
-
-    def steps(point: Point) -> float:
-        return point["steps"]
-
-    def rank(each: Sequence[Point]) -> str:
-        return _rank([point[name] for point in each], [point["gap"] for point in each])
-
-    groups = [list(group) for _, group in groupby(sorted(points, key=steps), key=steps)]
-    within = [float(found) for group in groups if (found := rank(group)) != _NONE]
-    return rank(points), f"{statistics.fmean(within):.2f}" if within else _NONE
-
-
 _NONE = "-"
 
 
-def _rank(x: Sequence[float], y: Sequence[float]) -> str:
-    """Return Spearman's correlation of three or more values that differ."""
-    from scipy.stats import spearmanr
-
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return _NONE
-    return f"{float(spearmanr(x, y).statistic):.2f}"
+def _told(correlation: float | None) -> str:
+    return _NONE if correlation is None else f"{correlation:.2f}"
 
 
 def _least(expert: Row) -> str:

@@ -39,6 +39,8 @@ WEIGHED = (
     "delta2_by_path",
 )
 """Terms that rest on coefficients."""
+BRACKETED = {*WEIGHED, "chi2_lambda", "chi2_w", "total"}
+"""Columns that are the average's where a merge has no coefficients of its own."""
 OTHERS = ("descent", "merged_gradient", "delta2", "delta2_by_refits", "generalization")
 
 
@@ -151,7 +153,7 @@ def told(jobs: Sequence[Job]) -> str:
         cells = []
         for name in names:
             cell = marked(row[name], found[0][name])
-            cells.append(cell if job.linear or name not in _WEIGHED else f"({cell})")
+            cells.append(cell if job.linear or name not in BRACKETED else f"({cell})")
         lines.append(f"| {' | '.join([job.row.name, *cells])} |")
     return "\n".join(lines)
 
@@ -169,9 +171,6 @@ def values(job: Job) -> dict[str, float | str]:
         term = bound["terms"][name]
         found[name] = term["provenance"] if term["value"] is None else term["value"]
     return {**found, **{name: _known(bound[name]) for name in ("total", "total_by_step")}}
-
-
-_WEIGHED = {*WEIGHED, "chi2_lambda", "chi2_w", "total"}
 
 
 def marked(value: float | str, average: float | str) -> str:

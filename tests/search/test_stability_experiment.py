@@ -91,8 +91,8 @@ def test_exponents_are_those_that_the_rows_were_made_with(experiment):
     told = exponents.exponents([*rows, {**far, "lr": 0.1, "batch": 2}]).splitlines()
     cells = {tuple(c.strip() for c in line.strip("|").split("|")[:3]): line for line in told}
     for regime in ("below one epoch", "beyond"):
-        assert "| 1.50 [1.50, 1.50] | 2.0 | disagree | 1.0 |" in cells["learning rate", regime, "1"]
-        assert "| -1.00 [-1.00, -1.00] | 1.0 | disagree |" in cells["batch", regime, "16"]
+        assert "| 1.50 [1.50, 1.50] | 2 | disagree | 1 |" in cells["learning rate", regime, "1"]
+        assert "| -1.00 [-1.00, -1.00] | 1 | disagree |" in cells["batch", regime, "16"]
         assert "| 0.50 [0.50, 0.50] | + | agree |" in cells["effective steps", regime, "1"]
     # Every expert has the same number of images.
     assert not [key for key in cells if key[0] == "training images"]
