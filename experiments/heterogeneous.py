@@ -4,8 +4,9 @@
 
 Takes the experts of `experiments/hyperparameters.py`, trains those that are missing, and merges
 random groups of which one half comes from one configuration, the other from another. Each mix
-ends in one record; what is there is not made again. The rows of all are written to
-`<out>/<file>.csv`, and what they say is printed as by `experiments/heterogeneous_report.py`.
+ends in one record; what is there is not made again. The rows of all records of the file, whenever
+they were made, are written to `<out>/<file>.csv`, and what they say is printed as by
+`experiments/heterogeneous_report.py`.
 
 Accuracies are on a few test images of each task and BatchNorm statistics as in the sweep; a scale
 is chosen on validation images.
@@ -13,27 +14,45 @@ is chosen on validation images.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heterogeneous_report import UNIFORM, told
-from hyperparameters import Run, experts_of, runs_of
-from hyperparameters_report import read
+from finished import check_same, rows_in
+from heterogeneous_report import UNIFORM, read, told
+from hyperparameters import experts_of, mean_known
+from hyperparameters_runs import Run, runs_of, sweep_of
+from inputs import (
+    COUNT,
+    GROUPS,
+    LIST,
+    MAPPING,
+    NUMBER,
+    SHARE,
+    WORD,
+    check_keys,
+    command,
+    named,
+    read_settings,
+    seeds_with,
+)
 from methods import Row, row_of
-from omegaconf import OmegaConf
-from testbed import POLICY, Testbed, csv_of, groups_of, write_rows
+from testbed import POLICY, Testbed, check_bases, csv_of, groups_of, write_rows
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts, Merged
-from mergekit_lit.core.files import read_json, write_text
+from mergekit_lit.core.files import write_text
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.merging.configuration import SCALE
 from mergekit_lit.search.coefficients import choose, scale_grid
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.coefficients import weigh
+
+_KEYS = {"sweep": WORD, "groups": GROUPS, "mixes": MAPPING, "rows": LIST}
+_HALF = {"lr": NUMBER, "batch": COUNT, "train_share": SHARE, "steps": COUNT}
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,11 @@ class Mix:
         name = "".join(c if c.isalnum() else "-" for c in self.name)
         return self.out / folder / f"{name}.json"
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What its record says of it."""
+        return {**asdict(self), "batch_norm": POLICY}
+
 
 def main() -> None:
     """Make what is missing, write the table, and print what it says."""
@@ -62,20 +86,25 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="YAML: sweep, groups, mixes, rows")
     parser.add_argument("--suite", help="in place of the sweep's, such as your own folder")
     parser.add_argument("--backbones", nargs="+", help="some of the file's")
-    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the sweep's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="some of the sweep's, or others")
     parser.add_argument("--experts", type=Path, default=Path("runs/hyperparameters"))
     parser.add_argument("--out", type=Path, default=Path("runs/heterogeneous"))
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    settings: Any = OmegaConf.to_container(OmegaConf.load(given.file))
-    sweep: Any = OmegaConf.to_container(OmegaConf.load(given.file.parent / settings["sweep"]))
-    sweep |= {k: v for k in ("suite", "seeds") if (v := getattr(given, k))}
-    mixes = mixes_of(settings, runs_of(sweep, given.experts), given.out)
-    backbones = given.backbones or list(settings["mixes"])
+    settings = read_settings(given.file, _KEYS)
+    sweep = sweep_of(given.file.parent / settings["sweep"], suite=given.suite)
+    seeds = given.seeds or sweep["seeds"]
+    runs = runs_of({**sweep, "seeds": seeds_with(sweep, given.seeds)}, given.experts)
+    mixes = mixes_of(settings, runs, given.out)
+    backbones = named(f"backbone of {given.file}", given.backbones, settings["mixes"])
+    # All of them, as all that are finished become rows of one table.
+    for mix in mixes:
+        check_same(mix.record, mix.config)
+    wanted = [m for m in mixes if m.runs[0].backbone in backbones and m.runs[0].seed in seeds]
+    check_bases(mix.runs[0].backbone for mix in wanted if not mix.record.is_file())
     with Crew(given.jobs) as crew:
-        crew.run(make, [mix for mix in mixes if mix.runs[0].backbone in backbones])
-    made = [mix.record for mix in mixes if mix.record.is_file()]
-    rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
+        crew.run(make, wanted)
+    rows = rows_in(mix.record for mix in mixes)
     table = given.out / f"{given.file.stem}.csv"
     write_text(table, csv_of(rows, ("backbone", "seed", "mix")))
     print(told([row for row in read(table) if row["backbone"] in backbones]), flush=True)
@@ -85,20 +114,31 @@ def mixes_of(settings: Mapping[str, Any], runs: Sequence[Run], out: Path) -> lis
     """Return every mix of a file, of the seeds and backbones of the sweep's runs.
 
     Raises:
+        KeyError: an unknown key or method, or a backbone that the sweep lacks.
         ValueError: the sweep has no such configuration or number of steps.
     """
     found = []
     rows = tuple(row_of(entry) for entry in settings["rows"])
+    named("backbone of the sweep", settings["mixes"], dict.fromkeys(run.backbone for run in runs))
     for seed in dict.fromkeys(run.seed for run in runs):
         for backbone, mixes in settings["mixes"].items():
             own = [run for run in runs if (run.seed, run.backbone) == (seed, backbone)]
             sizes = settings["groups"].items()
             groups = [g for size, count in sizes for g in groups_of(own[0].tasks, size, count)]
-            for name, (first, second) in mixes.items():
+            for name, halves in mixes.items():
+                first, second = _halves(name, halves)
                 pair = (configured(own, first), configured(own, second))
                 steps = (first["steps"], second["steps"])
                 found.append(Mix(name, pair, steps, tuple(groups), rows, out))
     return found
+
+
+def _halves(name: str, listed: Any) -> list[dict[str, Any]]:
+    """Return the two configurations of a mix, as far as it names them."""
+    if not isinstance(listed, list) or len(listed) != 2:
+        raise ValueError(f"The mix {name!r} must list two configurations, but is {listed!r}.")
+    optional = set(_HALF) - {"steps"}
+    return [check_keys(f"the mix {name!r}", half, _HALF, optional=optional) for half in listed]
 
 
 def configured(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Run:
@@ -119,7 +159,7 @@ def make(mix: Mix) -> Path:
         lambda: rows_of(mix),
         stage="heterogeneous",
         name=mix.name,
-        config={**asdict(mix), "batch_norm": POLICY},
+        config=mix.config,
         seeds={"seed": mix.runs[0].seed},
     )
 
@@ -160,7 +200,7 @@ def of_group(bed: Testbed, files: Sequence[Path], rows: Sequence[Row]) -> Iterat
     experts = bed.experts(files)
     alone = _accuracies(bed, files, experts)
     travels = [card.travel for card in experts.cards]
-    lengths = [card.displacement or 0.0 for card in experts.cards]
+    lengths = [card.displacement for card in experts.cards if card.displacement]
     for row in rows:
         merged = merge(bed, experts, row)
         coefficients = merged.facts["coefficients"]
@@ -172,8 +212,8 @@ def of_group(bed: Testbed, files: Sequence[Path], rows: Sequence[Row]) -> Iterat
             "chi2_lambda": weighing.chi2_lambda,
             "chi2_w": weighing.chi2_w,
             "tv_w": weighing.tv_w,
-            "travel": statistics.fmean(travel or 0.0 for travel in travels),
-            "ratio": max(lengths) / (min(lengths) or 1.0),
+            "travel": mean_known(travels),
+            "ratio": max(lengths) / min(lengths) if len(lengths) == len(travels) else None,
         }
 
 
@@ -220,4 +260,4 @@ def _mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

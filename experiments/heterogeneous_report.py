@@ -11,12 +11,14 @@ and two numbers that need no theory, rank how far it falls below.
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from correlations import spearman
-from hyperparameters_report import read
+from finished import read_table
+from inputs import command
 
 from mergekit_lit.reports.intervals import mean_told
 
@@ -30,6 +32,17 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", type=Path, help="CSV of experiments/heterogeneous.py")
     given = parser.parse_args()
     print(told([row for path in given.tables for row in read(path)]), flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table of mixes."""
+    return read_table(path, "experiments/heterogeneous.py", _COLUMNS)
+
+
+_COLUMNS = (
+    *("backbone", "seed", "mix", "group", "swapped", "row", "accuracy", "sum"),
+    *("chi2_lambda", "chi2_w", "travel", "ratio"),
+)
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -106,4 +119,4 @@ def _rank(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

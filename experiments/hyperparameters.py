@@ -2,12 +2,15 @@
 
     python experiments/hyperparameters.py experiments/hyperparameters.yaml --seeds 0 --jobs 1
     python experiments/hyperparameters.py experiments/hyperparameters_cosine.yaml --seeds 0 --jobs 1
+    python experiments/hyperparameters.py experiments/hyperparameters_real8.yaml --suite FOLDER \
+        --out runs/hyperparameters_real8
 
 Trains an expert of every task in each configuration, merges random groups of them by the simple
 average at each step count, and measures losses and the terms of the bound. Each configuration ends
 in one record; what is there is not made again, and a training that was killed goes on. The rows of
-all records of the file are written to `<out>/<file>.csv`, which
-`experiments/hyperparameters_report.py` reads. `--backbones resnet` makes those of one backbone.
+all records of the file, whenever they were made, are written to `<out>/<file>.csv`, which
+`experiments/hyperparameters_report.py` reads. `--backbones resnet` makes those of one backbone. A
+record of other tasks, images, groups or steps is refused, and wants another `--out`.
 
 How it is measured: losses and accuracies on at most `images` images of each task and split, those
 of merges, experts and base under BatchNorm statistics that are estimated again on these training
@@ -20,89 +23,31 @@ path estimate of the cards, which no twins have calibrated: what is derived from
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from omegaconf import OmegaConf
-from testbed import (
-    POLICY,
-    Around,
-    Place,
-    Slopes,
-    Testbed,
-    csv_of,
-    groups_of,
-    testbed_of,
-    trained,
-    write_rows,
-)
+from finished import check_same, rows_in
+from hyperparameters_runs import Run, runs_of, sweep_of
+from inputs import command, named, seeds_with
+from testbed import POLICY, Around, Slopes, Testbed, check_bases, csv_of, trained, write_rows
 from torch import Tensor
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts
-from mergekit_lit.core.files import read_json, write_text
-from mergekit_lit.data.suites import load_suite
+from mergekit_lit.core.files import write_text
 from mergekit_lit.lit.data import TaskDataModule
 from mergekit_lit.lit.expert import ExpertModule
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound_facts import expert_facts
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.bound import bound
-from mergekit_lit.theory.effort import Effort
 from mergekit_lit.theory.facts import ALL, MergeFacts
 
 Losses: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Scores by task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One configuration of one backbone and seed, for all tasks and step counts."""
-
-    backbone: str
-    suite: str
-    tasks: tuple[str, ...]
-    seed: int
-    schedule: str
-    warmup_steps: int
-    lr: float
-    batch: int
-    train_share: float
-    steps: tuple[int, ...]
-    images: int
-    effort: Effort
-    groups: tuple[tuple[str, ...], ...]
-    out: Path
-
-    @property
-    def name(self) -> str:
-        """Name of the configuration."""
-        return f"{self.schedule}-lr{self.lr:g}-b{self.batch}-share{self.train_share:g}"
-
-    @property
-    def folder(self) -> Path:
-        """Where its experts lie."""
-        return self.out / f"{self.backbone.replace('/', '-')}-{self.seed}" / self.name
-
-    @property
-    def record(self) -> Path:
-        """Where its record lies, once it is made."""
-        return self.folder / "hyperparameters.json"
-
-    @property
-    def testbed(self) -> Testbed:
-        """Base and images."""
-        return testbed_of(
-            Place(
-                backbone=self.backbone,
-                suite=self.suite,
-                seed=self.seed,
-                train_share=self.train_share,
-                images=self.images,
-            )
-        )
 
 
 def main() -> None:
@@ -111,50 +56,26 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="YAML: suite, configurations, steps, groups ...")
     parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbones", nargs="+", help="some of the file's")
-    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the file's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="some of the file's, or others")
     parser.add_argument("--out", type=Path, default=Path("runs/hyperparameters"))
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
-    settings |= {k: v for k in ("suite", "seeds") if (v := getattr(given, k))}
-    runs = runs_of(settings, given.out)
-    chosen = [run for run in runs if given.backbones is None or run.backbone in given.backbones]
+    settings = sweep_of(given.file, suite=given.suite)
+    seeds = given.seeds or settings["seeds"]
+    runs = runs_of({**settings, "seeds": seeds_with(settings, given.seeds)}, given.out)
+    backbones = named(f"backbone of {given.file}", given.backbones, settings["configurations"])
+    # All of them, as all that are finished become rows of one table.
+    for run in runs:
+        check_same(run.record, run.config)
+    chosen = [run for run in runs if run.seed in seeds and run.backbone in backbones]
+    check_bases(run.backbone for run in chosen if not run.record.is_file())
     with Crew(given.jobs) as crew:
         crew.run(make, chosen)
     # Of all runs, so that one backbone or seed after the other ends in the table of all.
-    made = [run.record for run in runs if run.record.is_file()]
-    rows = [row for record in made for row in read_json(record)["metrics"]["rows"]]
+    rows = rows_in(run.record for run in runs)
     table = given.out / f"{given.file.stem}.csv"
     write_text(table, csv_of(rows, (*_SETTINGS, "steps", "size", "group")))
     print(f"{len(rows)} rows in {table}", flush=True)
-
-
-def runs_of(settings: Mapping[str, Any], out: Path) -> list[Run]:
-    """Return every run of a file: seed by seed, the centre first."""
-    suite = settings["suite"]
-    tasks = tuple(settings.get("tasks") or load_suite(suite).names)
-    found = []
-    for seed in settings["seeds"]:
-        for backbone, (centre, *others) in settings["configurations"].items():
-            for index, changed in enumerate([{}, *others]):
-                sizes = settings["groups"] | ({} if index else settings["more_groups"])
-                groups = [g for size, n in sizes.items() for g in groups_of(tasks, size, n)]
-                chosen = {**centre, **changed}
-                run = Run(
-                    backbone=backbone,
-                    suite=suite,
-                    tasks=tasks,
-                    seed=seed,
-                    schedule=settings["schedule"],
-                    warmup_steps=settings["warmup_steps"],
-                    images=settings["images"],
-                    effort=Effort(**settings["effort"]),
-                    groups=tuple(groups),
-                    out=out,
-                    **{**chosen, "steps": tuple(chosen["steps"])},
-                )
-                found.append(run)
-    return found
 
 
 def make(run: Run) -> Path:
@@ -164,7 +85,7 @@ def make(run: Run) -> Path:
         lambda: rows_of(run),
         stage="hyperparameters",
         name=run.name,
-        config={**asdict(run), "batch_norm": POLICY},
+        config=run.config,
         seeds={"seed": run.seed},
     )
 
@@ -233,16 +154,23 @@ def rows_of(run: Run) -> Iterator[dict[str, Any]]:
 _SETTINGS = ("backbone", "seed", "schedule", "lr", "batch", "train_share")
 
 
-def path_of(experts: Experts) -> dict[str, float]:
-    """Return means over a group of what its cards tell of the ways."""
+def path_of(experts: Experts) -> dict[str, float | None]:
+    """Return means over a group of what its cards tell of the ways; None where one does not."""
     cards = experts.cards
+    eps2 = mean_known([None if card.eps_path is None else card.eps_path**2 for card in cards])
     return {
-        "n": statistics.fmean(card.n or 0 for card in cards),
-        "travel": statistics.fmean(card.travel or 0.0 for card in cards),
-        "displacement": statistics.fmean(card.displacement or 0.0 for card in cards),
-        "noise": statistics.fmean(card.gradient_noise or 0.0 for card in cards),
-        "eps_path": statistics.fmean((card.eps_path or 0.0) ** 2 for card in cards) ** 0.5,
+        "n": mean_known([card.n for card in cards]),
+        "travel": mean_known([card.travel for card in cards]),
+        "displacement": mean_known([card.displacement for card in cards]),
+        "noise": mean_known([card.gradient_noise for card in cards]),
+        "eps_path": None if eps2 is None else eps2**0.5,
     }
+
+
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is unknown."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def terms_of(
@@ -321,4 +249,4 @@ def _means(scores: Mapping[str, Losses], group: Sequence[str]) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

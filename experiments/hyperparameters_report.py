@@ -16,9 +16,9 @@ stability.
 """
 
 import argparse
-import csv
-import gzip
+import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from exponents import (
     varying,
     verdict,
 )
+from finished import read_table
 from hyperparameters_ranks import ranks
+from inputs import command
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.reports.curves import Plot, sheet
@@ -64,14 +66,17 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table, which gzip may have packed; numbers as numbers."""
-    words = ("backbone", "schedule", "group", "mix", "row", "swapped")
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", newline="", encoding="utf-8") as file:
-        return [
-            {k: v if k in words else float(v or "nan") for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    """Return the rows of a table of the sweep."""
+    return read_table(path, "experiments/hyperparameters.py", _COLUMNS)
+
+
+# Tables of other versions lack some that are ranked alone.
+_COLUMNS = (
+    *("backbone", "schedule", "seed", "lr", "batch", "train_share", "steps", "size", "group", "n"),
+    *("travel", "displacement", "eps_path", "drift", "merged_noise", "generalization_path"),
+    *("merged_gradient", "gap", "base_gap", "train_loss", "test_loss", "base_test_loss"),
+    *("experts_train_loss", "experts_test_loss", "accuracy"),
+)
 
 
 def told(rows: Sequence[Row]) -> str:
@@ -213,12 +218,13 @@ def _of(name: str) -> Callable[[Row], float]:
 def _plot(
     title: str, rows: Sequence[Row], by: str, value: Callable[[Row], float], *, log: bool = False
 ) -> Plot:
+    known = [row for row in rows if not math.isnan(value(row))]
     curves = {
         f"{level:g}": [
             (steps, statistics.fmean(value(row) for row in at))
             for (steps,), at in sorted(grouped(each, "steps").items())
         ]
-        for (level,), each in sorted(grouped(rows, by).items())
+        for (level,), each in sorted(grouped(known, by).items())
     }
     return Plot(title, "steps K", curves, log=log)
 
@@ -230,4 +236,4 @@ def _predicted(of: tuple[Prediction, Prediction]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from inputs import MAPPING, SEEDS, WORD, check_keys, named
 from omegaconf import OmegaConf
 
 from mergekit_lit.core.expert_files import load_expert
@@ -28,7 +29,7 @@ from mergekit_lit.lit.recalibration import (
     images_by_split,
     splits_needed,
 )
-from mergekit_lit.merging.configuration import SCALE
+from mergekit_lit.merging.configuration import SCALE, resolve
 from mergekit_lit.merging.gather import in_memory, load_experts
 from mergekit_lit.reports.intervals import mean_told
 from mergekit_lit.reports.tables import DATA_WORDS
@@ -224,12 +225,24 @@ def _ratios(model: Mapping[str, float], experts: Mapping[str, float]) -> list[fl
 
 
 def row_of(entry: str | Mapping[str, Any]) -> Row:
-    """Return a row of the YAML: a method's name, or row, method, config, seeds and batch_norm."""
+    """Return a row of the YAML: a method's name, or row, method, config, seeds and batch_norm.
+
+    Raises:
+        KeyError: an unknown key, method or parameter.
+        ValueError: a key is missing, or a value is not what it must be.
+    """
     if isinstance(entry, str):
-        return Row(entry, entry)
-    seeds = tuple(entry["seeds"]) if "seeds" in entry else None
+        entry = {"row": entry, "method": entry}
+    optional = ("config", "seeds", "batch_norm")
+    entry = check_keys(f"the row {entry!r}", entry, _ROW_KEYS, optional=optional)
+    resolve(MERGE_METHODS.get(entry["method"]), entry.get("config", {}))
     policy = entry.get("batch_norm", POLICY)
+    named("policy of BatchNorm statistics", [policy], get_args(BatchNormPolicy))
+    seeds = tuple(entry["seeds"]) if "seeds" in entry else None
     return Row(entry["row"], entry["method"], entry.get("config", {}), seeds, policy)
+
+
+_ROW_KEYS = {"row": WORD, "method": WORD, "config": MAPPING, "seeds": SEEDS, "batch_norm": WORD}
 
 
 def plan_of(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) -> Plan:

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from heterogeneous import configured
-from hyperparameters import Run, experts_of, runs_of
+from hyperparameters import experts_of
+from hyperparameters_runs import Run, runs_of, sweep_of
 from omegaconf import OmegaConf
 from testbed import POLICY, groups_of, trained, write_rows
 
@@ -72,7 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(given.file))
-    sweep: Any = OmegaConf.to_container(OmegaConf.load(given.file.parent / settings["sweep"]))
+    sweep = sweep_of(given.file.parent / settings["sweep"])
     sweep |= {"seeds": given.seeds} if given.seeds else {}
     cases = cases_of(settings, runs_of(sweep, given.experts), given.out)
     for backbone in given.backbones:

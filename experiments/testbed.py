@@ -273,6 +273,12 @@ def write_rows(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], **fa
     return path
 
 
+def check_bases(specs: Iterable[str]) -> None:
+    """Refuse, before any training, a base that cannot be loaded."""
+    for spec in dict.fromkeys(specs):
+        load_base(spec)
+
+
 def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ...]]:
     """Return random groups of tasks, drawn as the source draws them.
 
@@ -282,7 +288,12 @@ def groups_of(tasks: Sequence[str], size: int, count: int) -> list[tuple[str, ..
         tasks: the suite's, in its order, which the draws depend on.
         size: tasks in a group.
         count: number of groups; all that there are where they are fewer.
+
+    Raises:
+        ValueError: there are fewer tasks than a group is to hold.
     """
+    if size > len(tasks):
+        raise ValueError(f"A group must hold at most {len(tasks)} tasks, but `groups` says {size}.")
     distinct: dict[frozenset[str], tuple[str, ...]] = {}
     seeds = itertools.count()
     while len(distinct) < min(count, math.comb(len(tasks), size)):

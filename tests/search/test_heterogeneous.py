@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mergekit_lit.core.files import read_json
+from mergekit_lit.core.records import Record
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 
@@ -76,6 +77,92 @@ def test_falls_are_from_the_uniform_groups_and_ranked(report):
     )
     assert "| χ²_w | 1.00 (8) | 1.00 (8) |" in told
     assert "| longest over shortest τ (null) | constant | constant |" in told
+
+
+def test_falls_that_are_equal_but_for_rounding_are_ties(report):
+    def row(place, uniform, average):
+        about = {"backbone": "net", "seed": 0, "mix": "rates", "group": place, "swapped": False}
+        shared = {**about, "chi2_w": float(place)}
+        accuracies = {"uniform": uniform, "average": average}
+        return [{**shared, "row": name, "accuracy": found} for name, found in accuracies.items()]
+
+    # All fall by a tenth, to the last digit or nearly so.
+    pairs = enumerate([(0.4, 0.3), (0.3, 0.2), (0.8, 0.7), (0.9, 0.8)])
+    rows = report.with_falls([each for place, pair in pairs for each in row(place, *pair)])
+    falls = [each for each in rows if each["row"] == "average"]
+    assert len({each["fall"] for each in falls}) > 1
+    assert report._rank(falls, "chi2_w") == "constant"
+
+
+SPEC = "timm/test_resnet@random:0"
+HALVES = [{"lr": 0.01, "steps": 4}, {"lr": 0.003, "steps": 4}]
+
+
+@pytest.fixture
+def call(script, experiment, tiny_sweep, monkeypatch, tmp_path):
+    """Runs the command on changed settings; every record that is to be made is two rows."""
+
+    def make(mix):
+        run = mix.runs[0]
+        shared = {"backbone": run.backbone, "seed": run.seed, "mix": mix.name, "group": "a+b"}
+        shared |= {"swapped": False, "accuracy": 0.5, "sum": 1.0, "chi2_lambda": 0.0}
+        shared |= {"chi2_w": 0.0, "travel": 1.0, "ratio": 1.0}
+        rows = [{**shared, "row": row} for row in ("uniform", "average")]
+        config = {"config": mix.config, "metrics": {"rows": rows}}
+        Record(stage="heterogeneous", name=mix.name, **config).write(mix.record)
+        return mix.record
+
+    def run(changed, *words):
+        settings = {"sweep": str(tiny_sweep), "groups": {2: 1}, "rows": ["average"]}
+        settings |= {"mixes": {SPEC: {"rates": HALVES}}, **changed}
+        file = tmp_path / "mixed.yaml"
+        OmegaConf.save({k: v for k, v in settings.items() if v is not None}, file)
+        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
+        monkeypatch.setattr(sys, "argv", ["heterogeneous.py", str(file), *out, *words])
+        monkeypatch.setattr(script, "make", make)
+        return experiment("inputs").command(script.main)
+
+    return run
+
+
+def test_the_table_holds_the_seeds_of_the_sweep_and_those_given(call, tmp_path, report, capsys):
+    for seed in "20":
+        assert call({}, "--seeds", seed) == 0
+    assert call({}, "--seeds", "2") == 0
+    rows = report.read(tmp_path / "out/mixed.csv")
+    assert [row["seed"] for row in rows] == [0, 0, 2, 2]
+    assert capsys.readouterr().err == ""
+    assert call({"rows": ["ties"]}, "--seeds", "2") == 2
+    assert "`rows.0.method` ('average' there, 'ties' now)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "told"),
+    [
+        ({"sweep": "none.yaml"}, [], "No file "),
+        ({"rows": None}, [], "must give `rows`"),
+        ({"rows": ["averag"]}, [], "No merge method named 'averag'. Did you mean 'average'?"),
+        ({"rows": [{"method": "ties"}]}, [], "must give `row`"),
+        (
+            {"rows": [{"row": "x", "method": "ties", "config": {"densty": 1}}]},
+            [],
+            "Did you mean 'density'?",
+        ),
+        ({"rows": [{"row": "x", "method": "ties", "batch_norm": "bas"}]}, [], "mean 'base'?"),
+        ({"mixes": {"vit": {"x": HALVES}}}, [], "No backbone of the sweep named 'vit'."),
+        ({"mixes": {SPEC: {"x": HALVES[:1]}}}, [], "must list two configurations"),
+        ({"mixes": {SPEC: {"x": [{"lr": 0.01}] * 2}}}, [], "must give `steps`"),
+        ({"mixes": {SPEC: {"x": [{"steps": 7}] * 2}}}, [], "must hold the configuration"),
+        ({"groups": {3: 1}}, [], "A group must hold at most 2 tasks"),
+        ({}, ["--backbones", "resnt"], "named 'resnt'."),
+    ],
+)
+def test_wrong_input_is_refused_before_any_training(call, tmp_path, capsys, changed, words, told):
+    assert call(changed, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("heterogeneous.py: error: ")
+    assert told in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

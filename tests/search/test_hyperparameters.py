@@ -10,9 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from mergekit_lit.core.expert_files import load_expert
+from mergekit_lit.core.records import Record
 from mergekit_lit.data.suites import load_suite
 
 FOLDER = Path(__file__).parents[2] / "experiments"
+CENTRE = {"lr": 0.01, "batch": 8, "train_share": 1.0, "steps": [2]}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,94 @@ def test_the_file_varies_one_factor_at_a_time(script):
     assert {len(group) for group in centre.groups} == {2, 4, 6, 8}
     assert {len(group) for run in others for group in run.groups} == {6}
     assert centre.tasks == load_suite("embedded8").names
+
+
+@pytest.fixture
+def call(script, experiment, monkeypatch, tmp_path):
+    """Runs the command on settings; every record that is to be made is one row of its run."""
+
+    def make(run):
+        rows = [{"backbone": run.backbone, "seed": run.seed, "lr": run.lr}]
+        config = {"config": run.config, "metrics": {"rows": rows}}
+        Record(stage="hyperparameters", name=run.name, **config).write(run.record)
+        return run.record
+
+    def run(settings, *words):
+        file = tmp_path / "some.yaml"
+        OmegaConf.save(settings, file)
+        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
+        monkeypatch.setattr(sys, "argv", ["hyperparameters.py", str(file), *out, *words])
+        monkeypatch.setattr(script, "make", make)
+        return experiment("inputs").command(script.main)
+
+    return run
+
+
+def test_the_table_holds_every_finished_run_in_a_stable_order(call, tiny_sweep, tmp_path):
+    settings = OmegaConf.to_container(OmegaConf.load(tiny_sweep))
+    table = tmp_path / "out/some.csv"
+    for seed in "102":
+        assert call(settings, "--seeds", seed) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    # The file's own seed first; of seed 1 the records are there, but nobody asks for them.
+    told = [(row["seed"], row["lr"]) for row in rows]
+    assert told == [(seed, lr) for seed in "02" for lr in ("0.01", "0.003")]
+    assert call({**settings, "seeds": [0, 1, 2]}, "--seeds", "1") == 0
+    assert len(list(csv.DictReader(table.read_text().splitlines()))) == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"images": 8}, "`images` (16 there, 8 now). Choose another --out."),
+        ({"groups": {2: 1, 1: 1}}, "`groups` ("),
+        ({"effort": {"micro_batches": 4, "batch": 8}}, "`effort.micro_batches` (2 there, 4 now)"),
+    ],
+)
+def test_records_of_other_settings_are_refused(call, tiny_sweep, tmp_path, capsys, changed, told):
+    settings = OmegaConf.to_container(OmegaConf.load(tiny_sweep))
+    assert call(settings) == 0
+    before = (tmp_path / "out/some.csv").read_bytes()
+    # For another seed too, whose rows would stand in the same table.
+    assert call({**settings, **changed}, "--seeds", "5") == 2
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "out/some.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "told"),
+    [
+        ({"schedule": "cosin"}, [], "No schedule named 'cosin'. Did you mean 'cosine'?"),
+        ({"imagess": 3}, [], "named 'imagess'. Did you mean 'images'?"),
+        ({"tasks": ["dotts"]}, [], "named 'dotts'. Did you mean 'dots'?"),
+        ({"suite": "embedded9"}, [], "No suite named 'embedded9'. Did you mean 'embedded8'?"),
+        ({"warmup_steps": 4}, [], "`warmup_steps` must be less than the steps of a training, 4"),
+        ({"groups": {3: 1}}, [], "A group must hold at most 2 tasks, but `groups` says 3."),
+        ({"effort": {"batches": 3}}, [], "No key of `effort` named 'batches'."),
+        ({"configurations": {"vit": []}}, [], "must be a list of one entry or more"),
+        ({"configurations": {"vit": [{"lr": 1}]}}, [], "must give `batch`"),
+        ({"configurations": {"vitt": [CENTRE]}}, [], "No "),
+        ({"configurations": {"vit": [CENTRE, {"lrr": 1}]}}, [], "Did you mean 'lr'?"),
+        ({}, ["--backbones", "vitt"], "named 'vitt'. Known: timm/test_resnet@random:0."),
+    ],
+)
+def test_wrong_input_is_refused_before_any_training(
+    call, tiny_sweep, tmp_path, capsys, changed, words, told
+):
+    settings = OmegaConf.to_container(OmegaConf.load(tiny_sweep))
+    assert call({**settings, **changed}, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hyperparameters.py: error: ")
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_card_does_not_tell_is_no_zero(script, make_experts):
+    experts = make_experts(2)
+    assert script.path_of(experts)["travel"] == 1.5
+    experts = replace(experts, cards=[experts.cards[0], replace(experts.cards[1], travel=None)])
+    found = script.path_of(experts)
+    assert {found[name] for name in ("travel", "noise", "eps_path", "n", "displacement")} == {None}
 
 
 @pytest.mark.slow
