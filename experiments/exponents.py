@@ -24,6 +24,8 @@ CLOSED = "closed form"
 TOLERANCE = 0.25
 """How far an exponent may lie from a predicted one beside its interval, to agree with it."""
 DRAWS = 1000
+LEAST_GROUPS = 5
+"""The fewest groups whose bootstrap makes an interval: fewer have too few resamples that differ."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,14 @@ def epochs(row: Row) -> float:
 def measured(
     rows: Sequence[Row], factor: str, quantity: str
 ) -> tuple[float, tuple[float, float] | None] | None:
-    """Return the slope with its interval; None where the factor does not vary."""
-    kept = _kept(rows, quantity)
+    """Return the slope with its interval; None where the factor does not vary.
+
+    Of a single seed there is an interval from `LEAST_GROUPS` groups on.
+    """
+    kept = _kept(rows, factor, quantity)
     seeds = grouped(kept, "seed").values()
-    draws = DRAWS if len(seeds) == 1 else 0
+    groups = {row["group"] for row in kept}
+    draws = DRAWS if len(seeds) == 1 and len(groups) >= LEAST_GROUPS else 0
     by_seed = [_slopes(each, factor, _values(each, quantity), draws=draws) for each in seeds]
     by_seed = [slopes for slopes in by_seed if np.isfinite(slopes[0])]
     if not by_seed:
@@ -201,13 +207,15 @@ def predicted_of(
     of = CLOSED_FORMS[quantity]
     slopes = [
         _slopes(each, factor, np.log([of(row) for row in each]), draws=0)[0]
-        for each in grouped(_kept(rows, quantity), "seed").values()
+        for each in grouped(_kept(rows, factor, quantity), "seed").values()
     ]
     return statistics.fmean(slope for slope in slopes if np.isfinite(slope))
 
 
-def _kept(rows: Sequence[Row], quantity: str) -> list[Row]:
-    return [row for row in rows if quantity in SIGNED or QUANTITIES[quantity](row) > 0]
+def _kept(rows: Sequence[Row], factor: str, quantity: str) -> list[Row]:
+    # What a row does not know is NaN, which is above nothing.
+    known = [row for row in rows if ACROSS[factor](row) > 0]
+    return [row for row in known if quantity in SIGNED or QUANTITIES[quantity](row) > 0]
 
 
 def _values(rows: Sequence[Row], quantity: str) -> Any:

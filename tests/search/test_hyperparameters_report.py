@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-GROUPS = ("a+b", "a+c", "b+c")
+GROUPS = ("a+b", "a+c", "a+d", "b+c", "b+d")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,31 @@ def test_the_interval_holds_the_truth_under_noise(exponents):
     assert low < 2.0 < high
     assert high - low < 1
     assert low < found < high
+
+
+def test_few_groups_of_one_seed_make_no_interval(exponents):
+    few = [row for row in rows_of(noise=0.2) if row["group"] != "b+d"]
+    found, bounds = exponents.measured(few, "learning rate", "eps_path")
+    assert bounds is None
+    assert exponents.verdict(found, bounds, 2.0) == "undecided"
+    assert exponents.measured(rows_of(noise=0.2), "learning rate", "eps_path")[1] is not None
+
+
+def test_rows_that_do_not_know_a_number_do_not_count(exponents):
+    rows = exponents.varying(rows_of(), "effective steps")
+    lost = {**rows[0], "travel": math.nan, "eps_path": 9.0}
+    found, _ = exponents.measured([*rows, lost], "effective steps", "eps_path")
+    assert found == pytest.approx(1.0, abs=1e-9)
+
+
+def test_another_table_is_refused(script, experiment, monkeypatch, capsys):
+    table = "experiments/records/heterogeneous_seed0.csv.gz"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(Path(__file__).parents[2] / table)])
+    assert experiment("inputs").command(script.main) == 2
+    told = capsys.readouterr()
+    assert "must be a table of experiments/hyperparameters.py, but lacks" in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
 
 
 def test_a_factor_that_does_not_vary_has_no_exponent(exponents):
