@@ -1,5 +1,9 @@
-"""This file tells the tables of `experiments/stability.py`; it is a module, not a command.
+"""This file tells the tables of `experiments/stability.py`, and draws its figures, from its CSV.
 
+    python experiments/stability_tables.py experiments/records/stability_seed0.csv.gz
+    python experiments/stability_tables.py runs/stability/stability.csv --figures FOLDER
+
+The CSV holds all that the tables need, rounded to five digits; not the distance of each twin.
 A row is one configuration after one number of steps: what each expert's twins and card tell, and
 the gaps between test and training loss of experts, their average and the base. A gap counts beyond
 the base's on the same images, which the frozen heads alone make. Squared distances are means over
@@ -7,11 +11,22 @@ the twins; an expert counts as measured where one replaced sample moves it ten t
 rounding does.
 """
 
+import argparse
+import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from correlations import pooled_and_within, spearman
+from exponents import grouped
+from finished import read_table
+from inputs import command
+from stability_exponents import exponents, plots
+
+from mergekit_lit.core.files import write_text
+from mergekit_lit.reports.curves import sheet
 
 Row: TypeAlias = Mapping[str, Any]
 Point: TypeAlias = Mapping[str, float]
@@ -23,6 +38,67 @@ PREDICTORS = {
     "displacement": "length of the way (null)",
     "train_accuracy": "training accuracy (null)",
 }
+
+
+def main() -> None:
+    """Print the tables of every backbone, and draw their figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tables", nargs="+", type=Path, help="CSV of experiments/stability.py")
+    parser.add_argument("--figures", type=Path, help="folder of the figures; none without it")
+    given = parser.parse_args()
+    experts = [row for path in given.tables for row in read(path)]
+    for (backbone,), own in grouped(experts, "backbone").items():
+        rows = nested(own)
+        print(f"\n### {backbone}\n\n{told(rows)}", flush=True)
+        if given.figures:
+            draw(given.figures, backbone, rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table: one for each expert."""
+    return read_table(path, "experiments/stability.py", (*_SHARED, *_OF_EXPERT, *_GAPS, "task"))
+
+
+_SHARED = ("backbone", "lr", "batch", "train_share", "seed", "steps")
+_OF_EXPERT = ("eps2_rounding", "n", "eps_path", "displacement", "train_accuracy")
+_GAPS = ("gap_expert", "gap_merged", "gap_base")
+
+
+def nested(experts: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows of configurations and steps from rows of experts: what `flat` undoes."""
+    numbers = [name.removeprefix("measured_") for name in experts[0] if "measured_" in name]
+    return [
+        {
+            **dict(zip(_SHARED, key, strict=True)),
+            "batch": int(each[0]["batch"]),
+            "steps": int(each[0]["steps"]),
+            "experts": {e["task"]: _expert(e, numbers) for e in each},
+            "gaps": {
+                name.removeprefix("gap_"): {e["task"]: e[name] for e in each} for name in _GAPS
+            },
+        }
+        for key, each in grouped(experts, *_SHARED).items()
+    ]
+
+
+def _expert(row: Row, numbers: Sequence[str]) -> dict[str, Any]:
+    return {
+        "eps2": {m: row[f"eps2_{m}"] for m in numbers},
+        "above": {m: row[f"measured_{m}"] for m in numbers},
+        "rounding": row["eps2_rounding"],
+        **{name: None if math.isnan(row[name]) else row[name] for name in _OF_EXPERT[1:]},
+    }
+
+
+def told(rows: Sequence[Row]) -> str:
+    """Return all tables of one backbone."""
+    return "\n\n".join([distances(rows), exponents(rows), calibration(rows), ranks(rows)])
+
+
+def draw(folder: Path, backbone: str, rows: Sequence[Row]) -> None:
+    """Write the figure of one backbone."""
+    place = folder / f"stability_{backbone.replace('/', '-')}.svg"
+    write_text(place, sheet(f"Stability of {backbone} experts, by rate", plots(rows)))
 
 
 def distances(rows: Sequence[Row]) -> str:
@@ -168,3 +244,7 @@ def _name(row: Row) -> str:
 
 
 _middle: Callable[[Iterator[float]], float] = statistics.median
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

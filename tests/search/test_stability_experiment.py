@@ -1,10 +1,14 @@
 """The stability experiment runs on a tiny suite, goes on where it stopped, and tells its tables."""
 
+import gzip
+import math
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from mergekit_lit.core.records import Record
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 
@@ -97,6 +101,115 @@ def test_exponents_are_those_that_the_rows_were_made_with(experiment):
     # Every expert has the same number of images.
     assert not [key for key in cells if key[0] == "training images"]
     assert len(list(exponents.flat(rows))) == 2 * len(rows)
+
+
+def test_the_table_of_experts_tells_what_the_records_do(experiment, tmp_path, monkeypatch, capsys):
+    tables, exponents = experiment("stability_tables"), experiment("stability_exponents")
+    steps = (1, 2, 40)
+    rows = [
+        {**row(k, lr * k, 2 * lr * k), "lr": lr, "backbone": "vit", "seed": 0}
+        for lr in (0.25, 0.5)
+        for k in steps
+    ]
+    text = experiment("testbed").csv_of(list(exponents.flat(rows)), ("backbone",))
+    table = tmp_path / "stability.csv.gz"
+    table.write_bytes(gzip.compress(text.encode()))
+    words = ["stability_tables.py", str(table), "--figures", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert experiment("inputs").command(tables.main) == 0
+    assert capsys.readouterr().out == f"\n### vit\n\n{tables.told(rows)}\n"
+    assert "rounding twin" in (tmp_path / "stability_vit.svg").read_text("utf-8")
+
+
+def test_the_committed_table_holds_what_the_tables_need(experiment):
+    tables = experiment("stability_tables")
+    experts = tables.read(FOLDER / "records/stability_seed0.csv.gz")
+    rows = tables.nested([each for each in experts if each["backbone"] == "resnet"])
+    told = tables.told(rows)
+    assert "| learning rate | below one epoch | 1 | 1.31 [0.35, 2.26] | 2 |" in told
+    assert "| 0.001 | 11 of 20 | 1.95 (1.71 to 2.23) | 0.88 | 1.65 (0.57 to 3.14) |" in told
+
+
+def test_the_mean_within_steps_is_rounded_once(experiment):
+    """Correlations of .886, .886 and .943 (n = 6) have the mean .90, not the .91 of .89 and .94."""
+    tables = experiment("stability_tables")
+    orders = {1: (1, 2, 4, 3, 6, 5), 2: (2, 1, 4, 3, 5, 6), 3: (1, 2, 3, 4, 6, 5)}
+    rows = []
+    for steps, order in orders.items():
+        made = row(steps, 0.01)
+        made["experts"] = {f"{i}": expert(float(i + 1)) for i in range(6)}
+        gaps = {f"{i}": float(order[i]) for i in range(6)}
+        made["gaps"] = {"expert": gaps, "merged": gaps, "base": dict.fromkeys(gaps, 0.0)}
+        rows.append(made)
+    (line,) = [each for each in tables.ranks(rows).splitlines() if each.startswith("| eps, one")]
+    within = (1 - 24 / 210 + 1 - 24 / 210 + 1 - 12 / 210) / 3
+    assert line.split("|")[3].strip() == f"{within:.2f}"
+    assert math.isclose(within, 0.9048, abs_tol=1e-4)
+
+
+SETTINGS = {
+    "backbones": ["vit", "resnet"],
+    "tasks": ["dots", "stripes"],
+    "seeds": [0],
+    "images": 16,
+    "twins": [2, 1],
+    "replaced": [1, 4],
+    "configurations": [{"lr": 0.01, "batch": 8, "steps": [3, 6]}],
+}
+
+
+@pytest.fixture
+def call(script, experiment, tiny_suite, monkeypatch, tmp_path):
+    """Runs the command on changed settings; a record that is to be made is rows made up."""
+
+    def make(run):
+        rows = [row(steps, 0.01, 0.04) for steps in run.steps]
+        rows = [{**each, "seed": run.seed, "lr": run.lr} for each in rows]
+        config = {"config": run.config, "metrics": {"rows": rows}}
+        Record(stage="stability", name=run.name, **config).write(run.record)
+        return run.record
+
+    def run(changed, *words):
+        settings = {"suite": tiny_suite, **SETTINGS, **changed}
+        file = tmp_path / "some.yaml"
+        OmegaConf.save({k: v for k, v in settings.items() if v is not None}, file)
+        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
+        monkeypatch.setattr(sys, "argv", ["stability.py", str(file), *out, *words])
+        monkeypatch.setattr(script, "make", make)
+        return experiment("inputs").command(script.main)
+
+    return run
+
+
+def test_the_table_holds_every_backbone_that_is_finished(call, tmp_path, capsys):
+    for backbone in ("resnet", "vit", "resnet"):
+        assert call({}, "--backbones", backbone) == 0
+        assert f"### {backbone}" in capsys.readouterr().out
+    rows = (tmp_path / "out/some.csv").read_text().splitlines()[1:]
+    assert [line.partition(",")[0] for line in rows] == ["vit"] * 4 + ["resnet"] * 4
+    assert call({"images": 8}) == 2
+    assert "`images` (16 there, 8 now). Choose another --out." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "told"),
+    [
+        ({"seeds": None}, [], "must give `seeds`"),
+        ({"twins": [2]}, [], "twins"),
+        ({"twins": [0, 1]}, [], "`twins` of "),
+        ({"replaced": [1, 65]}, [], "`replaced` must be at most 44, the images of task 'dots'"),
+        ({"configurations": [{"lr": 0.01, "batch": 8, "steps": 0}]}, [], "`steps` of a conf"),
+        ({"configurations": [{"lr": 0.01, "batch": 8, "steps": [6, 3]}]}, [], "each above the"),
+        ({"tasks": ["dotts"]}, [], "named 'dotts'. Did you mean 'dots'?"),
+        ({}, ["--backbones", "vitt"], "vitt"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_training(call, tmp_path, capsys, changed, words, told):
+    assert call(changed, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stability.py: error: ")
+    assert told in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
