@@ -7,30 +7,36 @@ Merges one group of experts by each method, has every term of the bound measured
 by more than 5 %, and ↑ what lies above. What is there is not made again. A merge that is no sum of
 scaled deltas has no coefficients: terms that need some take the average's, with the merge's own L
 and losses, and stand in brackets; its Delta is known only where the twins' refits lie beside the
-experts. `descent` holds for any merge. The numbers go to `<out>/terms_<backbone>_<steps>.csv` too.
+experts. `descent` holds for any merge. The numbers of all rows that are finished go to
+`<out>/terms_<backbone>_<steps>.csv`.
 """
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finished import check_same
+from inputs import COUNT, LIST, MAPPING, WORD, WORDS, built, command, named, read_settings
 from methods import Row, row_of
-from omegaconf import OmegaConf
 from testbed import csv_of
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
 from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
+from mergekit_lit.data.suites import load_suite
 from mergekit_lit.search.crew import Crew
 from mergekit_lit.stages.bound import bound_files
 from mergekit_lit.stages.images import Calibration
 from mergekit_lit.stages.recipes import Recipe
 from mergekit_lit.theory.effort import Effort
 
+AVERAGE = Row("average", "average")
+"""What the others are compared with."""
 LEAST = 0.05
 """The least change against the average that is told, as a share."""
 
@@ -42,6 +48,19 @@ WEIGHED = (
 BRACKETED = {*WEIGHED, "chi2_lambda", "chi2_w", "total"}
 """Columns that are the average's where a merge has no coefficients of its own."""
 OTHERS = ("descent", "merged_gradient", "delta2", "delta2_by_refits", "generalization")
+
+
+_KEYS = {
+    "suite": WORD,
+    "backbones": WORDS,
+    "tasks": WORDS,
+    "experts": WORD,
+    "steps": COUNT,
+    "split": MAPPING,
+    "images": COUNT,
+    "effort": MAPPING,
+    "rows": LIST,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,42 @@ class Job:
         return self.out / f"{name}.json"
 
     @property
+    def recipe(self) -> Recipe:
+        """What is merged how."""
+        return Recipe(
+            method=self.row.method, config=self.row.config, batch_norm="recalibrate-per-task"
+        )
+
+    def check(self, *, made: bool) -> None:
+        """Refuse a record of other settings, or experts that are missing.
+
+        Args:
+            made: whether it is to be made where it has no record yet.
+
+        Raises:
+            FileNotFoundError: an expert is missing.
+            ValueError: the record is of another configuration.
+        """
+        settings = {
+            "recipe": asdict(self.recipe),
+            "calibration": asdict(self.calibration),
+            "effort": asdict(self.effort),
+        }
+        check_same(self.record, settings)
+        found = Record.find(self.record)
+        there = [Path(path).parts[-2:] for path in found.config["experts"]] if found else []
+        if found and there != [path.parts[-2:] for path in self.experts]:
+            raise ValueError(
+                f"{str(self.record)!r} must be a record of {self.experts[0]} and its like, but is "
+                f"of {found.config['experts'][0]}. Choose another --out."
+            )
+        if not made or self.record.is_file():
+            return
+        for path in self.experts:
+            if not path.is_file():
+                raise FileNotFoundError(f"No file {str(path)!r}. Train it, or give `--experts`.")
+
+    @property
     def linear(self) -> bool:
         """Whether the merge is a sum of scaled deltas, as a whole or by tensor."""
         blocks = Record.read(self.record).metrics["bound"]["weighing"].get("blocks")
@@ -74,40 +129,68 @@ def main() -> None:
     parser.add_argument("--suite", help="in place of the file's, such as your own folder")
     parser.add_argument("--backbones", nargs="+", help="in place of the file's")
     parser.add_argument("--steps", type=int, help="of the experts, in place of the file's")
-    parser.add_argument("--rows", nargs="+", help="some of the file's, the first among them")
+    parser.add_argument("--rows", nargs="+", help="some of the file's, beside the average")
     parser.add_argument("--experts", type=Path, default=Path("runs/stability"))
     parser.add_argument("--out", type=Path, default=Path("runs/terms"))
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    settings: Any = OmegaConf.to_container(OmegaConf.load(given.file))
-    settings |= {k: v for k in ("suite", "backbones", "steps") if (v := getattr(given, k))}
-    names = [row_of(entry).name for entry in settings["rows"]]
-    if wrong := set(given.rows or []) - set(names):
-        parser.error(f"--rows must name rows of {given.file}, {names}, but names {sorted(wrong)}.")
-    for backbone in settings["backbones"]:
-        jobs = [
-            job
-            for job in jobs_of(settings, backbone, given.experts, given.out)
-            if given.rows is None or job.row.name in given.rows
-        ]
+    overrides = {name: getattr(given, name) for name in ("suite", "backbones", "steps")}
+    settings = read_settings(given.file, _KEYS, **overrides)
+    names = [AVERAGE.name, *named_rows(settings, given.rows, given.file)]
+    every = {b: jobs_of(settings, b, given.experts, given.out) for b in settings["backbones"]}
+    for job in [job for jobs in every.values() for job in jobs]:
+        job.check(made=job.row.name in names)
+    for backbone, jobs in every.items():
+        chosen = [job for job in jobs if job.row.name in names]
         with Crew(given.jobs) as crew:
-            crew.run(make, jobs)
-        print(f"\n### {backbone}, {settings['steps']} steps\n\n{told(jobs)}", flush=True)
-        rows = [{"method": job.row.name, **values(job)} for job in jobs]
+            crew.run(make, chosen)
+        print(f"\n### {backbone}, {settings['steps']} steps\n\n{told(chosen)}", flush=True)
+        # Of all rows, so that one after the other ends in the table of all.
+        finished = [job for job in jobs if job.record.is_file()]
+        rows = [{"method": job.row.name, **values(job)} for job in finished]
         name = f"terms_{backbone.replace('/', '-')}_{settings['steps']}.csv"
         write_text(given.out / name, csv_of(rows, ("method",)))
 
 
+def named_rows(settings: Mapping[str, Any], wanted: Sequence[str] | None, file: Path) -> list[str]:
+    """Return the names of the rows that are wanted, all of them where None are named.
+
+    Raises:
+        KeyError: there is no such row.
+        ValueError: the average is not among the rows of the file, or two rows share a name.
+    """
+    rows = [row_of(entry) for entry in settings["rows"]]
+    if AVERAGE not in rows:
+        raise ValueError(
+            f"`rows` of {str(file)!r} must hold `average`, to compare the others with."
+        )
+    names = [row.name for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`rows` of {str(file)!r} must have a name each, but are {names!r}.")
+    return named(f"row of {file}", wanted, names)
+
+
 def jobs_of(settings: Mapping[str, Any], backbone: str, experts: Path, out: Path) -> list[Job]:
-    """Return one job for each row of a file."""
+    """Return one job for each row of a file.
+
+    Raises:
+        KeyError: an unknown suite, task or key.
+        ValueError: `experts` names a place that is not there.
+    """
     folder, steps = backbone.replace("/", "-"), settings["steps"]
-    names = [
-        settings["experts"].format(backbone=folder, task=task, steps=steps)
-        for task in settings["tasks"]
-    ]
+    tasks = load_suite(settings["suite"]).chosen(settings["tasks"])
+    try:
+        names = [
+            settings["experts"].format(backbone=folder, task=task, steps=steps) for task in tasks
+        ]
+    except (KeyError, IndexError):
+        raise ValueError(
+            "`experts` must name places by {backbone}, {task} and {steps} alone, but is "
+            f"{settings['experts']!r}."
+        ) from None
     calibration = Calibration(
         suite=settings["suite"],
-        options=SplitOptions(**settings["split"]),
+        options=built("`split`", SplitOptions, settings["split"]),
         images=settings["images"],
     )
     return [
@@ -115,7 +198,7 @@ def jobs_of(settings: Mapping[str, Any], backbone: str, experts: Path, out: Path
             row_of(entry),
             tuple(experts / name for name in names),
             calibration,
-            Effort(**settings["effort"]),
+            built("`effort`", Effort, settings["effort"]),
             out / f"{folder}-{steps}",
         )
         for entry in settings["rows"]
@@ -127,11 +210,7 @@ def make(job: Job) -> Path:
     if not job.record.is_file():
         bound_files(
             job.experts,
-            recipe=Recipe(
-                method=job.row.method,
-                config=job.row.config,
-                batch_norm="recalibrate-per-task",
-            ),
+            recipe=job.recipe,
             calibration=job.calibration,
             effort=job.effort,
             refits=all(path.with_suffix(".twins").is_dir() for path in job.experts),
@@ -142,9 +221,10 @@ def make(job: Job) -> Path:
 
 
 def told(jobs: Sequence[Job]) -> str:
-    """Return a table of terms, a line for each method, marked against the first."""
+    """Return a table of terms, a line for each method, marked against the average."""
     found = [values(job) for job in jobs]
-    names = list(found[0])
+    (average,) = [row for job, row in zip(jobs, found, strict=True) if job.row == AVERAGE]
+    names = list(average)
     lines = [
         f"| method | {' | '.join(name.replace('_', ' ') for name in names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -152,7 +232,7 @@ def told(jobs: Sequence[Job]) -> str:
     for job, row in zip(jobs, found, strict=True):
         cells = []
         for name in names:
-            cell = marked(row[name], found[0][name])
+            cell = marked(row[name], average[name])
             cells.append(cell if job.linear or name not in BRACKETED else f"({cell})")
         lines.append(f"| {' | '.join([job.row.name, *cells])} |")
     return "\n".join(lines)
@@ -188,4 +268,4 @@ def _known(value: float | None) -> float | str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))
