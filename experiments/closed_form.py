@@ -15,26 +15,33 @@ from mergekit_lit.theory.stability import eps_path
 from mergekit_lit.theory.travel import effective_steps, sgd_rule
 
 WARMUP_STEPS = 10
-"""Of every YAML of the sweep."""
+"""Of every YAML of the sweep; a row of another experiment tells its `warmup_steps`."""
 MOMENTUM = 0.9
 """What an expert is trained with unless told otherwise."""
 
 
 def eps_at_constant_noise(row: Mapping[str, Any]) -> float:
     """Return eps_path of an expert whose gradients have a variance of 1 at each step."""
-    steps = weights(row["schedule"], row["lr"], int(row["steps"]))
+    steps = _weights_of(row)
     return eps_path(steps, [1.0] * len(steps), n=round(row["n"]), batch=int(row["batch"]))
 
 
 def merged_noise_at_constant_noise(row: Mapping[str, Any]) -> float:
     """Return sum_k (eta_k a_k)^2 / b, which the merged noise is a multiple of."""
-    steps = weights(row["schedule"], row["lr"], int(row["steps"]))
+    steps = _weights_of(row)
     return math.fsum(step**2 for step in steps) / float(row["batch"])
 
 
+def _weights_of(row: Mapping[str, Any]) -> tuple[float, ...]:
+    warmup = int(row.get("warmup_steps", WARMUP_STEPS))
+    return weights(row["schedule"], row["lr"], int(row["steps"]), warmup)
+
+
 @lru_cache(maxsize=256)
-def weights(schedule: Any, lr: float, steps: int) -> tuple[float, ...]:
-    """Return eta_k a_k of the sweep's trainings, (K,)."""
+def weights(
+    schedule: Any, lr: float, steps: int, warmup_steps: int = WARMUP_STEPS
+) -> tuple[float, ...]:
+    """Return eta_k a_k of a training by SGD with momentum, (K,)."""
     chosen = Optimization(
         optimizer="sgd",
         lr=lr,
@@ -42,10 +49,10 @@ def weights(schedule: Any, lr: float, steps: int) -> tuple[float, ...]:
         betas=(0.9, 0.999),
         weight_decay=0.0,
         schedule=schedule,
-        warmup_steps=WARMUP_STEPS,
+        warmup_steps=warmup_steps,
     )
     # A training of no more steps than the warm-up is a piece of a longer one.
-    long = max(steps, WARMUP_STEPS + 1)
+    long = max(steps, warmup_steps + 1)
     rates = [lr * chosen.factor(step, long) for step in range(steps)]
     rules = [sgd_rule(rate, momentum=MOMENTUM) for rate in rates]
     return tuple(effective_steps(rules).tolist())

@@ -74,7 +74,8 @@ def points(rows: Sequence[Mapping[str, Any]]) -> str:
     for mix in dict.fromkeys(row["mix"] for row in rows):
         own = {n: [r for r in rows if (r["mix"], r["row"]) == (mix, n)] for n in (UNIFORM, *names)}
         cells = [mix, mean_told(by_seed(own[UNIFORM], "accuracy"))]
-        cells += [f"{statistics.fmean(row['chi2_w'] for row in own['average']):.3f}"]
+        average = own.get("average", [])
+        cells += [f"{statistics.fmean(row['chi2_w'] for row in average):.3f}" if average else ""]
         for name in names:
             above = [-100 * fall for fall in by_seed(own[name], "fall")]
             sums = by_seed(own[name], "sum")

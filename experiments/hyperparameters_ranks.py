@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from correlations import pooled_and_within
 from exponents import Row, grouped, usual_size
 
 
@@ -24,9 +25,7 @@ def ranks(by_backbone: Mapping[str, Sequence[Row]]) -> str:
     lines = [f"| {' | '.join(['Spearman with', *of])} |", "|---" * (len(of) + 1) + "|"]
     for name, about in _PREDICTORS.items():
         found = [
-            _spearman(each, name, what)
-            for each in means.values()
-            for what in ("test_loss", "added")
+            _told(each, name, what) for each in means.values() for what in ("test_loss", "added")
         ]
         lines.append(f"| {' | '.join([about, *found])} |")
     return "\n".join(lines)
@@ -73,19 +72,9 @@ _PREDICTORS = {
 }
 
 
-def _spearman(means: Sequence[Mapping[str, float]], name: str, of: str) -> str:
-    """Return the correlation pooled, and its mean over the step counts that have three or more."""
-    from scipy.stats import spearmanr
-
-    def rank(each: Sequence[Mapping[str, float]]) -> float | None:
-        known = [mean for mean in each if not math.isnan(mean[name])]
-        x, y = [mean[name] for mean in known], [mean[of] for mean in known]
-        if len(known) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-            return None
-        return float(spearmanr(x, y).statistic)
-
-    pooled = rank(means)
-    by_steps = [rank(each) for each in grouped(means, "steps").values()]
-    known = [value for value in by_steps if value is not None]
-    within = f" ({statistics.fmean(known):.2f})" if known else ""
-    return "" if pooled is None else f"{pooled:.2f}{within}"
+def _told(means: Sequence[Mapping[str, float]], name: str, of: str) -> str:
+    """Return the correlation pooled, and in brackets within the numbers of steps."""
+    pooled, within = pooled_and_within(means, name, of)
+    if pooled is None:
+        return ""
+    return f"{pooled:.2f}" + ("" if within is None else f" ({within:.2f})")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from closed_form import eps_at_constant_noise
 from exponents import PREDICTIONS, epochs, grouped, predicted, verdict
 
 from mergekit_lit.reports.curves import Plot
@@ -49,11 +50,12 @@ def exponents(rows: Sequence[Row]) -> str:
     experts = list(flat(rows))
     numbers = sorted(next(iter(rows[0]["experts"].values()))["eps2"], key=int)
     lines = [
-        "| factor | regime | m | eps grows as | source | | ours | | eps_path grows as |",
+        "| factor | regime | m | eps grows as | source | | ours (closed form) | "
+        "| eps_path grows as |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for factor, (name, held) in FACTORS.items():
-        expected = PREDICTIONS[name]["eps_path"]
+        source = PREDICTIONS[name]["eps_path"].source
         for place, regime in enumerate(("below one epoch", "beyond")):
             chosen = [e for e in experts if (epochs(e) > 1.05) == bool(place)]
             for m in numbers:
@@ -62,11 +64,17 @@ def exponents(rows: Sequence[Row]) -> str:
                 if found is None:
                     continue
                 beside = exponent(kept, factor, held, lambda e: e["eps_path"])
+                ours = exponent(kept, factor, held, _closed_form)
                 cells = [name, regime, m, _told(found)]
-                for prediction in (expected.source[place], expected.ours[place]):
-                    cells += [predicted(prediction), verdict(*found, prediction)]
+                cells += [predicted(source[place]), verdict(*found, source[place])]
+                cells += [f"{ours[0]:.2f}", verdict(*found, ours[0])] if ours else ["", ""]
                 lines.append(f"| {' | '.join([*cells, _told(beside)])} |")
     return "\n".join(lines)
+
+
+def _closed_form(expert: Row) -> float:
+    """Return what eps_path would be at a constant rate without warm-up, as the noise stays."""
+    return eps_at_constant_noise({**expert, "schedule": "constant", "warmup_steps": 0})
 
 
 def plots(rows: Sequence[Row]) -> list[Plot]:

@@ -135,23 +135,34 @@ def calibration(rows: Sequence[Row]) -> str:
     squared distance of the largest m over m to that of one, 1 if distances grow as theory says.
     """
     lines = [
-        "| rate | measured | eps_path / eps | Spearman of the two | "
-        "eps² of m at once / eps² of one |",
-        "|---|---|---|---|---|",
+        "| rate | measured | eps_path / eps | Spearman with eps: eps_path | "
+        "length of the way (null) | K (null) | eps² of m at once / eps² of one |",
+        "|---|---|---|---|---|---|---|",
     ]
     for lr in sorted({row["lr"] for row in rows}):
-        everyone = [e for row in rows if row["lr"] == lr for e in row["experts"].values()]
+        everyone = [
+            {**e, "steps": row["steps"]}
+            for row in rows
+            if row["lr"] == lr
+            for e in row["experts"].values()
+        ]
         known = [e for e in everyone if e["above"][_least(e)]]
         most = max(everyone[0]["eps2"], key=int)
         cells = [
             f"{lr:g}",
             f"{len(known)} of {len(everyone)}",
             _spread([e["eps_path"] / _eps(e) for e in known if e["eps_path"]]),
-            _told(spearman([e["eps_path"] or 0.0 for e in known], [_eps(e) for e in known])),
+            *(_told(_ranks_eps(known, name)) for name in ("eps_path", "displacement", "steps")),
             _spread([e["eps2"][most] / e["eps2"][_least(e)] for e in known]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ranks_eps(experts: Sequence[Row], name: str) -> float | None:
+    """Return Spearman's correlation of a number with eps, of the experts that know it."""
+    known = [e for e in experts if e[name] is not None]
+    return spearman([e[name] for e in known], [_eps(e) for e in known])
 
 
 def ranks(rows: Sequence[Row]) -> str:
@@ -201,7 +212,7 @@ def _shown(row: Row, experts: Sequence[Row]) -> dict[str, float]:
     return {
         "steps": row["steps"],
         "eps": root(_eps(e) ** 2 for e in experts),
-        "eps_path": root((e["eps_path"] or 0.0) ** 2 for e in experts),
+        "eps_path": root((e["eps_path"] or math.nan) ** 2 for e in experts),
         "K eta": row["steps"] * row["lr"],
         "displacement": mean("displacement"),
         "train_accuracy": mean("train_accuracy"),

@@ -72,7 +72,7 @@ def test_the_tables_tell_what_the_rows_hold(experiment):
     assert "| eps, one sample | 1.00 | 1.00 | -1.00 | - |" in tables.ranks(rows)
     # Training accuracy never differs, so it ranks nothing.
     assert "| training accuracy (null) | - | - | - | - |" in tables.ranks(rows)
-    told = "| 0.1 | 6 of 6 | 3.00 (3.00 to 3.00) | 1.00 | 2.00 (2.00 to 2.00) |"
+    told = "| 0.1 | 6 of 6 | 3.00 (3.00 to 3.00) | 1.00 | - | 0.83 | 2.00 (2.00 to 2.00) |"
     assert told in tables.calibration(rows)
     assert "| rate 0.1, batch 8 | 2 | 0.55 | 0.778 | 0 | 2 of 2 | 1.65 | 0.550 |" in (
         tables.distances(rows)
@@ -95,8 +95,10 @@ def test_exponents_are_those_that_the_rows_were_made_with(experiment):
     told = exponents.exponents([*rows, {**far, "lr": 0.1, "batch": 2}]).splitlines()
     cells = {tuple(c.strip() for c in line.strip("|").split("|")[:3]): line for line in told}
     for regime in ("below one epoch", "beyond"):
-        assert "| 1.50 [1.50, 1.50] | 2 | disagree | 1 |" in cells["learning rate", regime, "1"]
-        assert "| -1.00 [-1.00, -1.00] | 1 | disagree |" in cells["batch", regime, "16"]
+        assert (
+            "| 1.50 [1.50, 1.50] | 1 to 2 | agree | 1.00 |" in cells["learning rate", regime, "1"]
+        )
+        assert "| -1.00 [-1.00, -1.00] | 0.5 to 1 | disagree |" in cells["batch", regime, "16"]
         assert "| 0.50 [0.50, 0.50] | + | agree |" in cells["effective steps", regime, "1"]
     # Every expert has the same number of images.
     assert not [key for key in cells if key[0] == "training images"]
@@ -126,8 +128,11 @@ def test_the_committed_table_holds_what_the_tables_need(experiment):
     experts = tables.read(FOLDER / "records/stability_seed0.csv.gz")
     rows = tables.nested([each for each in experts if each["backbone"] == "resnet"])
     told = tables.told(rows)
-    assert "| learning rate | below one epoch | 1 | 1.31 [0.35, 2.26] | 2 |" in told
-    assert "| 0.001 | 11 of 20 | 1.95 (1.71 to 2.23) | 0.88 | 1.65 (0.57 to 3.14) |" in told
+    assert "| learning rate | below one epoch | 1 | 1.31 [0.35, 2.26] | 1 to 2 |" in told
+    assert (
+        "| 0.001 | 11 of 20 | 1.95 (1.71 to 2.23) | 0.88 | 0.89 | 0.78 | 1.65 (0.57 to 3.14) |"
+        in told
+    )
 
 
 def test_the_mean_within_steps_is_rounded_once(experiment):
