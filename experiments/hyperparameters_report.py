@@ -23,21 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exponents import (
-    CLOSED,
-    PREDICTIONS,
-    QUANTITIES,
-    Predicted,
-    Prediction,
-    Row,
-    epochs,
-    grouped,
-    measured,
-    predicted,
-    predicted_of,
-    varying,
-    verdict,
-)
+from claims import CLOSED, PREDICTIONS, Predicted, Prediction, predicted, verdict
+from exponents import QUANTITIES, Row, epochs, grouped, measured, predicted_of, varying
 from finished import read_table
 from hyperparameters_ranks import ranks
 from inputs import command

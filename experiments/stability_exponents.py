@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from claims import PREDICTIONS, predicted, verdict
 from closed_form import eps_at_constant_noise
-from exponents import PREDICTIONS, epochs, grouped, predicted, verdict
+from exponents import epochs, grouped
 
 from mergekit_lit.reports.curves import Plot
 from mergekit_lit.reports.intervals import student_half_width

@@ -20,6 +20,11 @@ def exponents(experiment):
 
 
 @pytest.fixture(scope="module")
+def claims(experiment):
+    return experiment("claims")
+
+
+@pytest.fixture(scope="module")
 def script(experiment):
     return experiment("hyperparameters_report")
 
@@ -103,11 +108,11 @@ def test_the_interval_holds_the_truth_under_noise(exponents):
     assert low < found < high
 
 
-def test_few_groups_of_one_seed_make_no_interval(exponents):
+def test_few_groups_of_one_seed_make_no_interval(claims, exponents):
     few = [row for row in rows_of(noise=0.2) if row["group"] != "b+d"]
     found, bounds = exponents.measured(few, "learning rate", "eps_path")
     assert bounds is None
-    assert exponents.verdict(found, bounds, 2.0) == "undecided"
+    assert claims.verdict(found, bounds, 2.0) == "undecided"
     assert exponents.measured(rows_of(noise=0.2), "learning rate", "eps_path")[1] is not None
 
 
@@ -150,8 +155,8 @@ def test_a_factor_that_does_not_vary_has_no_exponent(exponents):
         (0.7, (0.6, 0.8), None, ""),
     ],
 )
-def test_verdicts(exponents, slope, bounds, prediction, told):
-    assert exponents.verdict(slope, bounds, prediction) == told
+def test_verdicts(claims, slope, bounds, prediction, told):
+    assert claims.verdict(slope, bounds, prediction) == told
 
 
 def test_a_regime_holds_only_what_lies_in_it(exponents):
@@ -217,9 +222,9 @@ def test_the_closed_form_follows_the_schedule_of_the_sweep(exponents, experiment
     assert noise(few) == pytest.approx(4 * noise(few | {"batch": 4.0}))
 
 
-def test_the_closed_form_is_told_as_the_exponent_that_it_has_over_the_rows(exponents):
+def test_the_closed_form_is_told_as_the_exponent_that_it_has_over_the_rows(claims, exponents):
     rows = exponents.varying(rows_of((0, 1)), "batch")
-    found = exponents.predicted_of(exponents.CLOSED, rows, "batch", "merged noise")
+    found = exponents.predicted_of(claims.CLOSED, rows, "batch", "merged noise")
     assert found == pytest.approx(-1.0)
     assert exponents.predicted_of("+", rows, "batch", "merged noise") == "+"
 
