@@ -14,7 +14,7 @@ CLOSED = "closed form"
 """The exponent that the formula has over the same grid if the gradient noise stays as it is."""
 
 TOLERANCE = 0.25
-"""How far an exponent may lie from a predicted one beside its interval, to agree with it."""
+"""How far a predicted exponent may lie from a measured one that it agrees with."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def predicted(prediction: Prediction) -> str:
 def verdict(slope: float, bounds: tuple[float, float] | None, prediction: Prediction) -> str:
     """Return whether a measured slope agrees with a prediction: `agree`, `disagree`, `undecided`.
 
-    A sign is undecided while the interval holds 0. An exponent agrees if it, or a number within
-    `TOLERANCE` of it, lies in the interval, and is undecided if the interval is wider than 1.
+    A sign is undecided while the interval holds 0. An exponent agrees if the predicted one lies in
+    the interval, which is at most 1 wide, or within `TOLERANCE` of the slope; it disagrees if it is
+    further than that from the whole interval.
     """
     if prediction is None:
         return ""
@@ -108,4 +109,6 @@ def verdict(slope: float, bounds: tuple[float, float] | None, prediction: Predic
     least, most = prediction if isinstance(prediction, tuple) else (prediction, prediction)
     if low - TOLERANCE > most or high + TOLERANCE < least:
         return "disagree"
-    return "undecided" if high - low > 1 else "agree"
+    inside = low <= most and high >= least
+    near = least - TOLERANCE <= slope <= most + TOLERANCE
+    return "agree" if (inside or near) and high - low <= 1 else "undecided"

@@ -5,6 +5,7 @@ It is a module, not a command.
 
 import csv
 import gzip
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from mergekit_lit.core.records import Record, plain
 def check_same(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a finished record of another configuration than the one wanted.
 
-    Folders may differ, that of the suite too, but not its name; and so may keys that the record
-    does not have at all, which other versions of a script wrote.
+    Folders may differ, that of the suite too, but not its name; and so may whole entries that the
+    record does not have, which other versions of a script wrote.
 
     Raises:
         ValueError: the configurations differ.
@@ -79,7 +80,7 @@ def read_table(path: Path, script: str, columns: Collection[str]) -> list[dict[s
     with opened(path, "rt", newline="", encoding="utf-8") as file:
         try:
             rows = list(csv.DictReader(file))
-        except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{str(path)!r} must be a CSV table, but is not: {error}.") from None
     if not rows:
         raise ValueError(f"{str(path)!r} must hold rows, but holds none.")

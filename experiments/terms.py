@@ -5,10 +5,9 @@
 Merges one group of experts by each method, has every term of the bound measured as
 `mergekit-lit bound` does, and prints a table in which ↓ marks what lies below the average's value
 by more than 5 %, and ↑ what lies above. What is there is not made again. A merge that is no sum of
-scaled deltas has no coefficients: terms that need some take the average's, with the merge's own L
-and losses, and stand in brackets; its Delta is known only where the twins' refits lie beside the
-experts. `descent` holds for any merge. The numbers of all rows that are finished go to
-`<out>/terms_<backbone>_<steps>.csv`.
+scaled deltas has no coefficients, and no terms that need some; its Delta is known only where the
+twins' refits lie beside the experts. `descent` holds for any merge. The numbers of all rows that
+are finished go to `<out>/terms_<backbone>_<steps>.csv`.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from testbed import csv_of
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
-from mergekit_lit.core.registry import MERGE_METHODS
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.search.crew import Crew
@@ -45,8 +43,6 @@ WEIGHED = (
     "delta2_by_path",
 )
 """Terms that rest on coefficients."""
-BRACKETED = {*WEIGHED, "chi2_lambda", "chi2_w", "total"}
-"""Columns that are the average's where a merge has no coefficients of its own."""
 OTHERS = ("descent", "merged_gradient", "delta2", "delta2_by_refits", "generalization")
 
 
@@ -114,12 +110,6 @@ class Job:
         for path in self.experts:
             if not path.is_file():
                 raise FileNotFoundError(f"No file {str(path)!r}. Train it, or give `--experts`.")
-
-    @property
-    def linear(self) -> bool:
-        """Whether the merge is a sum of scaled deltas, as a whole or by tensor."""
-        blocks = Record.read(self.record).metrics["bound"]["weighing"].get("blocks")
-        return MERGE_METHODS.get(self.row.method).facts["form"] == "linear" or bool(blocks)
 
 
 def main() -> None:
@@ -230,10 +220,7 @@ def told(jobs: Sequence[Job]) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for job, row in zip(jobs, found, strict=True):
-        cells = []
-        for name in names:
-            cell = marked(row[name], average[name])
-            cells.append(cell if job.linear or name not in BRACKETED else f"({cell})")
+        cells = [marked(row[name], average[name]) for name in names]
         lines.append(f"| {' | '.join([job.row.name, *cells])} |")
     return "\n".join(lines)
 

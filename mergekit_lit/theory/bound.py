@@ -36,7 +36,11 @@ TOTAL = (
 BY_STEP = ("descent", "generalization")
 """The terms of the total by the step itself."""
 _NO_SUM = "the merge is no sum of scaled deltas"
-_BY_PATH = (*(name for name in TOTAL if name != "generalization"), "drift_closed_form")
+_DIVERGENCES = ("chi2_lambda", "chi2_w", "tv_lambda", "tv_w")
+_BY_PATH = (
+    *(name for name in TOTAL if name != "generalization"),
+    *("drift_closed_form", "delta2_by_path"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def bound(
     if not merge.linear:
         # What the formulas give is the plain average's.
         named |= {name: Term(name, None, "unknown", _NO_SUM) for name in _BY_PATH}
+        weighing = replace(weighing, a_eff=None, w=None, blocks={}, **dict.fromkeys(_DIVERGENCES))
     return Bound(
         terms=named,
         weighing=weighing,

@@ -58,9 +58,9 @@ class Weighing:
 
     @property
     def largest(self) -> tuple[float, ...]:
-        """The largest lambda_i^l of each expert over the blocks."""
+        """The lambda_i^l of each expert that is farthest from 0, over the blocks."""
         rows = [block.coefficients for block in self.blocks.values()] or [self.coefficients]
-        return tuple(max(each) for each in zip(*rows, strict=True))
+        return tuple(max(each, key=abs) for each in zip(*rows, strict=True))
 
     @property
     def negative(self) -> bool:
@@ -156,8 +156,12 @@ def weigh_blocks(
         ]
         return tuple(math.fsum(each) for each in zip(*rows, strict=True))
 
+    whole = weigh(mean(1), travels, p=p)
+    if not any(mean(1)) and any(mean(2)):
+        # Means that cancel are no merge that stays at the base.
+        whole = replace(whole, w=None, chi2_w=None, tv_w=None)
     return replace(
-        weigh(mean(1), travels, p=p),
+        whole,
         squares=mean(2),
         blocks={
             block.name: replace(weigh(block.coefficients, travels, p=p), moved=tuple(block.moved))

@@ -12,7 +12,7 @@ Vector: TypeAlias = NDArray[np.float64]
 # Below this share an expert's chi-square term would leave the range of numbers.
 _LEAST_SHARE = 1e-9
 _TRAVELS = 33
-# What the likeliest corner of the simplex has beside the even shares where a search begins.
+# What a corner of the simplex has beside p where a search begins.
 _CORNER = 0.9
 # Rounds the kinks of roots, so that they have a slope: far below any loss.
 _ROUND = 1e-20
@@ -64,11 +64,19 @@ class Landscape:
                 -travel / 4 * self.gradient2,
                 travel * smooth**2 / 2 * float(shares @ self.d2),
                 smooth * float(steps**2 @ self.noise),
-                math.sqrt(self._chi2(shares) * self._spread),
+                self._divergence(shares, self.p),
                 math.sqrt(self.sample_gradient2 * delta2),
                 smooth * delta2 / 2,
             ]
         )
+
+    def certified(self, shares: Vector, travel: float) -> float:
+        """Return the same with Var_{i~w} in the divergence, as the bound has it.
+
+        Without a step it is at least sum_i p_i F_Si(x0), whatever the shares.
+        """
+        apart = self._divergence(shares, shares) - self._divergence(shares, self.p)
+        return self.value(shares, travel) + apart
 
     def slope(self, shares: Vector, travel: float) -> Vector:
         """Return the gradient of `value` in w, (T,)."""
@@ -81,7 +89,7 @@ class Landscape:
             self.start
             + travel * self.smoothness**2 / 2 * self.d2
             + 2 * self.smoothness * steps * reach * self.noise
-            - math.sqrt(self._spread)
+            - math.sqrt(self._spread(self.p))
             / (2 * math.sqrt(self._chi2(shares) + _ROUND))
             * (self.p / shares) ** 2
             + of_delta2 * 2 * self.p * steps * reach * self.eps2
@@ -91,9 +99,11 @@ class Landscape:
     def _chi2(self, shares: Vector) -> float:
         return max(0.0, float((self.p**2 / shares).sum()) - 1.0)
 
-    @property
-    def _spread(self) -> float:
-        return float(self.p @ (self.start - self.p @ self.start) ** 2)
+    def _divergence(self, shares: Vector, weights: Vector) -> float:
+        return math.sqrt(self._chi2(shares) * self._spread(weights))
+
+    def _spread(self, weights: Vector) -> float:
+        return float(weights @ (self.start - weights @ self.start) ** 2)
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,9 @@ def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optim
 
     Source: our reconstruction of the bound of arXiv 2601.21690.
     Differs: progress takes the gradient of the target instead of the surrogate's, which leaves the
-    divergence alone not convex in w; the spread of the losses is taken at the base; the heads'
-    stability, which no coefficient changes, is left out.
+    divergence alone not convex in w; the spread of the losses is taken at the base, and under p,
+    which keeps the search from single experts; the heads' stability, which no coefficient changes,
+    is left out.
     """
     at_base = float(landscape.p @ landscape.start)
     if travel is not None:
@@ -142,7 +153,8 @@ def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optim
     high = float(grid[min(best + 1, len(grid) - 1)])
     found = _refined(landscape, low, high, at_base)
     found = min(found, tried[best], key=lambda one: one.value)
-    if found.value < at_base:
+    # The spread under p alone would make some shares cheaper than the base without any step.
+    if landscape.certified(found.shares, found.travel) < at_base:
         return found
     nothing = np.zeros_like(landscape.p)
     return Optimum(nothing, landscape.p.copy(), 0.0, at_base, at_base)
@@ -151,9 +163,9 @@ def optimum(landscape: Landscape, *, travel: float | None, most: float) -> Optim
 def best_shares(landscape: Landscape, travel: float) -> Vector:
     """Return the shares w (T,) that minimise the computable part at a fixed A_eff.
 
-    All but the divergence is convex in w; its root is not, so that the search begins at several
-    places. It goes over log w, where no border is met and experts that drifted a thousand times as
-    far as others do no harm.
+    All but the divergence is convex in w, so that the search begins at two places: beside p, and
+    towards the best corner. It goes over log w, where no border is met and experts that drifted a
+    thousand times as far as others do no harm.
     """
     count = len(landscape.p)
     if count == 1:

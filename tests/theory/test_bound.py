@@ -101,11 +101,13 @@ def test_a_merge_that_is_no_sum_has_no_total_by_the_path():
     found = bound([EXPERT, EXPERT], merge, [0.5, 0.5])
     assert found.total is None
     # The formulas would give the plain average's.
-    for name in ("progress", "drift", "merged_noise", "divergence", "drift_closed_form"):
+    for name in ("progress", "drift", "merged_noise", "divergence", "delta2_by_path"):
         assert found.terms[name].value is None
         assert found.terms[name].note == "the merge is no sum of scaled deltas"
     assert {row["drift"] for row in found.by_task} == {None}
     assert {row["merged_noise"] for row in found.by_task} == {None}
+    assert found.weighing.a_eff is found.weighing.chi2_w is found.weighing.chi2_lambda is None
+    assert "A_eff" not in " ".join(found.violated)
     assert found.total_by_step == pytest.approx(
         found.terms["descent"].value + found.terms["generalization"].value
     )

@@ -1,10 +1,17 @@
 """Effective travel, shares and both divergences, against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from mergekit_lit.theory.coefficients import chi_square, total_variation, weigh
+from mergekit_lit.theory.coefficients import (
+    Block,
+    chi_square,
+    total_variation,
+    weigh,
+    weigh_blocks,
+)
 from mergekit_lit.theory.travel import step_l1
 
 
@@ -87,3 +94,13 @@ def test_pieces():
 def test_bad_input_is_one_line(coefficients, travels, p, message):
     with pytest.raises(ValueError, match=message):
         weigh(coefficients, travels, p=p)
+
+
+def test_block_means_that_cancel_are_no_step_of_0():
+    blocks = [Block("low", (1.0, 1.0), (0.5, 0.5)), Block("high", (-1.0, -1.5), (0.5, 0.5))]
+    found = weigh_blocks([blocks[0], replace(blocks[1], coefficients=(-1.0, -1.0))], [0.2, 0.1])
+    assert found.w is None
+    assert found.chi2_w is None
+    # The farthest from 0, whatever its sign.
+    assert weigh_blocks(blocks, [0.2, 0.1]).largest == (1.0, -1.5)
+    assert weigh([0.0, 0.0], [None, 0.1]).w == (0.5, 0.5)

@@ -121,6 +121,32 @@ def test_the_search_over_the_travel_finds_its_minimum():
     assert found.coefficients == pytest.approx(found.travel * found.shares / ROUGH.travel)
 
 
+def test_shares_alone_are_no_gain_on_the_base():
+    draw = np.random.default_rng(0)
+    cheaper = 0
+    for trial in range(40):
+        count = int(draw.integers(2, 9))
+        steep = Landscape(
+            p=np.full(count, 1 / count),
+            travel=draw.uniform(0.5, 3, count),
+            start=draw.uniform(0.3, 2.2, count),
+            d2=draw.uniform(1, 9, count),
+            noise=draw.uniform(0.1, 1, count),
+            eps2=draw.uniform(1e-3, 1e-2, count),
+            smoothness=30.0,
+            gradient2=1e-6,
+            sample_gradient2=10.0,
+        )
+        at_base = float(steep.p @ steep.start)
+        still = best_shares(steep, 1e-9)
+        cheaper += steep.value(still, 1e-9) < at_base - 1e-9
+        assert steep.certified(still, 1e-9) >= at_base - 1e-6
+        if trial < 3:
+            assert not optimum(steep, travel=None, most=1.0).coefficients.any()
+    # What the guard is for.
+    assert cheaper > 5
+
+
 def test_drift_that_outweighs_progress_leaves_the_base():
     far = replace(ROUGH, d2=np.array([9.0, 9.0, 9.0]))
     found = optimum(far, travel=None, most=4.0)
