@@ -36,7 +36,6 @@ TOTAL = (
 BY_STEP = ("descent", "generalization")
 """The terms of the total by the step itself."""
 _NO_SUM = "the merge is no sum of scaled deltas"
-_DIVERGENCES = ("chi2_lambda", "chi2_w", "tv_lambda", "tv_w")
 _BY_PATH = (
     *(name for name in TOTAL if name != "generalization"),
     *("drift_closed_form", "delta2_by_path"),
@@ -146,7 +145,7 @@ def bound(
     if not merge.linear:
         # What the formulas give is the plain average's.
         named |= {name: Term(name, None, "unknown", _NO_SUM) for name in _BY_PATH}
-        weighing = replace(weighing, a_eff=None, w=None, blocks={}, **dict.fromkeys(_DIVERGENCES))
+        weighing = _without_path(weighing)
     return Bound(
         terms=named,
         weighing=weighing,
@@ -167,6 +166,12 @@ def _weighing(
     if blocks:
         return weigh_blocks(blocks, travels, p=p)
     return weigh([each for each in coefficients if not isinstance(each, Block)], travels, p=p)
+
+
+def _without_path(weighing: Weighing) -> Weighing:
+    """Return a weighing that tells no travel, shares and divergences."""
+    known = replace(weighing, a_eff=None, w=None, blocks={})
+    return replace(known, chi2_lambda=None, chi2_w=None, tv_lambda=None, tv_w=None)
 
 
 def _limited(
