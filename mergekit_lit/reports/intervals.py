@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mergekit_lit.core.seeds import derive_seed
+from mergekit_lit.core.student import student_quantile
 
 Draws = NDArray[np.float64]
 """One statistic on each of R resampled test sets, (R,)."""
@@ -101,10 +102,7 @@ def student_half_width(values: Sequence[float], *, level: float = 0.95) -> float
 
     Source: Student 1908, doi:10.1093/biomet/6.1.1.
     """
-    # Here, because only tables over seeds need it.
-    from scipy.stats import t
-
-    quantile = float(t.ppf((1.0 + level) / 2.0, len(values) - 1))
+    quantile = student_quantile(level, len(values) - 1)
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 

@@ -156,8 +156,8 @@ def bound_of(
 ) -> Bound:
     """Return the bound of a merge from cards and measurements.
 
-    A merge that is not a sum of scaled deltas has no coefficients: it is weighed as the plain
-    average, and its own stability is asked for.
+    A merge that is not a sum of scaled deltas has no coefficients, and no terms that need some; its
+    own stability is asked for.
 
     Args:
         experts: T experts.

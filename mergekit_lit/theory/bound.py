@@ -13,7 +13,7 @@ from mergekit_lit.theory.stability_terms import (
     delta_by_refits,
     generalization,
 )
-from mergekit_lit.theory.term import Term, sum_of
+from mergekit_lit.theory.term import Term, joined, sum_of
 from mergekit_lit.theory.terms import (
     LARGEST_STEP,
     LARGEST_TRAVEL,
@@ -170,8 +170,16 @@ def _weighing(
 
 def _without_path(weighing: Weighing) -> Weighing:
     """Return a weighing that tells no travel, shares and divergences."""
-    known = replace(weighing, a_eff=None, w=None, blocks={})
-    return replace(known, chi2_lambda=None, chi2_w=None, tv_lambda=None, tv_w=None)
+    return replace(
+        weighing,
+        a_eff=None,
+        w=None,
+        chi2_lambda=None,
+        chi2_w=None,
+        tv_lambda=None,
+        tv_w=None,
+        blocks={},
+    )
 
 
 def _limited(
@@ -188,7 +196,7 @@ def _limited(
         if term.value is not None
     }
     return {
-        term.name: replace(term, note="; ".join(filter(None, (limits[term.name], term.note))))
+        term.name: replace(term, note=joined(limits[term.name], term.note))
         for term in terms
         if term.name in limits and term.value is not None
     }

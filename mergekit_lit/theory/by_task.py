@@ -20,21 +20,20 @@ def terms_by_task(
     """
     w, a_eff, smooth = weighing.w, weighing.a_eff, merge.smoothness
     length = None if merge.step2 is None else math.fsum(merge.step2.values())
-    fixed = merge.linear and merge.fixed
     rows: list[dict[str, float | None]] = []
     for i, expert in enumerate(experts):
         share = None if w is None or weighing.negative else w[i]
         steps = _product(expert.travel_squared, expert.noise)
         noise = None if steps is None or expert.batch is None else steps / expert.batch
-        square = weighing.squares[i]
+        square = weighing.squares[i] if merge.linear else None
         backbone = _product(square, expert.eps2)
         head = expert.eps2_head
-        known = backbone is not None and head is not None and fixed
-        drift = _product(a_eff, smooth, smooth, share, expert.d2, 0.5) if merge.linear else None
+        known = backbone is not None and head is not None and merge.fixed
+        drift = _product(a_eff, smooth, smooth, share, expert.d2, 0.5)
         rows.append(
             {
                 "drift": drift if merge.gradient_drift is None else None,
-                "merged_noise": _product(smooth, square, noise) if merge.linear else None,
+                "merged_noise": _product(smooth, square, noise),
                 "delta2": weighing.p[i] * ((backbone or 0.0) + (head or 0.0)) if known else None,
                 "descent": sum_of([expert.base_loss, expert.slope, _product(smooth, length, 0.5)]),
                 "merged_gradient2": expert.merged_gradient2,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_lit.core.student import student_quantile
 from mergekit_lit.theory.noise import GradientMoments, gradient_moments
 
 Statistic = Callable[[Tensor], float]
@@ -226,18 +227,3 @@ def _with_interval(gram: Tensor, statistic: Statistic, level: float, samples: in
     spread = (count - 1) / count * float((parts - parts.mean()).square().sum())
     half = student_quantile(level, count - 1) * math.sqrt(spread)
     return Estimate(value, value - half, value + half, samples)
-
-
-def student_quantile(level: float, freedom: int) -> float:
-    """Return how many estimated standard deviations to either side hold that share of a mean.
-
-    Args:
-        level: the share, in (0, 1).
-        freedom: degrees of freedom of the estimated deviation, at least 1.
-
-    Source: Student 1908, doi:10.1093/biomet/6.1.1.
-    """
-    # Here, because importing it takes longer than most that needs no interval.
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, (1.0 + level) / 2.0))

@@ -14,8 +14,8 @@ _LEAST_SHARE = 1e-9
 _TRAVELS = 33
 # What a corner of the simplex has beside p where a search begins.
 _CORNER = 0.9
-# Rounds the kinks of roots, so that they have a slope: far below any loss.
-_ROUND = 1e-20
+ROUND = 1e-20
+"""Rounds the kinks of roots at 0, so that they have a slope: far below any loss or step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,14 @@ class Landscape:
         reach = travel / self.travel
         steps = reach * shares
         delta2 = float(self.p @ (steps**2 * self.eps2))
-        root = math.sqrt(self.sample_gradient2 * delta2 + _ROUND)
+        root = math.sqrt(self.sample_gradient2 * delta2 + ROUND)
         of_delta2 = self.sample_gradient2 / (2 * root) + self.smoothness / 2
         found: Vector = (
             self.start
             + travel * self.smoothness**2 / 2 * self.d2
             + 2 * self.smoothness * steps * reach * self.noise
             - math.sqrt(self._spread(self.p))
-            / (2 * math.sqrt(self._chi2(shares) + _ROUND))
+            / (2 * math.sqrt(self._chi2(shares) + ROUND))
             * (self.p / shares) ** 2
             + of_delta2 * 2 * self.p * steps * reach * self.eps2
         )
@@ -186,7 +186,7 @@ def _descended(landscape: Landscape, travel: float, begin: Vector) -> Vector:
     at_begin = landscape.value(begin, travel)
     slope = landscape.slope(begin, travel)
     # Slopes of the order of 1, whatever the landscape's: the solver's tolerances are absolute.
-    scale = max(float(np.abs(slope - slope.mean()).max()), _ROUND)
+    scale = max(float(np.abs(slope - slope.mean()).max()), ROUND)
 
     def told(z: Vector) -> tuple[float, Vector]:
         shares = _shares(z)

@@ -8,10 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_lit.theory.optimal import Landscape, Vector
-
-# Rounds the kinks of roots, so that they have a slope: far below any loss or step.
-_ROUND = 1e-20
+from mergekit_lit.theory.optimal import ROUND, Landscape, Vector
 
 
 class Convex(Protocol):
@@ -74,9 +71,9 @@ class Layers:
             - far @ known["gradient2"] / 4
             + smooth**2 / 2 * (steps * known["moved"] * known["d2"]).sum()
             + smooth * squares @ known["noise"]
-            + (apart + _ROUND).sqrt() @ known["inside"]
-            + (apart / (2 * far + _ROUND)).sum()
-            + (whole.sample_gradient2 * delta2 + _ROUND).sqrt()
+            + (apart + ROUND).sqrt() @ known["inside"]
+            + (apart / (2 * far + ROUND)).sum()
+            + (whole.sample_gradient2 * delta2 + ROUND).sqrt()
             + smooth * delta2 / 2
         )
 

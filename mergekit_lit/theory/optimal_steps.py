@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergekit_lit.theory.optimal import Vector
+from mergekit_lit.theory.optimal import ROUND, Vector
 from mergekit_lit.theory.optimal_layers import solved
 
-# Rounds the kink of a root at 0, so that it has a slope: far below any loss.
-_ROUND = 1e-20
 _GAIN = 1e-6
 
 
@@ -56,7 +54,7 @@ class Steps:
 
     def slope(self, coefficients: Vector) -> Vector:
         """Return the gradient of `value` in lambda, (B, T)."""
-        root = math.sqrt(self.sample_gradient2 * self._delta2(coefficients) + _ROUND)
+        root = math.sqrt(self.sample_gradient2 * self._delta2(coefficients) + ROUND)
         of_delta2 = self.sample_gradient2 / (2 * root) + self.smoothness / 2
         curved = np.einsum("bij,bj->bi", self.products, coefficients)
         found: Vector = (

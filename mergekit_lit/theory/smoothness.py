@@ -11,6 +11,7 @@ from torch import Tensor
 from mergekit_lit.core.calibration import Batch, Calibration, drawn
 from mergekit_lit.core.experts import Experts
 from mergekit_lit.core.params import Params, flat
+from mergekit_lit.core.student import student_quantile
 from mergekit_lit.theory.curvature import (
     Eigenvalue,
     random_direction,
@@ -19,7 +20,7 @@ from mergekit_lit.theory.curvature import (
     top_eigenvalue,
 )
 from mergekit_lit.theory.effort import Effort
-from mergekit_lit.theory.heterogeneity import Estimate, per_sample_square, student_quantile
+from mergekit_lit.theory.heterogeneity import Estimate, per_sample_square
 from mergekit_lit.theory.objective import Objective, hessian_product, labels_of
 
 # Parts of each task's images whose spread tells the intervals.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mergekit_lit.theory.coefficients import Weighing
 from mergekit_lit.theory.facts import ExpertFacts, MergeFacts
-from mergekit_lit.theory.term import Term, sum_of, term_of, weighted
+from mergekit_lit.theory.term import Term, joined, sum_of, term_of, weighted
 
 _CHAOTIC = "needs twins further off than the rounding twin"
 
@@ -23,7 +23,7 @@ def delta(weighing: Weighing, experts: Sequence[ExpertFacts], merge: MergeFacts)
     if not (merge.linear and merge.fixed):
         heads = sum_of([_head(p, e) for p, e in zip(weighing.p, experts, strict=True)])
         needs = {"Delta_M^2 of refits": merge.delta2_of_merge, "eps_head^2": heads}
-        note = _joined("by the merge of the refits", _same(merge), _unchecked(experts))
+        note = joined("by the merge of the refits", _same(merge), _unchecked(experts))
         return term_of("delta2", needs, lambda d, h: d + h, note)
     parts = [
         None
@@ -43,7 +43,7 @@ def delta_by_refits(experts: Sequence[ExpertFacts], merge: MergeFacts) -> Term:
     if any(expert.chaotic for expert in experts):
         return Term("delta2_by_refits", None, "unknown", _CHAOTIC)
     needs = {"refits": merge.delta2_of_merge}
-    note = _joined(_same(merge), _unchecked(experts))
+    note = joined(_same(merge), _unchecked(experts))
     return term_of("delta2_by_refits", needs, lambda d: d, note)
 
 
@@ -60,10 +60,6 @@ def _unchecked(experts: Sequence[ExpertFacts]) -> str:
     if not count:
         return ""
     return f"no rounding twin: of {count} of {len(experts)} experts it may be rounding alone"
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
 
 
 def delta_by_path(weighing: Weighing, experts: Sequence[ExpertFacts]) -> Term:

@@ -38,6 +38,11 @@ def term_of(
     return Term(name, formula(*needs.values()), "measured", note)
 
 
+def joined(*notes: str) -> str:
+    """Return notes as one, without those that are empty."""
+    return "; ".join(note for note in notes if note)
+
+
 def weighted(weights: Sequence[float] | None, values: Sequence[float | None]) -> float | None:
     """Return sum_i w_i v_i, or None where something of it is unknown."""
     if weights is None:
