@@ -14,6 +14,11 @@ from mergekit_lit.core.files import read_json
 from mergekit_lit.core.records import Record, plain
 
 
+def stem_of(name: str) -> str:
+    """Return the stem of the record of something that has a name: letters, digits and hyphens."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def check_same(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a finished record of another configuration than the one wanted.
 

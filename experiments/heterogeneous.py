@@ -16,11 +16,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finished import check_same, rows_in
+from finished import check_same, rows_in, stem_of
 from heterogeneous_report import UNIFORM, read, told
 from hyperparameters import experts_of, mean_known
 from hyperparameters_runs import Run, runs_of, sweep_of
@@ -39,7 +39,7 @@ from inputs import (
     seeds_with,
 )
 from methods import Row, row_of
-from testbed import POLICY, Testbed, check_bases, csv_of, groups_of, write_rows
+from testbed import POLICY, Recorded, Testbed, check_bases, csv_of, groups_of, write_rows
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.experts import Experts, Merged
@@ -56,7 +56,7 @@ _HALF = {"lr": NUMBER, "batch": COUNT, "train_share": SHARE, "steps": COUNT}
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(Recorded):
     """Two configurations of one backbone and seed, and the groups that are mixed of them."""
 
     name: str
@@ -71,13 +71,7 @@ class Mix:
         """Where its record lies, once it is made."""
         run = self.runs[0]
         folder = f"{run.backbone.replace('/', '-')}-{run.seed}"
-        name = "".join(c if c.isalnum() else "-" for c in self.name)
-        return self.out / folder / f"{name}.json"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What its record says of it."""
-        return {**asdict(self), "batch_norm": POLICY}
+        return self.out / folder / f"{stem_of(self.name)}.json"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from correlations import spearman
 from finished import read_table
 from inputs import command
+from markdown import table
 
 from mergekit_lit.reports.intervals import mean_told
 
@@ -67,10 +68,7 @@ def with_falls(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def points(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of points above the averages of one kind, by mix and row."""
     names = [name for name in dict.fromkeys(row["row"] for row in rows) if name != UNIFORM]
-    lines = [
-        f"| {' | '.join(['mix', 'averages of one kind', 'χ²_w of the average', *names])} |",
-        "|---" * (len(names) + 3) + "|",
-    ]
+    lines = []
     for mix in dict.fromkeys(row["mix"] for row in rows):
         own = {n: [r for r in rows if (r["mix"], r["row"]) == (mix, n)] for n in (UNIFORM, *names)}
         cells = [mix, mean_told(by_seed(own[UNIFORM], "accuracy"))]
@@ -82,8 +80,8 @@ def points(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(
                 f"{mean_told(above, '+.1f')} ({statistics.fmean(sums):.1f})" if sums else ""
             )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(["mix", "averages of one kind", "χ²_w of the average", *names], lines)
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -101,15 +99,14 @@ def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     merges = [row for row in rows if row["row"] != UNIFORM]
     average = [row for row in merges if row["row"] == "average"]
-    lines = ["| Spearman with the fall | average | all rows |", "|---|---|---|"]
-    for name, about in (
-        ("chi2_lambda", "χ²_λ"),
-        ("chi2_w", "χ²_w"),
-        ("travel", "mean travel (null)"),
-        ("ratio", "longest over shortest τ (null)"),
-    ):
-        lines.append(f"| {about} | {_rank(average, name)} | {_rank(merges, name)} |")
-    return "\n".join(lines)
+    told = {
+        "chi2_lambda": "χ²_λ",
+        "chi2_w": "χ²_w",
+        "travel": "mean travel (null)",
+        "ratio": "longest over shortest τ (null)",
+    }
+    lines = [[about, _rank(average, name), _rank(merges, name)] for name, about in told.items()]
+    return table(["Spearman with the fall", "average", "all rows"], lines)
 
 
 def _rank(rows: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from correlations import pooled_and_within
 from exponents import Row, grouped, usual_size
+from markdown import table
 
 
 def ranks(by_backbone: Mapping[str, Sequence[Row]]) -> str:
@@ -22,13 +23,11 @@ def ranks(by_backbone: Mapping[str, Sequence[Row]]) -> str:
     if not means:
         return ""
     of = [f"{name}: {what}" for name in means for what in ("test loss", "gap beyond the base's")]
-    lines = [f"| {' | '.join(['Spearman with', *of])} |", "|---" * (len(of) + 1) + "|"]
-    for name, about in _PREDICTORS.items():
-        found = [
-            _told(each, name, what) for each in means.values() for what in ("test_loss", "added")
-        ]
-        lines.append(f"| {' | '.join([about, *found])} |")
-    return "\n".join(lines)
+    lines = [
+        [about, *(_told(each, name, w) for each in means.values() for w in ("test_loss", "added"))]
+        for name, about in _PREDICTORS.items()
+    ]
+    return table(["Spearman with", *of], lines)
 
 
 def _means(rows: Sequence[Row]) -> list[dict[str, float]]:

@@ -28,6 +28,7 @@ from exponents import QUANTITIES, Row, epochs, grouped, measured, predicted_of, 
 from finished import read_table
 from hyperparameters_ranks import ranks
 from inputs import command
+from markdown import table
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.reports.curves import Plot, sheet
@@ -78,10 +79,7 @@ def told(rows: Sequence[Row]) -> str:
 def exponents(by_backbone: Mapping[str, Sequence[Row]]) -> str:
     """Return a table of measured exponents beside both predictions."""
     regimes = [f"{name}, {where}" for name in by_backbone for where in ("below an epoch", "beyond")]
-    lines = [
-        _line(["factor", "quantity", "source", "ours", *regimes]),
-        "|---" * 4 + "|---" * len(regimes) + "|",
-    ]
+    lines = []
     for factor, quantities in PREDICTIONS.items():
         varied = {name: varying(rows, factor) for name, rows in by_backbone.items()}
         for quantity, expected in quantities.items():
@@ -98,8 +96,8 @@ def exponents(by_backbone: Mapping[str, Sequence[Row]]) -> str:
             ]
             if any(cells):
                 both = [_predicted(expected.source), _predicted(expected.ours)]
-                lines.append(_line([factor, quantity, *both, *cells]))
-    return "\n".join(lines) if len(lines) > 2 else ""
+                lines.append([factor, quantity, *both, *cells])
+    return table(["factor", "quantity", "source", "ours", *regimes], lines)
 
 
 def _exponent(
@@ -117,10 +115,6 @@ def _exponent(
     return f"{number} ({'/'.join(word[:1] or '-' for word in said)}{form})" if any(said) else number
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def shapes(backbone: str, rows: Sequence[Row]) -> str:
     """Return where merged test loss is least, by learning rate and by number of steps.
 
@@ -129,7 +123,7 @@ def shapes(backbone: str, rows: Sequence[Row]) -> str:
     """
     varied = varying(rows, "learning rate")
     head = [f"merged test loss, {backbone}", "over", "least at", "shape", "a U is predicted by", ""]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = []
     for held, over, by in (("lr", "steps", "both"), ("steps", "lr", "ours")):
         for (value,), each in sorted(grouped(varied, held).items()):
             curves = [_curve(found, over) for found in grouped(each, "seed").values()]
@@ -140,10 +134,8 @@ def shapes(backbone: str, rows: Sequence[Row]) -> str:
             seen = ", ".join(f"{level:g}: {loss:.3f}" for level, loss in mean.items())
             least, form = shape(curves, levels)
             found_u = {"U": "agree", "rises": "disagree"}.get(form, "undecided")
-            lines.append(
-                _line([f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", form, by, found_u])
-            )
-    return "\n".join(lines) if len(lines) > 2 else ""
+            lines.append([f"{held} {value:g}", f"{over} ({seen})", f"{least:g}", form, by, found_u])
+    return table(head, lines)
 
 
 def _curve(rows: Sequence[Row], over: str) -> dict[float, float]:

@@ -4,7 +4,7 @@ It is a module, not a command.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +24,7 @@ from inputs import (
     check_keys,
     read_settings,
 )
-from testbed import POLICY, Place, Testbed, groups_of, testbed_of
+from testbed import Place, Recorded, Testbed, groups_of, testbed_of
 
 from mergekit_lit.core.registry import unknown_name
 from mergekit_lit.data.suites import load_suite
@@ -47,7 +47,7 @@ _FACTORS = {"lr": NUMBER, "batch": COUNT, "train_share": SHARE, "steps": STEPS}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Recorded):
     """One configuration of one backbone and seed, for all tasks and step counts."""
 
     backbone: str
@@ -79,11 +79,6 @@ class Run:
     def record(self) -> Path:
         """Where its record lies, once it is made."""
         return self.folder / "hyperparameters.json"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What its record says of it."""
-        return {**asdict(self), "batch_norm": POLICY}
 
     @property
     def testbed(self) -> Testbed:

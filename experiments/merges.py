@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from merge_groups import Cell, Group, MergePlan, groups_of_pool
 from omegaconf import OmegaConf
-from testbed import POLICY, trained, write_rows
+from testbed import POLICY, Recorded, trained, write_rows
 
 from mergekit_lit.core.experts import Experts, Merged
 from mergekit_lit.core.files import file_hash, read_json, write_json
@@ -88,7 +88,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Recorded):
     """One group of a pool, to be merged and measured."""
 
     pool: Pool
@@ -195,7 +195,7 @@ def make(job: Job) -> Path:
         lambda: rows_of(job, seconds),
         stage="merges",
         name=job.group.name,
-        config={**asdict(job), "batch_norm": POLICY},
+        config=job.config,
         seeds={"seed": job.pool.seed},
     )
     if seconds:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from finished import stem_of
 from inputs import MAPPING, SEEDS, WORD, check_keys, named
 from omegaconf import OmegaConf
 
@@ -256,8 +257,7 @@ def plan_of(settings: Mapping[str, Any], backbone: str, seed: int, out: Path) ->
 
 def path_of(plan: Plan, row: Row) -> Path:
     """Return where a row's scores lie."""
-    name = "".join(c if c.isalnum() else "-" for c in row.name)
-    return plan.out / f"rows{len(plan.tasks)}" / f"{name}.json"
+    return plan.out / f"rows{len(plan.tasks)}" / f"{stem_of(row.name)}.json"
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ Each is scored on a few test images of each task; nothing is tuned. Each case en
 import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from finished import stem_of
 from heterogeneous import configured
 from hyperparameters import experts_of
 from hyperparameters_runs import Run, runs_of, sweep_of
 from omegaconf import OmegaConf
-from testbed import POLICY, groups_of, trained, write_rows
+from testbed import POLICY, Recorded, groups_of, trained, write_rows
 
 from mergekit_lit.core.expert_files import load_expert
 from mergekit_lit.core.files import read_json
@@ -42,7 +43,7 @@ _TRAVEL = "travel_normalised"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Recorded):
     """How the odd member and the others of some groups were trained, and what merges them."""
 
     name: str
@@ -57,9 +58,9 @@ class Case:
     @property
     def record(self) -> Path:
         """Where its record lies, once it is made."""
-        name = "".join(c if c.isalnum() else "-" for c in self.name)
         run = self.others
-        return self.out / f"{run.backbone.replace('/', '-')}-{run.seed}" / f"{name}.json"
+        folder = f"{run.backbone.replace('/', '-')}-{run.seed}"
+        return self.out / folder / f"{stem_of(self.name)}.json"
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def make(case: Case) -> Path:
         lambda: rows_of(case),
         stage="repairs",
         name=case.name,
-        config={**asdict(case), "batch_norm": POLICY},
+        config=case.config,
         seeds={"seed": case.others.seed},
     )
 

@@ -12,7 +12,7 @@ is not made again. `experiments/stability_tables.py` prints the same tables of s
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from stability_tables import draw, told
 from testbed import (
     POLICY,
     Place,
+    Recorded,
     Testbed,
     check_bases,
     csv_of,
@@ -69,7 +70,7 @@ _FACTORS = {"lr": NUMBER, "batch": COUNT, "steps": STEPS, "train_share": SHARE, 
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Recorded):
     """One configuration of one backbone and seed, for all tasks."""
 
     backbone: str
@@ -96,11 +97,6 @@ class Run:
     def record(self) -> Path:
         """Where its scores lie, once they are made."""
         return self.out / f"{self.name}.json"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What its record says of it."""
-        return {**asdict(self), "batch_norm": POLICY}
 
     @property
     def twinned(self) -> StabilityTwins:

@@ -18,13 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finished import check_same
+from finished import check_same, stem_of
 from inputs import COUNT, LIST, MAPPING, WORD, WORDS, built, command, named, read_settings
+from markdown import table
 from methods import Row, row_of
 from testbed import csv_of
 
 from mergekit_lit.core.files import write_text
 from mergekit_lit.core.records import Record
+from mergekit_lit.core.twin_files import twins_folder
 from mergekit_lit.data.splits import SplitOptions
 from mergekit_lit.data.suites import load_suite
 from mergekit_lit.search.crew import Crew
@@ -72,8 +74,7 @@ class Job:
     @property
     def record(self) -> Path:
         """Where its record lies, once it is made."""
-        name = "".join(c if c.isalnum() else "-" for c in self.row.name)
-        return self.out / f"{name}.json"
+        return self.out / f"{stem_of(self.row.name)}.json"
 
     @property
     def recipe(self) -> Recipe:
@@ -203,7 +204,7 @@ def make(job: Job) -> Path:
             recipe=job.recipe,
             calibration=job.calibration,
             effort=job.effort,
-            refits=all(path.with_suffix(".twins").is_dir() for path in job.experts),
+            refits=all(twins_folder(path).is_dir() for path in job.experts),
             out=job.record,
         )
         print(job.record, flush=True)
@@ -216,13 +217,10 @@ def told(jobs: Sequence[Job]) -> str:
     (average,) = [row for job, row in zip(jobs, found, strict=True) if job.row == AVERAGE]
     names = list(average)
     lines = [
-        f"| method | {' | '.join(name.replace('_', ' ') for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
+        [job.row.name, *(marked(row[name], average[name]) for name in names)]
+        for job, row in zip(jobs, found, strict=True)
     ]
-    for job, row in zip(jobs, found, strict=True):
-        cells = [marked(row[name], average[name]) for name in names]
-        lines.append(f"| {' | '.join([job.row.name, *cells])} |")
-    return "\n".join(lines)
+    return table(["method", *(name.replace("_", " ") for name in names)], lines)
 
 
 def values(job: Job) -> dict[str, float | str]:

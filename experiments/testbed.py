@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,6 +45,15 @@ Matrix: TypeAlias = NDArray[np.float64]
 
 POLICY = "recalibrate-per-task"
 """BatchNorm statistics of every merge: estimated again on the task's own (few) training images."""
+
+
+class Recorded:
+    """A dataclass of what one record is made of."""
+
+    @property
+    def config(self: Any) -> dict[str, Any]:
+        """What its record says of it."""
+        return {**asdict(self), "batch_norm": POLICY}
 
 
 @dataclass(frozen=True, kw_only=True)
