@@ -32,6 +32,25 @@ def experiment() -> Iterator[Callable[[str], ModuleType]]:
             del sys.modules[name]
 
 
+@pytest.fixture
+def command(experiment, monkeypatch, tmp_path) -> Callable[..., int]:
+    """Runs a script of experiments/ on settings, and returns its exit code.
+
+    What is None is left out of the settings; words come behind `--out` and `--jobs`, and `make` in
+    the place of what makes a record.
+    """
+
+    def run(name, settings, *words, make, file="some.yaml"):
+        script, path = experiment(name), tmp_path / file
+        OmegaConf.save({k: v for k, v in settings.items() if v is not None}, path)
+        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(path), *out, *words])
+        monkeypatch.setattr(script, "make", make)
+        return experiment("inputs").command(script.main)
+
+    return run
+
+
 @dataclass
 class Searched:
     """Files of two experts of one base, and where their images are."""

@@ -99,7 +99,7 @@ HALVES = [{"lr": 0.01, "steps": 4}, {"lr": 0.003, "steps": 4}]
 
 
 @pytest.fixture
-def call(script, experiment, tiny_sweep, monkeypatch, tmp_path):
+def call(command, tiny_sweep):
     """Runs the command on changed settings; every record that is to be made is two rows."""
 
     def make(mix):
@@ -115,12 +115,7 @@ def call(script, experiment, tiny_sweep, monkeypatch, tmp_path):
     def run(changed, *words):
         settings = {"sweep": str(tiny_sweep), "groups": {2: 1}, "rows": ["average"]}
         settings |= {"mixes": {SPEC: {"rates": HALVES}}, **changed}
-        file = tmp_path / "mixed.yaml"
-        OmegaConf.save({k: v for k, v in settings.items() if v is not None}, file)
-        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
-        monkeypatch.setattr(sys, "argv", ["heterogeneous.py", str(file), *out, *words])
-        monkeypatch.setattr(script, "make", make)
-        return experiment("inputs").command(script.main)
+        return command("heterogeneous", settings, *words, make=make, file="mixed.yaml")
 
     return run
 

@@ -4,6 +4,7 @@ import csv
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_file_varies_one_factor_at_a_time(script):
 
 
 @pytest.fixture
-def call(script, experiment, monkeypatch, tmp_path):
+def call(command):
     """Runs the command on settings; every record that is to be made is one row of its run."""
 
     def make(run):
@@ -60,15 +61,7 @@ def call(script, experiment, monkeypatch, tmp_path):
         Record(stage="hyperparameters", name=run.name, **config).write(run.record)
         return run.record
 
-    def run(settings, *words):
-        file = tmp_path / "some.yaml"
-        OmegaConf.save(settings, file)
-        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
-        monkeypatch.setattr(sys, "argv", ["hyperparameters.py", str(file), *out, *words])
-        monkeypatch.setattr(script, "make", make)
-        return experiment("inputs").command(script.main)
-
-    return run
+    return partial(command, "hyperparameters", make=make)
 
 
 def test_the_table_holds_every_finished_run_in_a_stable_order(call, tiny_sweep, tmp_path):

@@ -164,7 +164,7 @@ SETTINGS = {
 
 
 @pytest.fixture
-def call(script, experiment, tiny_suite, monkeypatch, tmp_path):
+def call(command, tiny_suite):
     """Runs the command on changed settings; a record that is to be made is rows made up."""
 
     def make(run):
@@ -176,12 +176,7 @@ def call(script, experiment, tiny_suite, monkeypatch, tmp_path):
 
     def run(changed, *words):
         settings = {"suite": tiny_suite, **SETTINGS, **changed}
-        file = tmp_path / "some.yaml"
-        OmegaConf.save({k: v for k, v in settings.items() if v is not None}, file)
-        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
-        monkeypatch.setattr(sys, "argv", ["stability.py", str(file), *out, *words])
-        monkeypatch.setattr(script, "make", make)
-        return experiment("inputs").command(script.main)
+        return command("stability", settings, *words, make=make)
 
     return run
 

@@ -43,30 +43,31 @@ def test_what_is_no_number_is_told_in_words(script):
 
 
 @pytest.fixture
-def call(script, experiment, vits, monkeypatch, tmp_path):
-    """Runs the command on changed settings, with nothing that makes a record."""
+def settings(vits):
     split = vits.calibration.options
+    return {
+        "suite": vits.calibration.suite,
+        "backbones": ["vit"],
+        "tasks": [path.stem for path in vits.paths],
+        "experts": "{task}.safetensors",
+        "steps": 4,
+        "split": {"reserve": split.reserve, "val_share": split.val_share},
+        "images": 16,
+        "effort": {"micro_batches": 2},
+        "rows": ["average", "ties"],
+    }
+
+
+@pytest.fixture
+def call(command, settings, vits):
+    """Runs the command on changed settings, with nothing that makes a record."""
+
+    def make(job):
+        pytest.fail(f"{job} was made")
 
     def run(changed, *words):
-        settings = {
-            "suite": vits.calibration.suite,
-            "backbones": ["vit"],
-            "tasks": [path.stem for path in vits.paths],
-            "experts": "{task}.safetensors",
-            "steps": 4,
-            "split": {"reserve": split.reserve, "val_share": split.val_share},
-            "images": 16,
-            "effort": {"micro_batches": 2},
-            "rows": ["average", "ties"],
-            **changed,
-        }
-        file = tmp_path / "tiny.yaml"
-        OmegaConf.save(settings, file)
-        out = ["--out", str(tmp_path / "out"), "--jobs", "1"]
-        out += ["--experts", str(vits.paths[0].parent)]
-        monkeypatch.setattr(sys, "argv", ["terms.py", str(file), *out, *words])
-        monkeypatch.setattr(script, "make", lambda job: pytest.fail(f"{job} was made"))
-        return experiment("inputs").command(script.main)
+        words = ["--experts", str(vits.paths[0].parent), *words]
+        return command("terms", {**settings, **changed}, *words, make=make, file="tiny.yaml")
 
     return run
 
@@ -119,16 +120,9 @@ def test_a_record_of_other_settings_is_refused(call, script, vits, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_methods_become_a_table(script, vits, tmp_path, monkeypatch, capsys):
-    split = vits.calibration.options
+def test_methods_become_a_table(script, settings, vits, tmp_path, monkeypatch, capsys):
     settings = {
-        "suite": vits.calibration.suite,
-        "backbones": ["vit"],
-        "tasks": [path.stem for path in vits.paths],
-        "experts": "{task}.safetensors",
-        "steps": 4,
-        "split": {"reserve": split.reserve, "val_share": split.val_share},
-        "images": 16,
+        **settings,
         "effort": {"micro_batches": 2, "batch": 4, "hessian_images": 2, "lanczos_steps": 1},
         "rows": [
             "average",
